@@ -1,0 +1,379 @@
+//! Configuration from flags and environment, by table.
+//!
+//! Each program lists its settings once: flag, canonical variable, aliases, default, help. A flag
+//! beats the environment, which beats the default; an alias counts where the canonical variable is
+//! unset, and is reported so that the operator can rename it. A bad value is one line that names the
+//! variable (or flag), the value and what is allowed, and ends the program with exit code 78.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fmt;
+
+/// Exit code of a failure at run time.
+pub const EXIT_RUNTIME: u8 = 1;
+/// Exit code of a command line that does not parse.
+pub const EXIT_USAGE: u8 = 2;
+/// Exit code of a bad configuration (`EX_CONFIG`): restarting will not help.
+pub const EXIT_CONFIG: u8 = 78;
+
+/// How a program ends other than by success, and what it says last.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Exit {
+    /// Process exit code; 0 for `--help` and `--version`, whose text is the message.
+    pub code: u8,
+    /// One line for stderr, or the help text for stdout.
+    pub message: String,
+}
+
+impl Exit {
+    /// A failure at run time.
+    pub fn runtime(message: impl Into<String>) -> Exit {
+        Exit { code: EXIT_RUNTIME, message: message.into() }
+    }
+
+    /// A bad configuration.
+    pub fn config(message: impl Into<String>) -> Exit {
+        Exit { code: EXIT_CONFIG, message: message.into() }
+    }
+
+    /// A command line that does not parse.
+    pub fn usage(message: impl Into<String>) -> Exit {
+        Exit { code: EXIT_USAGE, message: message.into() }
+    }
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Exit {}
+
+/// One setting of a program.
+pub struct Setting {
+    /// Flag without the dashes, which is also its name in code.
+    pub flag: &'static str,
+    /// Canonical environment variable; empty where only the flag exists.
+    pub env: &'static str,
+    /// Other variables that mean the same, each with the conversion of its value.
+    pub aliases: &'static [Alias],
+    /// Value when nothing is given; `None` where absence means something.
+    pub default: Option<&'static str>,
+    /// What the value is, as the help shows it; `BOOL` makes a bare flag mean `true`.
+    pub value: &'static str,
+    /// Help text: one line, units and range included.
+    pub help: &'static str,
+}
+
+/// Another name of a variable.
+pub struct Alias {
+    /// The variable.
+    pub env: &'static str,
+    /// From its value to the canonical one (seconds to milliseconds, say).
+    pub convert: fn(&str) -> String,
+}
+
+impl Alias {
+    /// An alias whose value is taken as it is.
+    #[must_use]
+    pub const fn same(env: &'static str) -> Alias {
+        Alias { env, convert: str::to_string }
+    }
+
+    /// An alias in seconds of a setting in milliseconds.
+    #[must_use]
+    pub const fn seconds(env: &'static str) -> Alias {
+        Alias {
+            env,
+            convert: |s| {
+                s.trim().parse::<u64>().map_or_else(|_| s.to_string(), |n| n.saturating_mul(1000).to_string())
+            },
+        }
+    }
+}
+
+/// The settings as given, with where each came from.
+#[derive(Debug)]
+pub struct Settings {
+    values: BTreeMap<&'static str, Given>,
+    /// Sentences for the log once it is up: aliases in use.
+    pub notes: Vec<String>,
+    /// Words after `--`.
+    pub rest: Vec<OsString>,
+}
+
+#[derive(Clone, Debug)]
+struct Given {
+    text: String,
+    /// As the operator knows it: `--addr` or `ORCHESTRATORD_ADDR`.
+    source: String,
+}
+
+impl Settings {
+    /// Reads `args` (without the program's name) and the environment against `table`.
+    ///
+    /// # Errors
+    /// [`Exit`] with code 2 for a command line that does not parse, 78 for a value that is not UTF-8,
+    /// and 0 with the text of `--help` or `--version`.
+    pub fn read(
+        program: &'static str,
+        about: &'static str,
+        table: &'static [Setting],
+        rest: Option<&'static str>,
+        args: impl IntoIterator<Item = OsString>,
+        env: impl Fn(&str) -> Option<OsString>,
+    ) -> Result<Settings, Exit> {
+        let mut command = clap::Command::new(program)
+            .about(about)
+            .version(env!("CARGO_PKG_VERSION"))
+            .no_binary_name(true)
+            .disable_help_subcommand(true);
+        for setting in table {
+            command = command.arg(argument(setting));
+        }
+        if let Some(name) = rest {
+            command = command.arg(
+                clap::Arg::new("rest")
+                    .value_name(name)
+                    .last(true)
+                    .num_args(0..)
+                    .value_parser(clap::value_parser!(OsString))
+                    .help("Everything after --"),
+            );
+        }
+        let mut matches = command.try_get_matches_from(args).map_err(|error| {
+            let text = error.render().to_string();
+            match error.use_stderr() {
+                true => Exit::usage(text.trim_end()),
+                false => Exit { code: 0, message: text.trim_end().to_string() },
+            }
+        })?;
+        let mut settings = Settings { values: BTreeMap::new(), notes: Vec::new(), rest: Vec::new() };
+        if rest.is_some() {
+            settings.rest = matches.remove_many("rest").map(Iterator::collect).unwrap_or_default();
+        }
+        for setting in table {
+            if let Some(text) = matches.remove_one::<String>(setting.flag) {
+                settings.put(setting.flag, text, format!("--{}", setting.flag));
+            } else {
+                settings.from_environment(setting, &env)?;
+            }
+        }
+        Ok(settings)
+    }
+
+    /// The value of `flag` through `parse`, whose error says what is allowed. `None` where nothing
+    /// was given and there is no default.
+    ///
+    /// # Errors
+    /// [`Exit`] with code 78 and one line naming source, value and what is allowed.
+    pub fn get<T>(
+        &self,
+        flag: &str,
+        parse: impl FnOnce(&str) -> Result<T, String>,
+    ) -> Result<Option<T>, Exit> {
+        let Some(given) = self.values.get(flag) else { return Ok(None) };
+        parse(given.text.trim()).map(Some).map_err(|allowed| {
+            Exit::config(format!("{}={:?} is not usable: {allowed}", given.source, shorten(&given.text)))
+        })
+    }
+
+    /// As [`Settings::get`] for settings with a default.
+    ///
+    /// # Errors
+    /// As [`Settings::get`]; also when neither a value nor a default exists.
+    pub fn need<T>(&self, flag: &str, parse: impl FnOnce(&str) -> Result<T, String>) -> Result<T, Exit> {
+        self.get(flag, parse)?.ok_or_else(|| Exit::config(format!("--{flag} is required")))
+    }
+
+    /// As [`Settings::get`] for secrets: the error does not repeat the value.
+    ///
+    /// # Errors
+    /// [`Exit`] with code 78.
+    pub fn secret<T>(
+        &self,
+        flag: &str,
+        parse: impl FnOnce(&str) -> Result<T, String>,
+    ) -> Result<Option<T>, Exit> {
+        let Some(given) = self.values.get(flag) else { return Ok(None) };
+        parse(given.text.trim())
+            .map(Some)
+            .map_err(|allowed| Exit::config(format!("{} is not usable: {allowed}", given.source)))
+    }
+
+    /// Whether `flag` was given by the operator rather than by its default.
+    #[must_use]
+    pub fn given(&self, flag: &str) -> bool {
+        self.values.get(flag).is_some_and(|given| given.source != "the default")
+    }
+
+    fn put(&mut self, flag: &'static str, text: String, source: String) {
+        self.values.insert(flag, Given { text, source });
+    }
+
+    fn from_environment(
+        &mut self,
+        setting: &'static Setting,
+        env: &impl Fn(&str) -> Option<OsString>,
+    ) -> Result<(), Exit> {
+        let read = |name: &'static str| -> Result<Option<String>, Exit> {
+            let Some(raw) = Some(name).filter(|name| !name.is_empty()).and_then(env) else { return Ok(None) };
+            match raw.into_string() {
+                Ok(text) if text.trim().is_empty() => Ok(None),
+                Ok(text) => Ok(Some(text)),
+                Err(_) => Err(Exit::config(format!("{name} is not UTF-8"))),
+            }
+        };
+        if let Some(text) = read(setting.env)? {
+            self.put(setting.flag, text, setting.env.to_string());
+            return Ok(());
+        }
+        for alias in setting.aliases {
+            if let Some(text) = read(alias.env)? {
+                self.notes.push(format!("{} is an older name: use {}", alias.env, setting.env));
+                self.put(setting.flag, (alias.convert)(text.trim()), alias.env.to_string());
+                return Ok(());
+            }
+        }
+        if let Some(default) = setting.default {
+            self.put(setting.flag, default.to_string(), "the default".to_string());
+        }
+        Ok(())
+    }
+}
+
+fn argument(setting: &Setting) -> clap::Arg {
+    let mut help = setting.help.to_string();
+    if !setting.env.is_empty() {
+        help.push_str(&format!(" [env: {}]", setting.env));
+    }
+    if let Some(default) = setting.default.filter(|text| !text.is_empty()) {
+        help.push_str(&format!(" [default: {default}]"));
+    }
+    let arg = clap::Arg::new(setting.flag).long(setting.flag).value_name(setting.value).help(help);
+    if setting.value == "BOOL" {
+        arg.num_args(0..=1).require_equals(true).default_missing_value("true")
+    } else {
+        arg.num_args(1)
+    }
+}
+
+fn shorten(text: &str) -> String {
+    text.chars().take(120).collect()
+}
+
+/// `true`/`false`, with the spellings that operators use.
+///
+/// # Errors
+/// What is allowed.
+pub fn boolean(text: &str) -> Result<bool, String> {
+    match text.to_ascii_lowercase().as_str() {
+        "true" | "1" | "yes" | "on" => Ok(true),
+        "false" | "0" | "no" | "off" => Ok(false),
+        _ => Err("allowed are true and false".into()),
+    }
+}
+
+/// A whole number within a range.
+pub fn number(min: u64, max: u64) -> impl Fn(&str) -> Result<u64, String> {
+    move |text| match text.parse::<u64>() {
+        Ok(n) if (min..=max).contains(&n) => Ok(n),
+        _ => Err(format!("allowed is a whole number from {min} to {max}")),
+    }
+}
+
+/// `IP:PORT` to listen on; `localhost:PORT` and `:PORT` are understood.
+///
+/// # Errors
+/// What is allowed.
+pub fn listen_address(text: &str) -> Result<std::net::SocketAddr, String> {
+    let full = match text.strip_prefix("localhost:") {
+        Some(port) => format!("127.0.0.1:{port}"),
+        None if text.starts_with(':') => format!("0.0.0.0{text}"),
+        None => text.to_string(),
+    };
+    full.parse().map_err(|_| "allowed is an address such as 127.0.0.1:8080 or [::1]:8080".to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    static TABLE: &[Setting] = &[
+        Setting {
+            flag: "node-timeout-ms",
+            env: "T_NODE_TIMEOUT_MS",
+            aliases: &[Alias::seconds("T_NODE_TIMEOUT_SECS")],
+            default: Some("30000"),
+            value: "MS",
+            help: "How long",
+        },
+        Setting {
+            flag: "cloud",
+            env: "T_CLOUD",
+            aliases: &[],
+            default: Some("false"),
+            value: "BOOL",
+            help: "Profile",
+        },
+        Setting {
+            flag: "token",
+            env: "T_TOKEN",
+            aliases: &[],
+            default: None,
+            value: "TOKEN",
+            help: "Secret",
+        },
+    ];
+
+    fn read(args: &[&str], env: &[(&str, &str)]) -> Result<Settings, Exit> {
+        let env: BTreeMap<String, OsString> =
+            env.iter().map(|(k, v)| (k.to_string(), OsString::from(v))).collect();
+        Settings::read("t", "about", TABLE, Some("CMD"), args.iter().map(OsString::from), |name| {
+            env.get(name).cloned()
+        })
+    }
+
+    #[test]
+    fn a_flag_beats_the_environment_which_beats_the_default() {
+        let timeout = |args: &[&str], env: &[(&str, &str)]| {
+            read(args, env).and_then(|s| s.need("node-timeout-ms", number(1, 100_000)))
+        };
+        assert_eq!(timeout(&[], &[]), Ok(30_000));
+        assert_eq!(timeout(&[], &[("T_NODE_TIMEOUT_MS", "7")]), Ok(7));
+        assert_eq!(timeout(&["--node-timeout-ms", "9"], &[("T_NODE_TIMEOUT_MS", "7")]), Ok(9));
+        assert_eq!(timeout(&[], &[("T_NODE_TIMEOUT_MS", " "), ("T_NODE_TIMEOUT_SECS", "5")]), Ok(5000));
+    }
+
+    #[test]
+    fn an_alias_is_reported_by_its_canonical_name() {
+        let settings = read(&[], &[("T_NODE_TIMEOUT_SECS", "5")]).expect("a valid environment");
+        assert_eq!(settings.notes, ["T_NODE_TIMEOUT_SECS is an older name: use T_NODE_TIMEOUT_MS"]);
+    }
+
+    #[test]
+    fn a_bad_value_names_variable_value_and_what_is_allowed() {
+        let exit = read(&[], &[("T_NODE_TIMEOUT_MS", "soon")])
+            .and_then(|s| s.need("node-timeout-ms", number(1, 9)))
+            .expect_err("not a number");
+        assert_eq!(exit.code, EXIT_CONFIG);
+        assert_eq!(
+            exit.message,
+            "T_NODE_TIMEOUT_MS=\"soon\" is not usable: allowed is a whole number from 1 to 9"
+        );
+        let exit = read(&[], &[("T_TOKEN", "hunter2")])
+            .and_then(|s| s.secret("token", |_| Err::<(), _>("too short".into())))
+            .expect_err("refused");
+        assert!(!exit.message.contains("hunter2"), "{exit}");
+    }
+
+    #[test]
+    fn bare_booleans_help_and_trailing_words() {
+        let settings = read(&["--cloud", "--", "llama-server", "--port"], &[]).expect("a valid line");
+        assert_eq!(settings.need("cloud", boolean), Ok(true));
+        assert_eq!(settings.rest, ["llama-server", "--port"]);
+        assert_eq!(read(&["--help"], &[]).expect_err("help ends the program").code, 0);
+        assert_eq!(read(&["--nonsense"], &[]).expect_err("unknown flag").code, EXIT_USAGE);
+    }
+}

@@ -1,0 +1,104 @@
+//! A pool's status as `GET /v2/pools/{id}/status` tells it, by the node agent and by the control
+//! plane alike.
+
+use serde::{Deserialize, Serialize};
+
+use super::id::{PoolId, ReplicaId};
+use super::url::BaseUrl;
+
+/// State of one pool. The first six fields are what the oldest clients look for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolStatus {
+    /// The pool.
+    pub pool_id: PoolId,
+    /// At least one engine answers.
+    #[serde(default)]
+    pub live: bool,
+    /// At least one replica takes work.
+    #[serde(default)]
+    pub ready: bool,
+    /// Every replica is draining.
+    #[serde(default)]
+    pub draining: bool,
+    /// Requests that run through this node's relay.
+    #[serde(default)]
+    pub active_leases: u32,
+    /// Version of the first replica's engine.
+    #[serde(default)]
+    pub engine_version: Option<String>,
+    /// Kind of the first replica's engine.
+    #[serde(default)]
+    pub engine: Option<String>,
+    /// Slots of all replicas.
+    #[serde(default)]
+    pub slots_total: u32,
+    /// Free slots of all replicas.
+    #[serde(default)]
+    pub slots_free: u32,
+    /// GPUs of the first replica.
+    #[serde(default)]
+    pub device_mask: Option<String>,
+    /// GPU memory, 0 where unknown.
+    #[serde(default)]
+    pub vram_total_bytes: u64,
+    /// Free GPU memory, 0 where unknown.
+    #[serde(default)]
+    pub vram_free_bytes: u64,
+    /// Models that the ready replicas serve.
+    #[serde(default)]
+    pub models_available: Vec<String>,
+    /// The newest reason why a replica is not ready.
+    #[serde(default)]
+    pub last_error: Option<String>,
+    /// URL of the first replica, for clients that know only one a pool.
+    #[serde(default)]
+    pub url: Option<BaseUrl>,
+    /// Name of the first replica.
+    #[serde(default)]
+    pub replica_id: Option<ReplicaId>,
+    /// Every replica, by name.
+    #[serde(default)]
+    pub replicas: Vec<ReplicaStatus>,
+}
+
+/// State of one replica.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicaStatus {
+    /// Its name within the pool.
+    pub replica_id: ReplicaId,
+    /// Where its engine listens.
+    pub url: BaseUrl,
+    /// `found`, `probing`, `ready`, `suspect` or `draining`.
+    pub state: String,
+    /// Why it is in that state, for people.
+    pub reason: String,
+    /// Since when, in milliseconds since the Unix epoch.
+    pub since_ms: u64,
+    /// Takes work now.
+    pub ready: bool,
+    /// Takes no new work.
+    #[serde(default)]
+    pub draining: bool,
+    /// Requests that it serves at once.
+    pub slots_total: u32,
+    /// Of these, free.
+    pub slots_free: u32,
+    /// Changes when another engine process stands behind the same name.
+    #[serde(default)]
+    pub generation: u64,
+    /// Models that it serves.
+    #[serde(default)]
+    pub models: Vec<String>,
+    /// Kind of engine.
+    #[serde(default)]
+    pub engine: Option<String>,
+    /// Its version.
+    #[serde(default)]
+    pub engine_version: Option<String>,
+    /// GPUs that it uses.
+    #[serde(default)]
+    pub device_mask: Option<String>,
+    /// File that announced it.
+    #[serde(default)]
+    pub handoff_file: Option<String>,
+}
