@@ -208,7 +208,7 @@ mod tests {
             ("http://h:1/#f", "fragment"),
             ("http://h:0", "port 0"),
             ("http://h:", "not a number"),
-            ("http://h:99999", "does not parse"),
+            ("http://h:99999", "not a number"),
             ("http://:80", "no host"),
             ("http://h h/", "does not parse"),
         ] {
