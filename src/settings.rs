@@ -157,7 +157,7 @@ impl Settings {
             if let Some(text) = matches.remove_one::<String>(setting.flag) {
                 settings.put(setting.flag, text, format!("--{}", setting.flag));
             } else {
-                settings.from_environment(setting, &env)?;
+                settings.take_from_environment(setting, &env)?;
             }
         }
         Ok(settings)
@@ -212,7 +212,7 @@ impl Settings {
         self.values.insert(flag, Given { text, source });
     }
 
-    fn from_environment(
+    fn take_from_environment(
         &mut self,
         setting: &'static Setting,
         env: &impl Fn(&str) -> Option<OsString>,

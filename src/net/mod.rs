@@ -1,1 +1,486 @@
-//! Filled in below.
+//! HTTP over the reactor: accept, dial, keep, relay.
+//!
+//! ```text
+//!   client ── Server ──┐                        ┌── Exchange ── engine or peer
+//!   (server.rs)        ├── Net (this file) ─────┤   (upstream.rs, relay.rs)
+//!   NetEvent::Request ─┘                        └─ NetEvent::Finished
+//! ```
+//!
+//! The owner, a daemon's shell, takes [`NetEvent`]s and answers each [`NetEvent::Request`] in one of
+//! three ways: [`Net::respond`] with a whole response, [`Net::stream_begin`] and its kin for a
+//! response of its own making that comes piece by piece, or [`Net::start`] with the client as the
+//! sink, after which bytes move between the two sockets without the owner seeing them. An exchange may
+//! also collect a small answer for the owner (probes), or hand it the pieces (translation).
+//!
+//! Every exchange that was started ends with exactly one [`NetEvent::Finished`]. Nothing here decides
+//! where a request goes or what a failure means for an engine; that is the cores' business.
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::SocketAddr;
+
+use crate::http::head::RequestHead;
+use crate::http::server::{Request, Response};
+use crate::reactor::ready::ReadyList;
+use crate::reactor::token::{Kind, Token};
+use crate::reactor::{Edge, Registry, Waker};
+use crate::time::{DeadlineQueue, Mono, earliest};
+use crate::wire::url::BaseUrl;
+
+pub mod buffer;
+pub mod relay;
+pub mod resolve;
+mod server;
+mod upstream;
+
+use relay::Forward;
+use resolve::Resolver;
+use server::{ClientNext, Server};
+use upstream::Upstreams;
+
+/// Sizes and times; each has a default that suits both daemons.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Connections from clients at once; more are closed as they come.
+    pub clients_max: usize,
+    /// Largest request body, in bytes.
+    pub body_bytes_max: usize,
+    /// All request bodies together, in bytes; above it new ones are refused with 503.
+    pub bodies_bytes_max: usize,
+    /// A request, head and body, must have arrived after this long.
+    pub request_ms: u64,
+    /// A kept-alive connection without a request is closed after this long.
+    pub idle_ms: u64,
+    /// A client that takes no byte of its response for this long is closed.
+    pub write_stall_ms: u64,
+    /// Idle connections to an engine or peer are closed after this long; llama-server closes its side
+    /// after 5 s, and a request must never meet that close.
+    pub upstream_idle_ms: u64,
+    /// Idle connections kept for one address.
+    pub upstream_idle_max: usize,
+    /// Exchanges at once.
+    pub exchanges_max: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            clients_max: 16_384,
+            body_bytes_max: 64 << 20,
+            bodies_bytes_max: 256 << 20,
+            request_ms: 60_000,
+            idle_ms: 75_000,
+            write_stall_ms: 60_000,
+            upstream_idle_ms: 2_000,
+            upstream_idle_max: 512,
+            exchanges_max: 16_384,
+        }
+    }
+}
+
+/// How long the parts of an exchange may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// Until connected.
+    pub connect_ms: u64,
+    /// From the request's end to the response's first byte: a long prompt takes minutes.
+    pub first_byte_ms: u64,
+    /// Between two bytes of the response.
+    pub idle_ms: u64,
+}
+
+/// A request to an engine or a peer.
+#[derive(Debug)]
+pub struct Outbound {
+    /// Scheme, host, port and base path.
+    pub to: BaseUrl,
+    /// Method.
+    pub method: String,
+    /// Path and query below the base path.
+    pub target: String,
+    /// Fields, without `Host`, `Content-Length` and hop-by-hop ones.
+    pub fields: Vec<(String, Vec<u8>)>,
+    /// Body.
+    pub body: Vec<u8>,
+    /// Where the answer goes.
+    pub sink: Sink,
+    /// Time limits.
+    pub patience: Patience,
+}
+
+/// Where an answer goes.
+#[derive(Debug)]
+pub enum Sink {
+    /// To this client, as it comes. Statuses in `hold_back` end the exchange before a byte of the
+    /// answer is forwarded, so that another engine may be tried.
+    Client {
+        /// The client, whose request must be unanswered.
+        client: Token,
+        /// Statuses that are not forwarded.
+        hold_back: &'static [u16],
+        /// Fields to add to the answer.
+        fields: Vec<(&'static str, String)>,
+    },
+    /// Collected, up to this many bytes, and returned with [`NetEvent::Finished`].
+    Collect {
+        /// Larger answers are an error.
+        bytes_max: usize,
+    },
+    /// Handed to the owner as it comes, decoded, in [`NetEvent::Data`].
+    Owner,
+}
+
+/// What happened.
+#[derive(Debug)]
+pub enum NetEvent {
+    /// A client sent a request, which must be answered.
+    Request {
+        /// The client.
+        client: Token,
+        /// Its request.
+        request: Box<Request>,
+        /// Its address.
+        peer: SocketAddr,
+    },
+    /// A client left before its response was complete. Its exchange, if it had one, ends with
+    /// [`Outcome::ClientGone`] by itself.
+    ClientGone {
+        /// The client; it is dead already.
+        client: Token,
+    },
+    /// A streamed response drained below its low-water mark.
+    Drained {
+        /// The client.
+        client: Token,
+    },
+    /// The answer's head came.
+    Head {
+        /// The exchange.
+        exchange: Token,
+        /// Its status.
+        status: u16,
+    },
+    /// Part of an answer to [`Sink::Owner`].
+    Data {
+        /// The exchange.
+        exchange: Token,
+        /// Decoded bytes.
+        bytes: Vec<u8>,
+    },
+    /// The exchange is over.
+    Finished {
+        /// The exchange; it is dead already.
+        exchange: Token,
+        /// How it ended.
+        outcome: Outcome,
+        /// When what happened.
+        timing: Timing,
+    },
+}
+
+/// How an exchange ended.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The whole answer came; `body` holds it for [`Sink::Collect`].
+    Complete {
+        /// Status.
+        status: u16,
+        /// Collected body.
+        body: Vec<u8>,
+    },
+    /// The client left first.
+    ClientGone,
+    /// The owner called [`Net::cancel`].
+    Cancelled,
+    /// The engine or peer failed.
+    Failed(Fault),
+}
+
+/// How an engine or peer failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// What went wrong.
+    pub kind: FaultKind,
+    /// For people: what happened to what.
+    pub reason: String,
+    /// Whether a byte of the answer has reached the client: then nothing else can be tried, and the
+    /// client's connection has been dealt with.
+    pub answered: bool,
+    /// Whether a byte of the request may have reached the engine.
+    pub sent: bool,
+}
+
+/// Kinds of fault, as they differ in what may be done next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultKind {
+    /// No connection: refused, unreachable, no such name.
+    Connect,
+    /// No connection, no first byte or no next byte in time.
+    Timeout,
+    /// The connection broke.
+    Reset,
+    /// What came is not HTTP, or more than was allowed.
+    Protocol,
+    /// A status that was held back.
+    Status(u16),
+}
+
+/// Points in an exchange's life.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Timing {
+    /// [`Net::start`] was called.
+    pub started: Mono,
+    /// The first byte of the answer's body (of its head where there is none) arrived.
+    pub first_byte: Option<Mono>,
+    /// It ended.
+    pub ended: Mono,
+}
+
+/// Both sides and what is between them.
+#[derive(Debug)]
+pub struct Net {
+    registry: Registry,
+    ready: ReadyList,
+    timers: DeadlineQueue<Token>,
+    server: Server,
+    upstreams: Upstreams,
+    resolver: Resolver,
+    events: VecDeque<NetEvent>,
+    scratch: Vec<u8>,
+    limits: Limits,
+}
+
+/// Bytes read from a socket at once.
+const SCRATCH_BYTES: usize = 64 * 1024;
+
+impl Net {
+    /// No listeners, no connections.
+    #[must_use]
+    pub fn new(registry: Registry, waker: Waker, limits: Limits) -> Net {
+        Net {
+            registry,
+            ready: ReadyList::default(),
+            timers: DeadlineQueue::default(),
+            server: Server::new(),
+            upstreams: Upstreams::new(),
+            resolver: Resolver::new(waker),
+            events: VecDeque::new(),
+            scratch: vec![0; SCRATCH_BYTES],
+            limits,
+        }
+    }
+
+    /// Listens on `address`; port 0 takes a free one. Returns the bound address.
+    ///
+    /// # Errors
+    /// Address in use, no permission, no such address.
+    pub fn listen(&mut self, address: SocketAddr) -> io::Result<SocketAddr> {
+        self.server.listen(address, &self.registry)
+    }
+
+    /// Accepts no further connection; those that are open go on.
+    pub fn stop_listening(&mut self) {
+        self.server.stop_listening(&self.registry);
+    }
+
+    /// The reactor reported on one of this room's tokens.
+    pub fn on_edge(&mut self, token: Token, edge: Edge) {
+        let known = match token.kind() {
+            Kind::Listener => true,
+            Kind::Client => self.server.clients.get_mut(token).map(|c| c.stream.on_edge(edge)).is_some(),
+            Kind::Upstream => {
+                self.upstreams.connections.get_mut(token).map(|c| c.stream.on_edge(edge)).is_some()
+            }
+            _ => false,
+        };
+        if known {
+            self.ready.push(token);
+        }
+    }
+
+    /// Does what became possible: one round over the sessions that are ready, then over the timers.
+    pub fn turn(&mut self, now: Mono) {
+        self.take_resolved(now);
+        for _ in 0..self.ready.len() {
+            let Some(token) = self.ready.pop() else { break };
+            match token.kind() {
+                Kind::Listener => self.accept(now),
+                Kind::Client => self.client_ready(token, now),
+                Kind::Upstream => self.upstream_ready(token, now),
+                _ => {}
+            }
+        }
+        self.expire(now);
+    }
+
+    /// The next event, if there is one. Handle all before the loop waits again.
+    pub fn next_event(&mut self) -> Option<NetEvent> {
+        self.events.pop_front()
+    }
+
+    /// Whether sessions are ready, so that the loop must not block.
+    #[must_use]
+    pub fn busy(&self) -> bool {
+        !self.ready.is_empty()
+    }
+
+    /// When [`Net::turn`] must run at the latest.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Mono> {
+        earliest(self.timers.next(), self.server.accept_again_at())
+    }
+
+    /// Clients that are connected.
+    #[must_use]
+    pub fn clients(&self) -> usize {
+        self.server.clients.len()
+    }
+
+    /// Clients whose response is not complete.
+    #[must_use]
+    pub fn clients_waiting(&self) -> usize {
+        self.server.clients.iter().filter(|(_, client)| client.owed()).count()
+    }
+
+    /// Exchanges in flight.
+    #[must_use]
+    pub fn exchanges(&self) -> usize {
+        self.upstreams.exchanges.len()
+    }
+
+    /// Answers a request. Nothing happens if the client has left.
+    pub fn respond(&mut self, client: Token, response: &Response, now: Mono) {
+        let Some(session) = self.server.clients.get_mut(client) else { return };
+        session.respond(response);
+        self.client_flush(client, now);
+    }
+
+    /// Begins a response that comes piece by piece.
+    pub fn stream_begin(&mut self, client: Token, content_type: &str, fields: &[(&str, &str)], now: Mono) {
+        let Some(session) = self.server.clients.get_mut(client) else { return };
+        session.stream_begin(content_type, fields);
+        self.client_flush(client, now);
+    }
+
+    /// Sends a piece. Returns the bytes that wait for the client; above [`buffer::HIGH_WATER_BYTES`] the
+    /// owner should pause its source until [`NetEvent::Drained`].
+    pub fn stream_push(&mut self, client: Token, piece: &[u8], now: Mono) -> usize {
+        let Some(session) = self.server.clients.get_mut(client) else { return 0 };
+        session.stream_push(piece);
+        self.client_flush(client, now);
+        self.server.clients.get(client).map_or(0, |session| session.out.len())
+    }
+
+    /// Ends a streamed response.
+    pub fn stream_end(&mut self, client: Token, now: Mono) {
+        let Some(session) = self.server.clients.get_mut(client) else { return };
+        session.stream_end();
+        self.client_flush(client, now);
+    }
+
+    /// The correlation id of the request that a client waits on.
+    #[must_use]
+    pub fn correlation(&self, client: Token) -> Option<&str> {
+        self.server.clients.get(client).map(|session| session.correlation.as_str())
+    }
+
+    /// Starts an exchange. It ends with [`NetEvent::Finished`], also when it fails at once.
+    pub fn start(&mut self, outbound: Outbound, now: Mono) -> Token {
+        let forward = match &outbound.sink {
+            Sink::Client { client, hold_back, fields } => {
+                self.server.clients.get_mut(*client).map(|session| {
+                    let mut fields = fields.clone();
+                    fields.extend(session.echo());
+                    Forward { to: session.answer_to(), hold_back, fields }
+                })
+            }
+            Sink::Collect { .. } | Sink::Owner => None,
+        };
+        let client = match outbound.sink {
+            Sink::Client { client, .. } => Some(client),
+            _ => None,
+        };
+        let exchange = self.upstreams.begin(outbound, forward, now);
+        if let Some(session) = client.and_then(|client| self.server.clients.get_mut(client)) {
+            session.next = ClientNext::Relay(exchange);
+        } else if client.is_some() {
+            self.finish_exchange(exchange, Outcome::ClientGone, now);
+            return exchange;
+        }
+        if self.upstreams.exchanges.len() > self.limits.exchanges_max {
+            self.fail_exchange(exchange, FaultKind::Connect, "too many exchanges at once", now);
+        } else {
+            self.dial(exchange, now);
+        }
+        exchange
+    }
+
+    /// Ends an exchange at the owner's wish; its client, if it has one, is still owed an answer.
+    pub fn cancel(&mut self, exchange: Token, now: Mono) {
+        if let Some(client) = self.upstreams.client_of(exchange)
+            && let Some(session) = self.server.clients.get_mut(client)
+            && session.next == ClientNext::Relay(exchange)
+        {
+            session.next = ClientNext::Owner;
+        }
+        self.finish_exchange(exchange, Outcome::Cancelled, now);
+    }
+
+    /// Stops or resumes reading an exchange whose pieces go to the owner.
+    pub fn pause(&mut self, exchange: Token, paused: bool) {
+        if let Some(connection) = self.upstreams.pause(exchange, paused)
+            && !paused
+        {
+            self.ready.push(connection);
+        }
+    }
+
+    fn expire(&mut self, now: Mono) {
+        if self.server.accept_again_at().is_some_and(|at| at <= now) {
+            self.accept(now);
+        }
+        while let Some(entry) = self.timers.pop_due(now) {
+            let token = entry.1;
+            let deadline = match token.kind() {
+                Kind::Client => self.server.clients.get_mut(token).map(|client| &mut client.deadline),
+                Kind::Upstream => self.upstreams.connections.get_mut(token).map(|c| &mut c.deadline),
+                Kind::Exchange => self.upstreams.exchanges.get_mut(token).map(|e| &mut e.deadline),
+                _ => None,
+            };
+            if deadline.is_none_or(|deadline| !self.timers.confirm(entry, deadline, now)) {
+                continue;
+            }
+            match token.kind() {
+                Kind::Client => self.client_expired(token, now),
+                Kind::Upstream => self.close_connection(token),
+                _ => self.exchange_expired(token, now),
+            }
+        }
+    }
+}
+
+/// The fields of a client's request that may go to an engine: nothing hop by hop, no credentials of
+/// ours, nothing that the client cannot vouch for.
+pub fn forwardable(head: &RequestHead) -> Vec<(String, Vec<u8>)> {
+    // `x-conversation-id` makes llama-server go on after its client has left.
+    const NOT_FORWARDED: [&str; 8] = [
+        "host",
+        "content-length",
+        "expect",
+        "authorization",
+        "x-conversation-id",
+        "x-forwarded-for",
+        "x-forwarded-host",
+        "forwarded",
+    ];
+    let connection = head.fields.get("connection");
+    head.fields
+        .iter()
+        .filter(|(name, _)| {
+            !crate::http::head::is_hop_by_hop(name, connection)
+                && !NOT_FORWARDED.iter().any(|known| name.eq_ignore_ascii_case(known))
+                && !name.get(..9).is_some_and(|start| start.eq_ignore_ascii_case("x-llorch-"))
+        })
+        .map(|(name, value)| (name.to_string(), value.to_vec()))
+        .collect()
+}

@@ -1,1 +1,112 @@
-//! Filled in below.
+//! The event loop's mechanism, and the only room that names mio.
+//!
+//! The mental model: the kernel tells *edges* ("became readable"), a program with a fairness budget
+//! needs *levels* ("still readable"). [`ready`] remembers; [`stream`] reads and writes through that
+//! memory. Everything else here is a source of edges: a directory ([`dirwatch`]), signals
+//! ([`signal`]), helper threads that finished something ([`offload`]).
+//!
+//! A turn of a daemon's loop: [`Reactor::wait`] until an event or a deadline, one clock sample, then
+//! everything that became possible at that one time.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::time::{Mono, Now, Wall};
+
+pub mod dirwatch;
+pub mod offload;
+pub mod ready;
+pub mod signal;
+pub mod stream;
+pub mod token;
+
+pub use mio::Registry;
+use token::Token;
+
+/// Events taken from the kernel in one turn. More wait for the next one.
+const EVENTS_PER_TURN: usize = 512;
+
+/// Wakes a loop from a helper thread.
+pub type Waker = Arc<mio::Waker>;
+
+/// What a source became.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Edge {
+    /// Bytes, connections or an end of file can be read.
+    pub readable: bool,
+    /// Bytes can be written, or a connect has ended.
+    pub writable: bool,
+    /// The peer has closed its side, or the connection is broken: reading will reach the end.
+    pub hangup: bool,
+}
+
+/// The poll and its events.
+#[derive(Debug)]
+pub struct Reactor {
+    poll: mio::Poll,
+    events: mio::Events,
+}
+
+impl Reactor {
+    /// A reactor without sources.
+    ///
+    /// # Errors
+    /// Where the kernel gives no epoll descriptor.
+    pub fn new() -> io::Result<Reactor> {
+        Ok(Reactor { poll: mio::Poll::new()?, events: mio::Events::with_capacity(EVENTS_PER_TURN) })
+    }
+
+    /// Where sources register.
+    ///
+    /// # Errors
+    /// Where the descriptor cannot be duplicated.
+    pub fn registry(&self) -> io::Result<Registry> {
+        self.poll.registry().try_clone()
+    }
+
+    /// A waker whose events carry `token`.
+    ///
+    /// # Errors
+    /// Where the kernel gives no eventfd.
+    pub fn waker(&self, token: Token) -> io::Result<Waker> {
+        Ok(Arc::new(mio::Waker::new(self.poll.registry(), token.into())?))
+    }
+
+    /// Blocks until an event or `deadline`, or not at all if `busy`; then samples the clocks.
+    ///
+    /// # Errors
+    /// A failing poll, interruption excepted.
+    pub fn wait(&mut self, deadline: Option<Mono>, busy: bool) -> io::Result<Now> {
+        let timeout = match (busy, deadline) {
+            (true, _) => Some(Duration::ZERO),
+            (false, None) => None,
+            // mio rounds up to whole milliseconds, so the loop never wakes just before a deadline.
+            (false, Some(at)) => Some(Duration::from_nanos(at.ns_since(now().mono))),
+        };
+        match self.poll.poll(&mut self.events, timeout) {
+            Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
+            _ => Ok(now()),
+        }
+    }
+
+    /// The events of the last [`Reactor::wait`].
+    pub fn events(&self) -> impl Iterator<Item = (Token, Edge)> + '_ {
+        self.events.iter().map(|event| {
+            let hangup = event.is_read_closed() || event.is_error();
+            let edge =
+                Edge { readable: event.is_readable() || hangup, writable: event.is_writable(), hangup };
+            (Token::from(event.token()), edge)
+        })
+    }
+}
+
+/// Samples both clocks. Called once a turn by [`Reactor::wait`], and by programs without a loop.
+#[must_use]
+pub fn now() -> Now {
+    let ns = |id| {
+        let at = rustix::time::clock_gettime(id);
+        u64::try_from(at.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(at.tv_nsec).unwrap_or(0)
+    };
+    Now { mono: Mono(ns(rustix::time::ClockId::Monotonic)), wall: Wall(ns(rustix::time::ClockId::Realtime)) }
+}

@@ -1,0 +1,437 @@
+//! Message heads: request line or status line, fields, and what they say about the body and the
+//! connection.
+//!
+//! A parsed head owns one copy of its bytes and a table of ranges into it, so names keep their case,
+//! and order and duplicates survive to be forwarded. Everything that decides framing is settled
+//! here, once: whoever holds a [`RequestHead`] or [`ResponseHead`] can trust its [`Framing`].
+
+use std::fmt;
+use std::ops::Range;
+
+use memchr::{memchr_iter, memmem};
+
+/// Largest head, line ends included, in bytes. nginx and HAProxy allow 8 to 32 KiB.
+pub const HEAD_BYTES_MAX: usize = 32 * 1024;
+/// Most fields in a head.
+pub const FIELDS_MAX: usize = 96;
+
+/// How a body is delimited.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Framing {
+    /// There is none.
+    Empty,
+    /// This many bytes.
+    Length(u64),
+    /// Chunked transfer coding.
+    Chunked,
+    /// Everything until the peer closes; responses only.
+    UntilClose,
+}
+
+/// HTTP/1.0 or HTTP/1.1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Version {
+    /// No chunked coding, closes by default.
+    Http10,
+    /// Keeps the connection by default.
+    Http11,
+}
+
+/// Why bytes are no acceptable head, with the status that says so to a client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BadMessage {
+    /// 4xx or 5xx; the connection is closed after it.
+    pub status: u16,
+    /// For the error body and the log; never repeats what the peer sent.
+    pub reason: &'static str,
+}
+
+impl fmt::Display for BadMessage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.reason)
+    }
+}
+
+const fn bad(reason: &'static str) -> BadMessage {
+    BadMessage { status: 400, reason }
+}
+
+/// The fields of a head, in order.
+#[derive(Clone, Default)]
+pub struct Fields {
+    bytes: Vec<u8>,
+    ranges: Vec<[u32; 4]>,
+}
+
+impl Fields {
+    /// Name and value of every field as sent; values without surrounding blanks.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &[u8])> {
+        self.ranges.iter().map(|range| (self.name_at(*range), self.value_at(*range)))
+    }
+
+    /// The first field of this name (any case), if its value is text.
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.iter()
+            .find(|(n, _)| n.eq_ignore_ascii_case(name))
+            .and_then(|(_, value)| std::str::from_utf8(value).ok())
+    }
+
+    /// How many fields have this name (any case).
+    #[must_use]
+    pub fn count(&self, name: &str) -> usize {
+        self.iter().filter(|(n, _)| n.eq_ignore_ascii_case(name)).count()
+    }
+
+    fn name_at(&self, [start, end, ..]: [u32; 4]) -> &str {
+        // httparse admits only token characters here, which are ASCII.
+        std::str::from_utf8(&self.bytes[start as usize..end as usize]).unwrap_or_default()
+    }
+
+    fn value_at(&self, [.., start, end]: [u32; 4]) -> &[u8] {
+        &self.bytes[start as usize..end as usize]
+    }
+}
+
+impl fmt::Debug for Fields {
+    /// Names only: values may be secrets.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.iter().map(|(name, _)| name)).finish()
+    }
+}
+
+/// A request's head.
+#[derive(Clone, Debug)]
+pub struct RequestHead {
+    method: Range<u32>,
+    target: Range<u32>,
+    /// Protocol version.
+    pub version: Version,
+    /// How the body is delimited.
+    pub framing: Framing,
+    /// Whether the connection may serve another request.
+    pub keep_alive: bool,
+    /// The client waits for `100 Continue`.
+    pub expects_continue: bool,
+    /// All fields.
+    pub fields: Fields,
+}
+
+impl RequestHead {
+    /// The method, as sent.
+    #[must_use]
+    pub fn method(&self) -> &str {
+        self.text(&self.method)
+    }
+
+    /// Path and query, as sent.
+    #[must_use]
+    pub fn target(&self) -> &str {
+        self.text(&self.target)
+    }
+
+    /// The target without its query.
+    #[must_use]
+    pub fn path(&self) -> &str {
+        self.target().split('?').next().unwrap_or_default()
+    }
+
+    /// The value of a query parameter, undecoded; empty for a bare name.
+    #[must_use]
+    pub fn query(&self, name: &str) -> Option<&str> {
+        let (_, query) = self.target().split_once('?')?;
+        query.split('&').find_map(|pair| match pair.split_once('=') {
+            Some((n, value)) if n == name => Some(value),
+            None if pair == name => Some(""),
+            _ => None,
+        })
+    }
+
+    fn text(&self, range: &Range<u32>) -> &str {
+        std::str::from_utf8(&self.fields.bytes[range.start as usize..range.end as usize]).unwrap_or_default()
+    }
+}
+
+/// A response's head.
+#[derive(Clone, Debug)]
+pub struct ResponseHead {
+    /// Status code, 100 to 999.
+    pub status: u16,
+    /// Protocol version.
+    pub version: Version,
+    /// How the body is delimited.
+    pub framing: Framing,
+    /// Whether the connection may serve another request once the body has ended.
+    pub keep_alive: bool,
+    /// All fields.
+    pub fields: Fields,
+}
+
+impl ResponseHead {
+    /// Whether the body is a server-sent event stream.
+    #[must_use]
+    pub fn is_event_stream(&self) -> bool {
+        self.fields.get("content-type").is_some_and(|value| {
+            value.get(..17).is_some_and(|start| start.eq_ignore_ascii_case("text/event-stream"))
+        })
+    }
+}
+
+/// Length of the head at the start of `bytes`, its empty line included. `scanned` carries how far
+/// earlier calls looked, so that a head that drips in is not searched from its start every time.
+///
+/// # Errors
+/// 431 when [`HEAD_BYTES_MAX`] is passed without an end.
+pub fn head_length(bytes: &[u8], scanned: &mut usize) -> Result<Option<usize>, BadMessage> {
+    let from = scanned.saturating_sub(3).min(bytes.len());
+    let window = &bytes[from..bytes.len().min(HEAD_BYTES_MAX)];
+    if let Some(at) = memmem::find(window, b"\r\n\r\n") {
+        *scanned = 0;
+        return Ok(Some(from + at + 4));
+    }
+    if bytes.len() >= HEAD_BYTES_MAX {
+        return Err(BadMessage { status: 431, reason: "the request head is larger than 32 KiB" });
+    }
+    // Without this a client that ends its lines with bare LF would wait for an answer for ever.
+    if memmem::find(window, b"\n\n").is_some() {
+        return Err(bad("lines must end with CR LF"));
+    }
+    *scanned = bytes.len();
+    Ok(None)
+}
+
+/// Parses a request head; `bytes` is exactly the head, as [`head_length`] measured it.
+///
+/// # Errors
+/// [`BadMessage`]: 400 for bytes that break or bend the grammar, 417 for an unknown expectation, 431
+/// for too many fields, 501 for methods that a gateway must not take, 505 for another version.
+pub fn parse_request(bytes: &[u8]) -> Result<RequestHead, BadMessage> {
+    only_crlf(bytes)?;
+    let mut slots = [httparse::EMPTY_HEADER; FIELDS_MAX];
+    let mut parsed = httparse::Request::new(&mut slots);
+    match parsed.parse(bytes) {
+        Ok(httparse::Status::Complete(length)) if length == bytes.len() => {}
+        Ok(_) => return Err(bad("the request line or a field is malformed")),
+        Err(error) => return Err(explain(error)),
+    }
+    let version = version(parsed.version)?;
+    let (method, target) = (parsed.method.unwrap_or_default(), parsed.path.unwrap_or_default());
+    if matches!(method, "CONNECT" | "TRACE") {
+        return Err(BadMessage { status: 501, reason: "this method is not served" });
+    }
+    let asterisk = method == "OPTIONS" && target == "*";
+    if !(target.starts_with('/') || asterisk) || !target.bytes().all(|b| b.is_ascii_graphic() && b != b'#') {
+        return Err(bad("the target must be a path"));
+    }
+    let facts = Facts::gather(parsed.headers)?;
+    facts.check_host(version)?;
+    let framing = match (facts.chunked, facts.length) {
+        (true, Some(_)) => return Err(bad("Content-Length beside Transfer-Encoding")),
+        (true, None) if version == Version::Http10 => return Err(bad("Transfer-Encoding in HTTP/1.0")),
+        (true, None) => Framing::Chunked,
+        (false, Some(0) | None) => Framing::Empty,
+        (false, Some(length)) => Framing::Length(length),
+    };
+    let expects_continue = match facts.expect {
+        None => false,
+        Some(value) if value.eq_ignore_ascii_case(b"100-continue") => version == Version::Http11,
+        Some(_) => return Err(BadMessage { status: 417, reason: "only 100-continue can be expected" }),
+    };
+    Ok(RequestHead {
+        method: range_in(bytes, method.as_bytes()),
+        target: range_in(bytes, target.as_bytes()),
+        version,
+        framing,
+        keep_alive: facts.keep_alive(version),
+        expects_continue: expects_continue && framing != Framing::Empty,
+        fields: facts.into_fields(bytes),
+    })
+}
+
+/// Parses a response head; `to_head` says that it answers a HEAD request, which has no body
+/// whatever its fields say.
+///
+/// # Errors
+/// [`BadMessage`] with status 502: the peer is not to be believed.
+pub fn parse_response(bytes: &[u8], to_head: bool) -> Result<ResponseHead, BadMessage> {
+    let upstream = |error: BadMessage| BadMessage { status: 502, ..error };
+    only_crlf(bytes).map_err(upstream)?;
+    let mut slots = [httparse::EMPTY_HEADER; FIELDS_MAX];
+    let mut parsed = httparse::Response::new(&mut slots);
+    match parsed.parse(bytes) {
+        Ok(httparse::Status::Complete(length)) if length == bytes.len() => {}
+        Ok(_) => return Err(upstream(bad("the status line or a field is malformed"))),
+        Err(error) => return Err(upstream(explain(error))),
+    }
+    let version = version(parsed.version).map_err(upstream)?;
+    let status = parsed.code.unwrap_or_default();
+    if !(100..=999).contains(&status) {
+        return Err(upstream(bad("the status is not a status code")));
+    }
+    let facts = Facts::gather(parsed.headers).map_err(upstream)?;
+    let framing = match (facts.chunked, facts.length) {
+        _ if to_head || status < 200 || status == 204 || status == 304 => Framing::Empty,
+        (true, Some(_)) => return Err(upstream(bad("Content-Length beside Transfer-Encoding"))),
+        (true, None) => Framing::Chunked,
+        (false, Some(0)) => Framing::Empty,
+        (false, Some(length)) => Framing::Length(length),
+        (false, None) => Framing::UntilClose,
+    };
+    Ok(ResponseHead {
+        status,
+        version,
+        framing,
+        keep_alive: facts.keep_alive(version) && framing != Framing::UntilClose,
+        fields: facts.into_fields(bytes),
+    })
+}
+
+/// Fields that concern one connection only (RFC 9110, 7.6.1) and are never forwarded.
+/// `connection` is the `Connection` field's value, which may name more.
+#[must_use]
+pub fn is_hop_by_hop(name: &str, connection: Option<&str>) -> bool {
+    const ALWAYS: [&str; 9] = [
+        "connection",
+        "keep-alive",
+        "proxy-connection",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    ];
+    ALWAYS.iter().any(|known| name.eq_ignore_ascii_case(known))
+        || connection.is_some_and(|list| list.split(',').any(|token| token.trim().eq_ignore_ascii_case(name)))
+}
+
+fn only_crlf(bytes: &[u8]) -> Result<(), BadMessage> {
+    let lf_alone = memchr_iter(b'\n', bytes).any(|at| at == 0 || bytes[at - 1] != b'\r');
+    let cr_alone = memchr_iter(b'\r', bytes).any(|at| bytes.get(at + 1) != Some(&b'\n'));
+    if lf_alone || cr_alone { Err(bad("lines must end with CR LF")) } else { Ok(()) }
+}
+
+fn explain(error: httparse::Error) -> BadMessage {
+    match error {
+        httparse::Error::TooManyHeaders => BadMessage { status: 431, reason: "more than 96 fields" },
+        httparse::Error::Version => {
+            BadMessage { status: 505, reason: "only HTTP/1.0 and HTTP/1.1 are served" }
+        }
+        httparse::Error::HeaderName => bad("a field name is malformed"),
+        httparse::Error::HeaderValue => bad("a field value is malformed"),
+        _ => bad("the request line or a field is malformed"),
+    }
+}
+
+fn version(minor: Option<u8>) -> Result<Version, BadMessage> {
+    match minor {
+        Some(0) => Ok(Version::Http10),
+        Some(1) => Ok(Version::Http11),
+        _ => Err(BadMessage { status: 505, reason: "only HTTP/1.0 and HTTP/1.1 are served" }),
+    }
+}
+
+fn range_in(whole: &[u8], part: &[u8]) -> Range<u32> {
+    let start = part.as_ptr() as usize - whole.as_ptr() as usize;
+    start as u32..(start + part.len()) as u32
+}
+
+/// What the fields say about framing and connection, gathered in one pass.
+struct Facts<'h, 'b> {
+    headers: &'h [httparse::Header<'b>],
+    length: Option<u64>,
+    chunked: bool,
+    close: bool,
+    keep: bool,
+    hosts: usize,
+    host_good: bool,
+    expect: Option<&'b [u8]>,
+}
+
+impl<'h, 'b> Facts<'h, 'b> {
+    fn gather(headers: &'h [httparse::Header<'b>]) -> Result<Self, BadMessage> {
+        let mut facts = Facts {
+            headers,
+            length: None,
+            chunked: false,
+            close: false,
+            keep: false,
+            hosts: 0,
+            host_good: false,
+            expect: None,
+        };
+        for header in headers {
+            // The few names that matter differ in length, which rules most fields out cheaply.
+            match header.name.len() {
+                4 if header.name.eq_ignore_ascii_case("host") => {
+                    facts.hosts += 1;
+                    facts.host_good = good_host(header.value);
+                }
+                6 if header.name.eq_ignore_ascii_case("expect") => facts.expect = Some(header.value),
+                10 if header.name.eq_ignore_ascii_case("connection") => {
+                    for token in header.value.split(|b| *b == b',') {
+                        facts.close |= token.trim_ascii().eq_ignore_ascii_case(b"close");
+                        facts.keep |= token.trim_ascii().eq_ignore_ascii_case(b"keep-alive");
+                    }
+                }
+                14 if header.name.eq_ignore_ascii_case("content-length") => {
+                    if facts.length.is_some() {
+                        return Err(bad("two Content-Length fields"));
+                    }
+                    facts.length = Some(content_length(header.value)?);
+                }
+                17 if header.name.eq_ignore_ascii_case("transfer-encoding") => {
+                    if facts.chunked || !header.value.eq_ignore_ascii_case(b"chunked") {
+                        return Err(bad("the only Transfer-Encoding served is chunked"));
+                    }
+                    facts.chunked = true;
+                }
+                _ => {}
+            }
+        }
+        Ok(facts)
+    }
+
+    fn check_host(&self, version: Version) -> Result<(), BadMessage> {
+        match self.hosts {
+            0 if version == Version::Http10 => Ok(()),
+            0 => Err(bad("the Host field is missing")),
+            1 if self.host_good => Ok(()),
+            1 => Err(bad("the Host field is malformed")),
+            _ => Err(bad("two Host fields")),
+        }
+    }
+
+    fn keep_alive(&self, version: Version) -> bool {
+        !self.close && (version == Version::Http11 || self.keep)
+    }
+
+    fn into_fields(self, bytes: &[u8]) -> Fields {
+        let ranges = self.headers.iter().map(|header| {
+            let (name, value) =
+                (range_in(bytes, header.name.as_bytes()), range_in_or_empty(bytes, header.value));
+            [name.start, name.end, value.start, value.end]
+        });
+        Fields { ranges: ranges.collect(), bytes: bytes.to_vec() }
+    }
+}
+
+fn range_in_or_empty(whole: &[u8], part: &[u8]) -> Range<u32> {
+    // An empty value may be a constant that lies outside of `whole`.
+    if part.is_empty() { 0..0 } else { range_in(whole, part) }
+}
+
+fn good_host(value: &[u8]) -> bool {
+    !value.is_empty()
+        && value
+            .iter()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_' | b':' | b'[' | b']'))
+}
+
+fn content_length(value: &[u8]) -> Result<u64, BadMessage> {
+    // 18 digits stay far below u64::MAX, so the sum cannot overflow.
+    if value.is_empty() || value.len() > 18 || !value.iter().all(u8::is_ascii_digit) {
+        return Err(bad("Content-Length is not a number"));
+    }
+    Ok(value.iter().fold(0, |length, digit| length * 10 + u64::from(digit - b'0')))
+}

@@ -1,0 +1,240 @@
+//! The pure core of an exchange's answer: bytes of an engine in, bytes for the client (or the owner)
+//! out, and what that means.
+//!
+//! An engine's body is forwarded as it came, chunk framing included, so nothing is copied twice and no
+//! byte changes; the framing is followed all the same, because its end is the answer's end. Where the
+//! client cannot take that framing (HTTP/1.0, or an engine that delimits by closing) it is changed,
+//! never the data. After a failure in the middle of a stream the client must notice: an error event if
+//! one fits between two events, otherwise a connection that ends without its framing's end.
+
+use crate::http::client::ResponseReader;
+use crate::http::head::{BadMessage, Framing, ResponseHead, Version, is_hop_by_hop};
+use crate::http::server::{AnswerTo, LAST_CHUNK, begin_head, encode_chunk, push_connection, push_field};
+use crate::http::sse::Tail;
+
+/// How to forward an answer to a client.
+#[derive(Debug)]
+pub struct Forward {
+    /// What the client's request asked of an answer.
+    pub to: AnswerTo,
+    /// Statuses that are not forwarded.
+    pub hold_back: &'static [u16],
+    /// Fields to add.
+    pub fields: Vec<(&'static str, String)>,
+}
+
+/// What some input led to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// More of the answer is to come.
+    More,
+    /// The answer is complete. Any bytes behind it make the connection unusable.
+    Complete,
+    /// The status is one of those to hold back; nothing was put out.
+    HeldBack(u16),
+}
+
+/// How the client's framing relates to the engine's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Body {
+    /// The same bytes.
+    Same,
+    /// Data put into chunks of our own.
+    Rechunked,
+    /// Data alone: for the owner, and for clients that know no chunks.
+    Data,
+}
+
+/// One answer on its way.
+#[derive(Debug)]
+pub struct Relay {
+    reader: ResponseReader,
+    forward: Option<Forward>,
+    /// Part of a head that has not ended yet.
+    held: Vec<u8>,
+    head: Option<Answer>,
+}
+
+#[derive(Debug)]
+struct Answer {
+    status: u16,
+    upstream_keeps_alive: bool,
+    client_keeps_alive: bool,
+    body: Body,
+    events: Option<Tail>,
+}
+
+impl Relay {
+    /// A relay for the answer to a request with `method`; without `forward` the decoded body is put
+    /// out alone.
+    #[must_use]
+    pub fn new(method: &str, forward: Option<Forward>) -> Relay {
+        Relay { reader: ResponseReader::new(method == "HEAD"), forward, held: Vec::new(), head: None }
+    }
+
+    /// The status, once the head is known.
+    #[must_use]
+    pub fn status(&self) -> Option<u16> {
+        self.head.as_ref().map(|answer| answer.status)
+    }
+
+    /// Whether the client's connection may serve another request after the answer.
+    #[must_use]
+    pub fn client_keeps_alive(&self) -> bool {
+        self.head.as_ref().is_some_and(|answer| answer.client_keeps_alive)
+    }
+
+    /// Whether the engine's connection may serve another request after the answer.
+    #[must_use]
+    pub fn upstream_keeps_alive(&self) -> bool {
+        self.head.as_ref().is_some_and(|answer| answer.upstream_keeps_alive)
+    }
+
+    /// Takes bytes of the engine and puts out what they become.
+    ///
+    /// # Errors
+    /// [`BadMessage`]: the engine is not to be believed any further.
+    pub fn received(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<Step, BadMessage> {
+        if self.head.is_some() {
+            return self.body(input, out);
+        }
+        // Mostly the whole head comes at once and needs no copy.
+        if self.held.is_empty() {
+            let (used, head) = self.reader.head(input)?;
+            let Some(head) = head else {
+                self.held.extend_from_slice(&input[used..]);
+                return Ok(Step::More);
+            };
+            return self.begin(&head, &input[used..], out);
+        }
+        self.held.extend_from_slice(input);
+        let held = std::mem::take(&mut self.held);
+        let (used, head) = self.reader.head(&held)?;
+        match head {
+            Some(head) => self.begin(&head, &held[used..], out),
+            None => {
+                self.held = held[used..].to_vec();
+                Ok(Step::More)
+            }
+        }
+    }
+
+    /// The engine closed.
+    ///
+    /// # Errors
+    /// [`BadMessage`] if the answer had not ended.
+    pub fn closed(&mut self, out: &mut Vec<u8>) -> Result<(), BadMessage> {
+        let ended = self.reader.body().is_some_and(|body| body.close());
+        let Some(answer) = self.head.as_ref().filter(|_| ended) else {
+            return Err(BadMessage { status: 502, reason: "the connection closed before the answer's end" });
+        };
+        if answer.body == Body::Rechunked {
+            out.extend_from_slice(LAST_CHUNK);
+        }
+        Ok(())
+    }
+
+    /// The engine failed after its head was forwarded. Puts out an error event where one fits; the
+    /// client's connection must be closed behind it either way.
+    pub fn failed(&mut self, message: &str, out: &mut Vec<u8>) {
+        let between_chunks = self.reader.body().is_some_and(|body| body.between_chunks());
+        let Some(answer) = &self.head else { return };
+        let Some(tail) = &answer.events else { return };
+        if !tail.between_events() {
+            return;
+        }
+        let error = serde_json::json!({"error": {
+            "message": message, "type": "upstream_error", "param": null, "code": "upstream_error",
+        }});
+        let event = format!("data: {error}\n\n");
+        match answer.body {
+            Body::Same if between_chunks => {
+                encode_chunk(out, event.as_bytes());
+                out.extend_from_slice(LAST_CHUNK);
+            }
+            Body::Rechunked => {
+                encode_chunk(out, event.as_bytes());
+                out.extend_from_slice(LAST_CHUNK);
+            }
+            Body::Data => out.extend_from_slice(event.as_bytes()),
+            Body::Same => {}
+        }
+    }
+
+    fn begin(&mut self, head: &ResponseHead, rest: &[u8], out: &mut Vec<u8>) -> Result<Step, BadMessage> {
+        let mut answer = Answer {
+            status: head.status,
+            upstream_keeps_alive: head.keep_alive,
+            client_keeps_alive: false,
+            body: Body::Data,
+            events: head.is_event_stream().then(Tail::default),
+        };
+        if let Some(forward) = &self.forward {
+            if forward.hold_back.contains(&head.status) {
+                return Ok(Step::HeldBack(head.status));
+            }
+            answer.body = match (head.framing, forward.to.version) {
+                (Framing::Empty | Framing::Length(_), _) | (Framing::Chunked, Version::Http11) => Body::Same,
+                (Framing::UntilClose, Version::Http11) => Body::Rechunked,
+                (_, Version::Http10) => Body::Data,
+            };
+            answer.client_keeps_alive = forward.to.keep_alive && answer.body != Body::Data;
+            encode_forwarded_head(head, answer.body, answer.client_keeps_alive, forward, out);
+        }
+        self.head = Some(answer);
+        self.body(rest, out)
+    }
+
+    fn body(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<Step, BadMessage> {
+        let (Some(answer), Some(decoder)) = (&mut self.head, self.reader.body()) else {
+            return Ok(Step::More);
+        };
+        let mut rest = input;
+        while !rest.is_empty() && !decoder.finished() {
+            let piece = decoder.next(rest).map_err(|error| BadMessage { status: 502, ..error })?;
+            let data = &rest[piece.data];
+            match answer.body {
+                Body::Same => out.extend_from_slice(&rest[..piece.consumed]),
+                Body::Rechunked => encode_chunk(out, data),
+                Body::Data => out.extend_from_slice(data),
+            }
+            if let Some(tail) = &mut answer.events {
+                tail.passed(data);
+            }
+            rest = &rest[piece.consumed..];
+        }
+        if !decoder.finished() {
+            return Ok(Step::More);
+        }
+        answer.upstream_keeps_alive &= rest.is_empty();
+        Ok(Step::Complete)
+    }
+}
+
+fn encode_forwarded_head(
+    head: &ResponseHead,
+    body: Body,
+    keep_alive: bool,
+    forward: &Forward,
+    out: &mut Vec<u8>,
+) {
+    begin_head(out, head.status);
+    let connection = head.fields.get("connection");
+    for (name, value) in head.fields.iter() {
+        let replaced = forward.fields.iter().any(|(own, _)| name.eq_ignore_ascii_case(own));
+        if !is_hop_by_hop(name, connection) && !replaced {
+            push_field(out, name, value);
+        }
+    }
+    if body == Body::Rechunked || head.framing == Framing::Chunked && body == Body::Same {
+        push_field(out, "Transfer-Encoding", b"chunked");
+    }
+    if head.is_event_stream() && head.fields.get("x-accel-buffering").is_none() {
+        push_field(out, "X-Accel-Buffering", b"no");
+    }
+    for (name, value) in &forward.fields {
+        push_field(out, name, value.as_bytes());
+    }
+    push_connection(out, AnswerTo { keep_alive, ..forward.to });
+    out.extend_from_slice(b"\r\n");
+}

@@ -1,0 +1,443 @@
+//! The clients' side: accept, read whole requests, write answers.
+//!
+//! A client is always in one of the states of [`ClientNext`], which says who acts next. It is read
+//! while it has no request outstanding; otherwise only as far as needed to notice that it left.
+
+use std::io;
+use std::net::SocketAddr;
+
+use crate::http::head::BadMessage;
+use crate::http::server::{
+    AnswerTo, CONTINUE, LAST_CHUNK, Progress, RequestReader, Response, encode_chunk, encode_response,
+    encode_stream_head,
+};
+use crate::reactor::Registry;
+use crate::reactor::ready::TURN_BUDGET_BYTES;
+use crate::reactor::stream::{Listener, ReadResult, Stream};
+use crate::reactor::token::{Kind, Table, Token};
+use crate::time::{Deadline, Mono};
+
+use super::buffer::{HIGH_WATER_BYTES, LOW_WATER_BYTES, OutBuffer};
+use super::{Net, NetEvent, Outcome};
+
+/// Connections accepted in one turn; more wait for the next.
+const ACCEPTS_PER_TURN: usize = 64;
+/// Pause after the process ran out of descriptors: accepting at once again would spin.
+const ACCEPT_PAUSE_MS: u64 = 250;
+/// Bytes kept of what a client sends while its response is owed; beyond them it is not read.
+const PIPELINED_BYTES_MAX: usize = 64 * 1024;
+/// Longest correlation id taken over from a client.
+const CORRELATION_BYTES_MAX: usize = 128;
+
+/// Who acts next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ClientNext {
+    /// The client: a request is awaited.
+    Client,
+    /// The owner: a response is owed.
+    Owner,
+    /// The owner, piece by piece.
+    OwnerStream,
+    /// The engine at the other end of this exchange.
+    Relay(Token),
+    /// Nobody: what is buffered is written, then the connection is closed.
+    Close,
+}
+
+#[derive(Debug)]
+pub(super) struct Client {
+    pub(super) stream: Stream,
+    pub(super) out: OutBuffer,
+    pub(super) next: ClientNext,
+    pub(super) deadline: Deadline,
+    pub(super) correlation: String,
+    request_id: Option<String>,
+    peer: SocketAddr,
+    reader: RequestReader,
+    unread: Vec<u8>,
+    to: AnswerTo,
+    body_bytes: usize,
+    /// A request has begun to arrive, and its deadline runs.
+    receiving: bool,
+    above_high_water: bool,
+}
+
+impl Client {
+    /// Whether a response is owed or not yet complete.
+    pub(super) fn owed(&self) -> bool {
+        !matches!(self.next, ClientNext::Client | ClientNext::Close)
+    }
+
+    pub(super) fn answer_to(&self) -> AnswerTo {
+        self.to
+    }
+
+    /// Fields that every answer to this client carries.
+    pub(super) fn echo(&self) -> impl Iterator<Item = (&'static str, String)> {
+        let request_id = self.request_id.clone().map(|id| ("X-Request-Id", id));
+        std::iter::once(("X-Correlation-Id", self.correlation.clone())).chain(request_id)
+    }
+
+    pub(super) fn respond(&mut self, response: &Response) {
+        if !matches!(self.next, ClientNext::Owner) {
+            return;
+        }
+        let mut response = response.clone();
+        response.fields.extend(self.echo());
+        encode_response(self.out.end(), &response, self.to);
+        self.answered(self.to.keep_alive);
+    }
+
+    pub(super) fn stream_begin(&mut self, content_type: &str, fields: &[(&str, &str)]) {
+        if self.next != ClientNext::Owner {
+            return;
+        }
+        let echo: Vec<_> = self.echo().collect();
+        let mut all: Vec<(&str, &str)> = fields.to_vec();
+        all.extend(echo.iter().map(|(name, value)| (*name, value.as_str())));
+        encode_stream_head(self.out.end(), 200, content_type, &all, self.to);
+        self.next = ClientNext::OwnerStream;
+    }
+
+    pub(super) fn stream_push(&mut self, piece: &[u8]) {
+        if self.next != ClientNext::OwnerStream || self.to.head_only {
+            return;
+        }
+        match self.to.version {
+            crate::http::head::Version::Http11 => encode_chunk(self.out.end(), piece),
+            crate::http::head::Version::Http10 => self.out.end().extend_from_slice(piece),
+        }
+    }
+
+    pub(super) fn stream_end(&mut self) {
+        if self.next != ClientNext::OwnerStream {
+            return;
+        }
+        let chunked = self.to.version == crate::http::head::Version::Http11;
+        if chunked && !self.to.head_only {
+            self.out.end().extend_from_slice(LAST_CHUNK);
+        }
+        self.answered(self.to.keep_alive && chunked);
+    }
+
+    /// The response is complete; the next request may come.
+    pub(super) fn answered(&mut self, keep_alive: bool) {
+        self.next = if keep_alive { ClientNext::Client } else { ClientNext::Close };
+    }
+
+    fn refuse(&mut self, error: BadMessage) {
+        self.correlation = new_correlation();
+        let body = serde_json::json!({
+            "code": "INVALID_PARAMS", "message": error.reason, "error": error.reason, "retriable": false,
+        });
+        let response = Response::json(error.status, &body).with("X-Correlation-Id", self.correlation.clone());
+        encode_response(self.out.end(), &response, AnswerTo::BROKEN);
+        self.next = ClientNext::Close;
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Server {
+    pub(super) clients: Table<Client>,
+    listeners: Vec<Listener>,
+    accept_again_at: Option<Mono>,
+    bodies_bytes: usize,
+}
+
+impl Server {
+    pub(super) fn new() -> Server {
+        Server {
+            clients: Table::new(Kind::Client),
+            listeners: Vec::new(),
+            accept_again_at: None,
+            bodies_bytes: 0,
+        }
+    }
+
+    pub(super) fn listen(&mut self, address: SocketAddr, registry: &Registry) -> io::Result<SocketAddr> {
+        let listener = Listener::bind(address, registry, Token::only(Kind::Listener))?;
+        let bound = listener.local_address()?;
+        self.listeners.push(listener);
+        Ok(bound)
+    }
+
+    pub(super) fn stop_listening(&mut self, registry: &Registry) {
+        for mut listener in self.listeners.drain(..) {
+            listener.deregister(registry);
+        }
+        self.accept_again_at = None;
+    }
+
+    pub(super) fn accept_again_at(&self) -> Option<Mono> {
+        self.accept_again_at
+    }
+}
+
+impl Net {
+    pub(super) fn accept(&mut self, now: Mono) {
+        self.server.accept_again_at = None;
+        for index in 0..self.server.listeners.len() {
+            for turn in 0.. {
+                if turn == ACCEPTS_PER_TURN {
+                    self.ready.push(Token::only(Kind::Listener));
+                    break;
+                }
+                match self.server.listeners[index].accept() {
+                    Ok(Some((tcp, peer))) => self.admit(tcp, peer, now),
+                    Ok(None) => break,
+                    Err(_) => {
+                        self.server.accept_again_at = Some(now.plus_ms(ACCEPT_PAUSE_MS));
+                        break;
+                    }
+                }
+            }
+        }
+    }
+
+    fn admit(&mut self, tcp: mio::net::TcpStream, peer: SocketAddr, now: Mono) {
+        if self.server.clients.len() >= self.limits.clients_max {
+            return; // Dropped, which closes it: nothing was promised to this connection yet.
+        }
+        let admitted = self.server.clients.insert_with(|token| {
+            Ok::<Client, io::Error>(Client {
+                stream: Stream::accepted(tcp, &self.registry, token)?,
+                out: OutBuffer::default(),
+                next: ClientNext::Client,
+                deadline: Deadline::default(),
+                correlation: String::new(),
+                request_id: None,
+                peer,
+                reader: RequestReader::new(self.limits.body_bytes_max),
+                unread: Vec::new(),
+                to: AnswerTo::BROKEN,
+                body_bytes: 0,
+                receiving: false,
+                above_high_water: false,
+            })
+        });
+        if let Ok(client) = admitted {
+            self.arm_client(client, self.limits.request_ms, now);
+            self.client_ready(client, now);
+        }
+    }
+
+    fn arm_client(&mut self, client: Token, after_ms: u64, now: Mono) {
+        if let Some(session) = self.server.clients.get_mut(client) {
+            self.timers.arm(client, &mut session.deadline, now.plus_ms(after_ms));
+        }
+    }
+
+    /// Something about the client's socket changed, or it may send its next request.
+    pub(super) fn client_ready(&mut self, client: Token, now: Mono) {
+        let Some(session) = self.server.clients.get(client) else { return };
+        if !session.out.is_empty() && session.stream.latch().writable {
+            self.client_flush(client, now);
+        }
+        let Some(session) = self.server.clients.get_mut(client) else { return };
+        match session.next {
+            ClientNext::Client => self.read_requests(client, now),
+            // A client that has sent everything and closed waits for nothing any more.
+            _ if session.stream.latch().hangup => self.close_client(client, now),
+            _ => self.read_ahead(client, now),
+        }
+    }
+
+    fn read_requests(&mut self, client: Token, now: Mono) {
+        let mut budget = TURN_BUDGET_BYTES;
+        loop {
+            if !self.parse_unread(client, now) {
+                return;
+            }
+            if budget == 0 {
+                return self.ready.push(client);
+            }
+            let Some(session) = self.server.clients.get_mut(client) else { return };
+            match session.stream.read(&mut self.scratch) {
+                Ok(ReadResult::Data(length)) => {
+                    budget = budget.saturating_sub(length);
+                    session.unread.extend_from_slice(&self.scratch[..length]);
+                }
+                Ok(ReadResult::Empty) => return,
+                Ok(ReadResult::Closed) | Err(_) => return self.close_client(client, now),
+            }
+        }
+    }
+
+    /// Feeds the reader what has been read. True if it wants more.
+    fn parse_unread(&mut self, client: Token, now: Mono) -> bool {
+        let Some(session) = self.server.clients.get_mut(client) else { return false };
+        if session.unread.is_empty() {
+            return true;
+        }
+        let held = session.reader.body_bytes();
+        let advanced = session.reader.advance(&session.unread);
+        let grown = session.reader.body_bytes().saturating_sub(held);
+        match advanced {
+            Ok((used, progress)) => {
+                session.unread.drain(..used);
+                if session.unread.is_empty() && session.unread.capacity() > PIPELINED_BYTES_MAX {
+                    session.unread = Vec::new();
+                }
+                match progress {
+                    Progress::More => {
+                        session.body_bytes += grown;
+                        self.server.bodies_bytes += grown;
+                        if self.server.bodies_bytes > self.limits.bodies_bytes_max {
+                            let reason = "too many large requests at once; try again shortly";
+                            self.refuse(client, BadMessage { status: 503, reason }, now);
+                            return false;
+                        }
+                        let began = session.reader.mid_request(session.unread.len());
+                        if began && !std::mem::replace(&mut session.receiving, true) {
+                            self.arm_client(client, self.limits.request_ms, now);
+                        }
+                        true
+                    }
+                    Progress::WantsContinue => {
+                        session.out.end().extend_from_slice(CONTINUE);
+                        self.client_flush(client, now);
+                        self.server.clients.get(client).is_some_and(|c| c.next == ClientNext::Client)
+                    }
+                    Progress::Request(request) => {
+                        let grown = request.body.len().saturating_sub(session.body_bytes);
+                        session.body_bytes += grown;
+                        self.server.bodies_bytes += grown;
+                        session.to = AnswerTo::request(&request.head);
+                        session.correlation = correlation_of(&request.head.fields);
+                        session.request_id = request.head.fields.get("x-request-id").and_then(acceptable_id);
+                        session.next = ClientNext::Owner;
+                        session.receiving = false;
+                        session.deadline.disarm();
+                        let peer = session.peer;
+                        self.events.push_back(NetEvent::Request { client, request, peer });
+                        false
+                    }
+                }
+            }
+            Err(error) => {
+                self.refuse(client, error, now);
+                false
+            }
+        }
+    }
+
+    fn refuse(&mut self, client: Token, error: BadMessage, now: Mono) {
+        if let Some(session) = self.server.clients.get_mut(client) {
+            session.unread = Vec::new();
+            session.refuse(error);
+            self.client_flush(client, now);
+        }
+    }
+
+    /// While a response is owed: notice that the client left, and keep a little of what it sends.
+    fn read_ahead(&mut self, client: Token, now: Mono) {
+        let Some(session) = self.server.clients.get_mut(client) else { return };
+        while session.unread.len() < PIPELINED_BYTES_MAX {
+            match session.stream.read(&mut self.scratch) {
+                // What comes behind a connection's last request belongs to nobody.
+                Ok(ReadResult::Data(_)) if session.next == ClientNext::Close => {}
+                Ok(ReadResult::Data(length)) => session.unread.extend_from_slice(&self.scratch[..length]),
+                Ok(ReadResult::Empty) => return,
+                Ok(ReadResult::Closed) | Err(_) => return self.close_client(client, now),
+            }
+        }
+    }
+
+    /// Writes what the client takes, and acts on what that makes possible.
+    pub(super) fn client_flush(&mut self, client: Token, now: Mono) {
+        let Some(session) = self.server.clients.get_mut(client) else { return };
+        let Ok(written) = session.out.flush(&mut session.stream) else {
+            return self.close_client(client, now);
+        };
+        if !session.out.is_empty() {
+            session.above_high_water |= session.out.len() > HIGH_WATER_BYTES;
+            if written > 0 || session.deadline.at().is_none() {
+                self.arm_client(client, self.limits.write_stall_ms, now);
+            }
+        } else {
+            match session.next {
+                ClientNext::Close => return self.close_client(client, now),
+                ClientNext::Client => self.await_next_request(client, now),
+                _ => session.deadline.disarm(),
+            }
+        }
+        self.below_low_water(client);
+    }
+
+    fn await_next_request(&mut self, client: Token, now: Mono) {
+        let Some(session) = self.server.clients.get_mut(client) else { return };
+        self.server.bodies_bytes -= std::mem::take(&mut session.body_bytes);
+        let mid_request = session.reader.mid_request(session.unread.len());
+        if !session.unread.is_empty() || session.stream.latch().readable {
+            self.ready.push(client);
+        }
+        let patience_ms = if mid_request { self.limits.request_ms } else { self.limits.idle_ms };
+        self.arm_client(client, patience_ms, now);
+    }
+
+    fn below_low_water(&mut self, client: Token) {
+        let Some(session) = self.server.clients.get_mut(client) else { return };
+        if !session.above_high_water || session.out.len() > LOW_WATER_BYTES {
+            return;
+        }
+        session.above_high_water = false;
+        match session.next {
+            ClientNext::Relay(exchange) => {
+                if let Some(connection) = self.upstreams.connection_of(exchange) {
+                    self.ready.push(connection);
+                }
+            }
+            ClientNext::OwnerStream => self.events.push_back(NetEvent::Drained { client }),
+            _ => {}
+        }
+    }
+
+    pub(super) fn client_expired(&mut self, client: Token, now: Mono) {
+        let Some(session) = self.server.clients.get_mut(client) else { return };
+        if session.next == ClientNext::Client
+            && session.out.is_empty()
+            && session.reader.mid_request(session.unread.len())
+        {
+            let reason = "the request did not arrive in time";
+            self.refuse(client, BadMessage { status: 408, reason }, now);
+        } else {
+            self.close_client(client, now);
+        }
+    }
+
+    /// Closes a client's connection and ends whatever ran for it.
+    pub(super) fn close_client(&mut self, client: Token, now: Mono) {
+        let Some(mut session) = self.server.clients.remove(client) else { return };
+        session.stream.deregister(&self.registry);
+        self.server.bodies_bytes -= session.body_bytes;
+        match session.next {
+            ClientNext::Relay(exchange) => self.finish_exchange(exchange, Outcome::ClientGone, now),
+            ClientNext::Owner | ClientNext::OwnerStream => {
+                self.events.push_back(NetEvent::ClientGone { client });
+            }
+            ClientNext::Client | ClientNext::Close => {}
+        }
+    }
+}
+
+fn correlation_of(fields: &crate::http::head::Fields) -> String {
+    fields.get("x-correlation-id").and_then(acceptable_id).unwrap_or_else(new_correlation)
+}
+
+fn acceptable_id(id: &str) -> Option<String> {
+    let good = (1..=CORRELATION_BYTES_MAX).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic());
+    good.then(|| id.to_string())
+}
+
+/// A random (version 4) UUID. It names a request in logs and is no secret.
+fn new_correlation() -> String {
+    let bits = fastrand::u128(..) & !(0xf << 76) & !(0x3 << 62) | 0x4 << 76 | 0x2 << 62;
+    format!(
+        "{:08x}-{:04x}-{:04x}-{:04x}-{:012x}",
+        bits >> 96,
+        bits >> 80 & 0xffff,
+        bits >> 64 & 0xffff,
+        bits >> 48 & 0xffff,
+        bits & 0xffff_ffff_ffff
+    )
+}

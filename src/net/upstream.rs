@@ -1,0 +1,514 @@
+//! The engines' side: dial, send, receive, keep.
+//!
+//! An exchange is one request and its answer; a connection carries exchanges one after the other and
+//! rests in the idle pool in between. An idle connection may be closed by its peer at any moment, also
+//! just as a request is written to it; such a request goes out once more on a fresh connection,
+//! provided that no byte of an answer came.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+use crate::http::client::encode_request_head;
+use crate::reactor::ready::TURN_BUDGET_BYTES;
+use crate::reactor::stream::{ReadResult, Stream};
+use crate::reactor::token::{Kind, Table, Token};
+use crate::time::{Deadline, Mono};
+use crate::wire::url::BaseUrl;
+
+use super::buffer::HIGH_WATER_BYTES;
+use super::relay::{Forward, Relay, Step};
+use super::resolve::Resolved;
+use super::server::ClientNext;
+use super::{Fault, FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Sink, Timing};
+
+/// Bodies up to this size are sent in one write with their head.
+const JOINED_BODY_BYTES_MAX: usize = 64 * 1024;
+
+#[derive(Debug)]
+pub(super) struct Exchange {
+    pub(super) deadline: Deadline,
+    to: BaseUrl,
+    /// Head, and the body too where it is small.
+    head: Vec<u8>,
+    body: Vec<u8>,
+    sent: usize,
+    relay: Relay,
+    sink: SinkState,
+    patience: Patience,
+    timing: Timing,
+    connection: Option<Token>,
+    /// The answer has begun to arrive.
+    received: bool,
+    head_announced: bool,
+    retried: bool,
+    resolving: bool,
+}
+
+#[derive(Debug)]
+enum SinkState {
+    Client(Token),
+    Collect { bytes_max: usize, bytes: Vec<u8> },
+    Owner { paused: bool },
+}
+
+#[derive(Debug)]
+pub(super) struct Connection {
+    pub(super) stream: Stream,
+    pub(super) deadline: Deadline,
+    address: SocketAddr,
+    exchange: Option<Token>,
+    connected: bool,
+    /// It has carried an exchange before, so its peer may have closed it.
+    used: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct Upstreams {
+    pub(super) connections: Table<Connection>,
+    pub(super) exchanges: Table<Exchange>,
+    /// Idle connections by address, the most recently used last.
+    idle: BTreeMap<SocketAddr, Vec<Token>>,
+}
+
+impl Upstreams {
+    pub(super) fn new() -> Upstreams {
+        Upstreams {
+            connections: Table::new(Kind::Upstream),
+            exchanges: Table::new(Kind::Exchange),
+            idle: BTreeMap::new(),
+        }
+    }
+
+    pub(super) fn begin(&mut self, outbound: Outbound, forward: Option<Forward>, now: Mono) -> Token {
+        let mut head = Vec::with_capacity(512 + outbound.body.len().min(JOINED_BODY_BYTES_MAX));
+        let target = format!("{}{}", outbound.to.path(), outbound.target);
+        let fields = outbound.fields.iter().map(|(name, value)| (name.as_str(), value.as_slice()));
+        let host = outbound.to.authority();
+        encode_request_head(&mut head, &outbound.method, &target, &host, fields, outbound.body.len());
+        let mut body = outbound.body;
+        if body.len() <= JOINED_BODY_BYTES_MAX {
+            head.append(&mut body);
+            body = Vec::new();
+        }
+        self.exchanges.insert(Exchange {
+            deadline: Deadline::default(),
+            to: outbound.to,
+            head,
+            body,
+            sent: 0,
+            relay: Relay::new(&outbound.method, forward),
+            sink: match outbound.sink {
+                Sink::Client { client, .. } => SinkState::Client(client),
+                Sink::Collect { bytes_max } => SinkState::Collect { bytes_max, bytes: Vec::new() },
+                Sink::Owner => SinkState::Owner { paused: false },
+            },
+            patience: outbound.patience,
+            timing: Timing { started: now, first_byte: None, ended: now },
+            connection: None,
+            received: false,
+            head_announced: false,
+            retried: false,
+            resolving: false,
+        })
+    }
+
+    pub(super) fn client_of(&self, exchange: Token) -> Option<Token> {
+        match self.exchanges.get(exchange)?.sink {
+            SinkState::Client(client) => Some(client),
+            _ => None,
+        }
+    }
+
+    pub(super) fn connection_of(&self, exchange: Token) -> Option<Token> {
+        self.exchanges.get(exchange)?.connection
+    }
+
+    pub(super) fn pause(&mut self, exchange: Token, pause: bool) -> Option<Token> {
+        let exchange = self.exchanges.get_mut(exchange)?;
+        if let SinkState::Owner { paused } = &mut exchange.sink {
+            *paused = pause;
+        }
+        exchange.connection
+    }
+
+    fn take_idle(&mut self, address: SocketAddr) -> Option<Token> {
+        let pool = self.idle.get_mut(&address)?;
+        let connection = pool.pop();
+        if pool.is_empty() {
+            self.idle.remove(&address);
+        }
+        connection
+    }
+
+    fn forget_idle(&mut self, connection: Token, address: SocketAddr) {
+        if let Some(pool) = self.idle.get_mut(&address) {
+            pool.retain(|other| *other != connection);
+            if pool.is_empty() {
+                self.idle.remove(&address);
+            }
+        }
+    }
+}
+
+impl Net {
+    /// Finds a connection for an exchange: an idle one, or a new one.
+    pub(super) fn dial(&mut self, exchange: Token, now: Mono) {
+        let Some(session) = self.upstreams.exchanges.get_mut(exchange) else { return };
+        self.timers.arm(exchange, &mut session.deadline, now.plus_ms(session.patience.connect_ms));
+        session.resolving = false;
+        let address = match self.resolver.resolve(&session.to, now) {
+            Resolved::Address(address) => address,
+            Resolved::Asked => {
+                session.resolving = true;
+                return;
+            }
+            Resolved::Failed(reason) => {
+                return self.fail_exchange(exchange, FaultKind::Connect, &reason, now);
+            }
+        };
+        if !session.retried
+            && let Some(idle) = self.upstreams.take_idle(address)
+        {
+            return self.assign(idle, exchange, now);
+        }
+        let made = self.upstreams.connections.insert_with(|token| {
+            Ok::<Connection, std::io::Error>(Connection {
+                stream: Stream::connect(address, &self.registry, token)?,
+                deadline: Deadline::default(),
+                address,
+                exchange: Some(exchange),
+                connected: false,
+                used: false,
+            })
+        });
+        match made {
+            Ok(connection) => {
+                if let Some(session) = self.upstreams.exchanges.get_mut(exchange) {
+                    session.connection = Some(connection);
+                }
+            }
+            Err(error) => {
+                self.fail_exchange(exchange, FaultKind::Connect, &format!("cannot connect: {error}"), now);
+            }
+        }
+    }
+
+    pub(super) fn take_resolved(&mut self, now: Mono) {
+        while let Some(name) = self.resolver.take(now) {
+            let waiting: Vec<Token> = self
+                .upstreams
+                .exchanges
+                .iter()
+                .filter(|(_, exchange)| exchange.resolving && exchange.to.host() == name)
+                .map(|(token, _)| token)
+                .collect();
+            for exchange in waiting {
+                self.dial(exchange, now);
+            }
+        }
+    }
+
+    fn assign(&mut self, connection: Token, exchange: Token, now: Mono) {
+        let sessions =
+            (self.upstreams.connections.get_mut(connection), self.upstreams.exchanges.get_mut(exchange));
+        if let (Some(line), Some(session)) = sessions {
+            line.exchange = Some(exchange);
+            line.deadline.disarm();
+            session.connection = Some(connection);
+            self.upstream_ready(connection, now);
+        }
+    }
+
+    /// Something about an upstream connection changed, or its sink has room again.
+    pub(super) fn upstream_ready(&mut self, connection: Token, now: Mono) {
+        let Some(line) = self.upstreams.connections.get_mut(connection) else { return };
+        let Some(exchange) = line.exchange else {
+            // Idle: whatever comes now, an end or bytes that nobody asked for, ends it.
+            if line.stream.latch().readable
+                && !matches!(line.stream.read(&mut self.scratch[..1]), Ok(ReadResult::Empty))
+            {
+                self.close_connection(connection);
+            }
+            return;
+        };
+        if !line.connected {
+            match line.stream.connect_result() {
+                Ok(true) => line.connected = true,
+                Ok(false) => return,
+                Err(error) => {
+                    let reason = format!("cannot connect: {error}");
+                    return self.fail_exchange(exchange, FaultKind::Connect, &reason, now);
+                }
+            }
+        }
+        if self.send_request(connection, exchange, now) {
+            self.receive(connection, exchange, now);
+        }
+    }
+
+    /// Writes what remains of the request. False if the exchange is over.
+    fn send_request(&mut self, connection: Token, exchange: Token, now: Mono) -> bool {
+        let Some(session) = self.upstreams.exchanges.get_mut(exchange) else { return false };
+        let total = session.head.len() + session.body.len();
+        if session.sent == total {
+            return true;
+        }
+        let Some(line) = self.upstreams.connections.get_mut(connection) else { return false };
+        while session.sent < total {
+            let rest = match session.sent.checked_sub(session.head.len()) {
+                None => &session.head[session.sent..],
+                Some(offset) => &session.body[offset..],
+            };
+            match line.stream.write(rest) {
+                Ok(0) => break,
+                Ok(length) => session.sent += length,
+                // An engine may answer (413, say) and close before it has read everything: its answer,
+                // if there is one, is still to be read.
+                Err(_) if line.stream.latch().readable => return true,
+                Err(error) => {
+                    let reason = format!("the connection broke while the request was sent: {error}");
+                    self.fail_exchange(exchange, FaultKind::Reset, &reason, now);
+                    return false;
+                }
+            }
+        }
+        let wait_ms =
+            if session.sent == total { session.patience.first_byte_ms } else { session.patience.idle_ms };
+        self.timers.arm(exchange, &mut session.deadline, now.plus_ms(wait_ms));
+        true
+    }
+
+    fn receive(&mut self, connection: Token, exchange: Token, now: Mono) {
+        let mut budget = TURN_BUDGET_BYTES;
+        loop {
+            let Some(session) = self.upstreams.exchanges.get_mut(exchange) else { return };
+            let Some(line) = self.upstreams.connections.get_mut(connection) else { return };
+            let has_room = match &session.sink {
+                SinkState::Client(client) => {
+                    self.server.clients.get(*client).is_some_and(|c| c.out.len() <= HIGH_WATER_BYTES)
+                }
+                SinkState::Owner { paused } => !paused,
+                SinkState::Collect { .. } => true,
+            };
+            if !has_room {
+                return;
+            }
+            if budget == 0 {
+                return self.ready.push(connection);
+            }
+            let length = match line.stream.read(&mut self.scratch) {
+                Ok(ReadResult::Data(length)) => length,
+                Ok(ReadResult::Empty) => return,
+                Ok(ReadResult::Closed) => return self.upstream_closed(exchange, now),
+                Err(error) => {
+                    let reason = format!("the connection broke: {error}");
+                    return self.fail_exchange(exchange, FaultKind::Reset, &reason, now);
+                }
+            };
+            budget = budget.saturating_sub(length);
+            session.received = true;
+            self.timers.arm(exchange, &mut session.deadline, now.plus_ms(session.patience.idle_ms));
+            if !self.pass_on(exchange, length, now) {
+                return;
+            }
+        }
+    }
+
+    /// Gives `length` bytes of the scratch buffer to the exchange's relay, and what it puts out to the
+    /// sink. False if the exchange is over.
+    fn pass_on(&mut self, exchange: Token, length: usize, now: Mono) -> bool {
+        let Some(session) = self.upstreams.exchanges.get_mut(exchange) else { return false };
+        let input = &self.scratch[..length];
+        let (client, result) = match &mut session.sink {
+            SinkState::Client(client) => {
+                let Some(sink) = self.server.clients.get_mut(*client) else { return false };
+                (Some(*client), session.relay.received(input, sink.out.end()))
+            }
+            SinkState::Collect { bytes_max, bytes } => {
+                let result = session.relay.received(input, bytes);
+                if bytes.len() > *bytes_max {
+                    let reason = format!("the answer is larger than {bytes_max} bytes");
+                    self.fail_exchange(exchange, FaultKind::Protocol, &reason, now);
+                    return false;
+                }
+                (None, result)
+            }
+            SinkState::Owner { .. } => {
+                let mut bytes = Vec::new();
+                let result = session.relay.received(input, &mut bytes);
+                if !session.head_announced
+                    && let Some(status) = session.relay.status()
+                {
+                    session.head_announced = true;
+                    self.events.push_back(NetEvent::Head { exchange, status });
+                }
+                if !bytes.is_empty() {
+                    self.events.push_back(NetEvent::Data { exchange, bytes });
+                }
+                (None, result)
+            }
+        };
+        if let Some(status) = session.relay.status() {
+            session.timing.first_byte.get_or_insert(now);
+            if !std::mem::replace(&mut session.head_announced, true) {
+                self.events.push_back(NetEvent::Head { exchange, status });
+            }
+        }
+        match result {
+            Ok(Step::More) => {
+                if let Some(client) = client {
+                    self.client_flush(client, now);
+                }
+                self.upstreams.exchanges.get(exchange).is_some()
+            }
+            Ok(Step::Complete) => {
+                self.complete(exchange, now);
+                false
+            }
+            Ok(Step::HeldBack(status)) => {
+                let reason = format!("the engine answered {status}");
+                self.fail_exchange(exchange, FaultKind::Status(status), &reason, now);
+                false
+            }
+            Err(error) => {
+                self.fail_exchange(exchange, FaultKind::Protocol, error.reason, now);
+                false
+            }
+        }
+    }
+
+    fn upstream_closed(&mut self, exchange: Token, now: Mono) {
+        let Some(session) = self.upstreams.exchanges.get_mut(exchange) else { return };
+        let closed = match &mut session.sink {
+            SinkState::Client(client) => match self.server.clients.get_mut(*client) {
+                Some(sink) => session.relay.closed(sink.out.end()),
+                None => return,
+            },
+            SinkState::Collect { .. } | SinkState::Owner { .. } => session.relay.closed(&mut Vec::new()),
+        };
+        match closed {
+            Ok(()) => self.complete(exchange, now),
+            Err(error) => self.fail_exchange(exchange, FaultKind::Reset, error.reason, now),
+        }
+    }
+
+    fn complete(&mut self, exchange: Token, now: Mono) {
+        let Some(session) = self.upstreams.exchanges.get_mut(exchange) else { return };
+        let sent_all = session.sent == session.head.len() + session.body.len();
+        let keep = sent_all && session.relay.upstream_keeps_alive();
+        let status = session.relay.status().unwrap_or_default();
+        let body = match &mut session.sink {
+            SinkState::Collect { bytes, .. } => std::mem::take(bytes),
+            SinkState::Client(_) | SinkState::Owner { .. } => Vec::new(),
+        };
+        let client_keeps_alive = session.relay.client_keeps_alive();
+        let client = self.upstreams.client_of(exchange);
+        if keep {
+            self.rest(exchange, now);
+        }
+        if let Some(client) = client
+            && let Some(session) = self.server.clients.get_mut(client)
+        {
+            session.answered(client_keeps_alive);
+            self.client_flush(client, now);
+        }
+        self.finish_exchange(exchange, Outcome::Complete { status, body }, now);
+    }
+
+    /// Puts an exchange's connection into the idle pool.
+    fn rest(&mut self, exchange: Token, now: Mono) {
+        let Some(session) = self.upstreams.exchanges.get_mut(exchange) else { return };
+        let Some(connection) = session.connection else { return };
+        let Some(line) = self.upstreams.connections.get_mut(connection) else { return };
+        if line.stream.latch().hangup {
+            return;
+        }
+        let pool = self.upstreams.idle.entry(line.address).or_default();
+        if pool.len() >= self.limits.upstream_idle_max {
+            return;
+        }
+        pool.push(connection);
+        session.connection = None;
+        line.exchange = None;
+        line.used = true;
+        self.timers.arm(connection, &mut line.deadline, now.plus_ms(self.limits.upstream_idle_ms));
+    }
+
+    pub(super) fn exchange_expired(&mut self, exchange: Token, now: Mono) {
+        let Some(session) = self.upstreams.exchanges.get_mut(exchange) else { return };
+        let patience = session.patience;
+        let held_by_sink = match &session.sink {
+            SinkState::Client(client) => {
+                self.server.clients.get(*client).is_some_and(|c| c.out.len() > HIGH_WATER_BYTES)
+            }
+            SinkState::Owner { paused } => *paused,
+            SinkState::Collect { .. } => false,
+        };
+        if held_by_sink {
+            // The client is slow, not the engine; the client has a limit of its own.
+            return self.timers.arm(exchange, &mut session.deadline, now.plus_ms(patience.idle_ms));
+        }
+        let reason = if session.received {
+            format!("no byte for {} ms in the middle of the answer", patience.idle_ms)
+        } else if session.sent > 0 {
+            format!("no answer within {} ms", patience.first_byte_ms)
+        } else {
+            format!("no connection within {} ms", patience.connect_ms)
+        };
+        self.fail_exchange(exchange, FaultKind::Timeout, &reason, now);
+    }
+
+    /// The engine failed: try a fresh connection if only a kept one was stale, else end the exchange.
+    pub(super) fn fail_exchange(&mut self, exchange: Token, kind: FaultKind, reason: &str, now: Mono) {
+        let Some(session) = self.upstreams.exchanges.get_mut(exchange) else { return };
+        let line = session.connection.and_then(|token| self.upstreams.connections.get(token));
+        let stale = line.is_some_and(|line| line.used) && !session.received && !session.retried;
+        if stale && kind == FaultKind::Reset {
+            session.retried = true;
+            session.sent = 0;
+            if let Some(connection) = session.connection.take() {
+                self.close_connection(connection);
+            }
+            return self.dial(exchange, now);
+        }
+        let answered = match session.sink {
+            SinkState::Client(client) => {
+                let answered = session.relay.status().is_some();
+                if let Some(sink) = self.server.clients.get_mut(client) {
+                    if answered {
+                        session.relay.failed(reason, sink.out.end());
+                        sink.next = ClientNext::Close;
+                    } else {
+                        sink.next = ClientNext::Owner;
+                    }
+                }
+                answered
+            }
+            SinkState::Collect { .. } | SinkState::Owner { .. } => session.relay.status().is_some(),
+        };
+        let fault = Fault { kind, reason: reason.to_string(), answered, sent: session.sent > 0 };
+        let client = self.upstreams.client_of(exchange);
+        self.finish_exchange(exchange, Outcome::Failed(fault), now);
+        if answered && let Some(client) = client {
+            self.client_flush(client, now);
+        }
+    }
+
+    /// Removes an exchange, closes its connection if it still has one, and tells the owner.
+    pub(super) fn finish_exchange(&mut self, exchange: Token, outcome: Outcome, now: Mono) {
+        let Some(session) = self.upstreams.exchanges.remove(exchange) else { return };
+        if let Some(connection) = session.connection {
+            self.close_connection(connection);
+        }
+        let timing = Timing { ended: now, ..session.timing };
+        self.events.push_back(NetEvent::Finished { exchange, outcome, timing });
+    }
+
+    pub(super) fn close_connection(&mut self, connection: Token) {
+        let Some(mut line) = self.upstreams.connections.remove(connection) else { return };
+        line.stream.deregister(&self.registry);
+        if line.exchange.is_none() {
+            self.upstreams.forget_idle(connection, line.address);
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! Nonblocking TCP streams read and written through a [`Latch`].
+//!
+//! Every stream has `TCP_NODELAY`: a token that waits for the next one to share a segment is a token
+//! that is late.
+
+use std::io::{self, Read, Write};
+use std::net::SocketAddr;
+
+use super::ready::Latch;
+use super::token::Token;
+use super::{Edge, Registry};
+
+/// What a read found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadResult {
+    /// This many bytes.
+    Data(usize),
+    /// Nothing for now.
+    Empty,
+    /// The peer has closed its side.
+    Closed,
+}
+
+/// One connection.
+#[derive(Debug)]
+pub struct Stream {
+    tcp: mio::net::TcpStream,
+    latch: Latch,
+}
+
+impl Stream {
+    /// Begins to connect; writability tells that it ended, [`Stream::connect_result`] how.
+    ///
+    /// # Errors
+    /// Errors that show at once: no route, no descriptors.
+    pub fn connect(address: SocketAddr, registry: &Registry, token: Token) -> io::Result<Stream> {
+        let mut tcp = mio::net::TcpStream::connect(address)?;
+        let _ = tcp.set_nodelay(true);
+        registry.register(&mut tcp, token.into(), BOTH)?;
+        Ok(Stream { tcp, latch: Latch::default() })
+    }
+
+    /// Takes over an accepted connection.
+    ///
+    /// # Errors
+    /// Where it cannot be registered.
+    pub fn accepted(mut tcp: mio::net::TcpStream, registry: &Registry, token: Token) -> io::Result<Stream> {
+        let _ = tcp.set_nodelay(true);
+        registry.register(&mut tcp, token.into(), BOTH)?;
+        Ok(Stream { tcp, latch: Latch::OPTIMISTIC })
+    }
+
+    /// The kernel reported.
+    pub fn on_edge(&mut self, edge: Edge) {
+        self.latch.on_edge(edge);
+    }
+
+    /// What is known of it.
+    #[must_use]
+    pub fn latch(&self) -> Latch {
+        self.latch
+    }
+
+    /// How a connect ended: `Ok(false)` while it has not.
+    ///
+    /// # Errors
+    /// Why it failed.
+    pub fn connect_result(&mut self) -> io::Result<bool> {
+        if let Some(error) = self.tcp.take_error()? {
+            return Err(error);
+        }
+        match self.tcp.peer_addr() {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Reads into `buffer`, which must not be empty.
+    ///
+    /// # Errors
+    /// The connection is broken.
+    pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<ReadResult> {
+        if !self.latch.readable {
+            return Ok(ReadResult::Empty);
+        }
+        loop {
+            match self.tcp.read(buffer) {
+                Ok(0) => return Ok(ReadResult::Closed),
+                Ok(length) => {
+                    // A short read has emptied the socket: more bytes make a new edge. After a hangup
+                    // no further edge comes, and the end is still to be read.
+                    self.latch.readable = length == buffer.len() || self.latch.hangup;
+                    return Ok(ReadResult::Data(length));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.latch.readable = false;
+                    return Ok(ReadResult::Empty);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Writes what the socket takes of `bytes`; 0 for nothing at the moment.
+    ///
+    /// # Errors
+    /// The connection is broken.
+    pub fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if !self.latch.writable {
+            return Ok(0);
+        }
+        loop {
+            match self.tcp.write(bytes) {
+                Ok(length) => {
+                    self.latch.writable = length == bytes.len();
+                    return Ok(length);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.latch.writable = false;
+                    return Ok(0);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Leaves the poll before it is dropped.
+    pub fn deregister(&mut self, registry: &Registry) {
+        let _ = registry.deregister(&mut self.tcp);
+    }
+}
+
+const BOTH: mio::Interest = mio::Interest::READABLE.add(mio::Interest::WRITABLE);
+
+/// A listening socket.
+#[derive(Debug)]
+pub struct Listener {
+    tcp: mio::net::TcpListener,
+}
+
+impl Listener {
+    /// Binds and registers. Port 0 takes a free one.
+    ///
+    /// # Errors
+    /// Address in use, no permission, no such address.
+    pub fn bind(address: SocketAddr, registry: &Registry, token: Token) -> io::Result<Listener> {
+        let mut tcp = mio::net::TcpListener::bind(address)?;
+        registry.register(&mut tcp, token.into(), mio::Interest::READABLE)?;
+        Ok(Listener { tcp })
+    }
+
+    /// The bound address.
+    ///
+    /// # Errors
+    /// Where the kernel does not tell.
+    pub fn local_address(&self) -> io::Result<SocketAddr> {
+        self.tcp.local_addr()
+    }
+
+    /// The next waiting connection, if there is one.
+    ///
+    /// # Errors
+    /// Out of descriptors or memory; a connection that died while it waited is skipped.
+    pub fn accept(&self) -> io::Result<Option<(mio::net::TcpStream, SocketAddr)>> {
+        loop {
+            match self.tcp.accept() {
+                Ok(accepted) => return Ok(Some(accepted)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(error) if is_transient(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Leaves the poll: no further connection is accepted.
+    pub fn deregister(&mut self, registry: &Registry) {
+        let _ = registry.deregister(&mut self.tcp);
+    }
+}
+
+fn is_transient(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset
+    )
+}
