@@ -1,1 +1,3 @@
-//! Filled in below.
+//! The node agent: `pool-managerd`.
+
+pub mod membership;
