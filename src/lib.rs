@@ -14,6 +14,7 @@ pub mod orchestratord;
 pub mod pool_managerd;
 pub mod reactor;
 pub mod replicas;
+pub mod service;
 pub mod settings;
 pub mod time;
 pub mod wire;

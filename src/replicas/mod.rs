@@ -22,11 +22,15 @@
 pub mod change;
 pub mod health;
 pub mod policy;
+pub mod probe;
 pub mod probing;
 pub mod registry;
 mod report;
+pub mod scan;
+pub mod watch;
 
 pub use change::{Change, FileState, FileView, Refused, State};
 pub use policy::{AllowList, EnginePolicy};
 pub use probing::{Fault, ProbeId, ProbeKind, ProbeOrder, ProbeOutcome};
 pub use registry::{FileContent, ListedFile, Registry, ReplicaLease};
+pub use watch::Watch;
