@@ -241,6 +241,12 @@ impl Plane {
         self.since
     }
 
+    /// The newest revision that the control plane has confirmed.
+    #[must_use]
+    pub fn told(&self) -> Option<u64> {
+        self.told
+    }
+
     /// What heartbeats tell is now at `revision`: told at once if that is news.
     pub fn on_change(&mut self, revision: u64, now: Now) {
         if revision == self.revision {
