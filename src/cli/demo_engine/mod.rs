@@ -337,3 +337,133 @@ fn unix_s() -> u64 {
 fn answer_id() -> String {
     format!("{:032x}", fastrand::u128(..))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Read};
+    use std::net::TcpStream;
+
+    use super::*;
+
+    /// A served engine with one slot, as fast as `gap` lets it; its thread ends with the tests.
+    fn start(gap: Duration, load: Duration) -> (SocketAddr, Arc<Engine>) {
+        let engine = Arc::new(Engine {
+            slots: Slots { busy: Mutex::new(vec![false]), freed: Condvar::new() },
+            gap,
+            prefill: Duration::ZERO,
+            ready_at: Instant::now() + load,
+            context: 4096,
+            model: "m".into(),
+        });
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let address = listener.local_addr().expect("a bound socket");
+        let served = Arc::clone(&engine);
+        thread::spawn(move || accept(&listener, &served));
+        (address, engine)
+    }
+
+    fn post(path: &str, body: &str) -> String {
+        format!("POST {path} HTTP/1.1\r\nHost: h\r\nContent-Length: {}\r\n\r\n{body}", body.len())
+    }
+
+    fn dial(address: SocketAddr, bytes: &str) -> BufReader<TcpStream> {
+        let mut stream = TcpStream::connect(address).expect("it listens");
+        stream.set_read_timeout(Some(Duration::from_secs(20))).expect("a usable timeout");
+        stream.write_all(bytes.as_bytes()).expect("it reads");
+        BufReader::new(stream)
+    }
+
+    /// One answer with a length: its status and its body.
+    fn answer(stream: &mut BufReader<TcpStream>) -> (String, String) {
+        let mut head = String::new();
+        while !head.ends_with("\r\n\r\n") {
+            assert_ne!(stream.read_line(&mut head).expect("an answer"), 0, "closed after {head:?}");
+        }
+        let length = head.lines().find_map(|line| line.strip_prefix("Content-Length: ")).expect("a length");
+        let mut body = vec![0; length.parse().expect("a number")];
+        stream.read_exact(&mut body).expect("the whole body");
+        (head[9..12].to_string(), String::from_utf8(body).expect("UTF-8"))
+    }
+
+    #[test]
+    fn a_client_that_leaves_frees_the_slot_for_the_one_that_waits() {
+        let (address, engine) = start(Duration::from_secs(3600), Duration::ZERO);
+        let mut first = dial(address, &post("/completion", r#"{"prompt":"a","stream":true}"#));
+        let mut line = String::new();
+        first.read_line(&mut line).expect("the stream begins");
+        assert_eq!(engine.slots.lock()[..], [true]);
+        let mut second = dial(address, &post("/completion", r#"{"prompt":"b","n_predict":1}"#));
+        second.get_ref().set_read_timeout(Some(Duration::from_millis(100))).expect("a usable timeout");
+        assert!(second.read_line(&mut line).is_err(), "it was not told to wait: {line}");
+        second.get_ref().set_read_timeout(Some(Duration::from_secs(20))).expect("a usable timeout");
+        drop(first);
+        let (status, body) = answer(&mut second);
+        assert_eq!(status, "200");
+        assert!(body.contains(r#""content":"[demo]""#), "{body}");
+    }
+
+    #[test]
+    fn a_stream_is_one_event_a_token_and_ends_cleanly() {
+        let (address, _) = start(Duration::ZERO, Duration::ZERO);
+        let ask = r#"{"messages":[{"content":"a b"}],"max_tokens":3,"stream":true}"#;
+        let mut stream = dial(address, &post("/v1/chat/completions", ask));
+        let mut text = String::new();
+        stream.read_to_string(&mut text).expect("it closes after a stream");
+        assert_eq!(text.matches("data: {").count(), 5, "role, three tokens, finish: {text}");
+        assert!(text.contains(r#""content":"[demo]""#) && text.contains(r#""finish_reason":"length""#));
+        assert!(text.ends_with("data: [DONE]\n\n\r\n0\r\n\r\n"), "{text}");
+    }
+
+    #[test]
+    fn requests_on_one_connection_are_answered_in_turn_however_their_bodies_come() {
+        let (address, _) = start(Duration::ZERO, Duration::ZERO);
+        let chunked = "POST /completion HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n\
+            7\r\n{\"promp\r\n5;x=y\r\nt\":\"a\r\n12\r\n b\",\"n_predict\":2}\r\n0\r\nTrailer: x\r\n\r\n";
+        let plain = post("/v1/embeddings", r#"{"input":"a"}"#);
+        let mut stream = dial(address, &format!("{chunked}{plain}GET /health?x HTTP/1.1\r\nHost: h\r\n\r\n"));
+        for expected in [r#""tokens_evaluated":2"#, r#""object":"embedding""#, r#"{"status":"ok"}"#] {
+            let (status, body) = answer(&mut stream);
+            assert!(status == "200" && body.contains(expected), "{expected}: {status} {body}");
+        }
+    }
+
+    #[test]
+    fn while_it_loads_every_path_says_so() {
+        let (address, _) = start(Duration::ZERO, Duration::from_secs(3600));
+        let mut stream =
+            dial(address, &format!("GET /health HTTP/1.1\r\nHost: h\r\n\r\n{}", post("/x", "{}")));
+        for _ in 0..2 {
+            let (status, body) = answer(&mut stream);
+            assert_eq!(status, "503");
+            assert_eq!(body, error_body(503, "unavailable_error", "Loading model").to_string());
+        }
+    }
+
+    #[test]
+    fn broken_requests_get_their_reason_and_the_connection_closes() {
+        let (address, _) = start(Duration::ZERO, Duration::ZERO);
+        let long = format!("GET / HTTP/1.1\r\nHost: h\r\nX: {}", "x".repeat(17_000));
+        let chunked = "POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n";
+        for (bytes, expected) in [
+            ("NOT HTTP\r\n\r\n".to_string(), "400"),
+            ("GET / HTTP/1.1\r\n\r\n".to_string(), "400"),
+            ("POST / HTTP/1.1\r\nHost: h\r\nContent-Length: +5\r\n\r\n".to_string(), "400"),
+            (
+                "POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n".to_string(),
+                "400",
+            ),
+            ("POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 99999999\r\n\r\n".to_string(), "413"),
+            ("POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: gzip\r\n\r\n".to_string(), "501"),
+            (format!("{chunked}Content-Length: 3\r\n\r\n"), "400"),
+            (format!("{chunked}\r\nxyz\r\n"), "400"),
+            (format!("{chunked}\r\nffffffff\r\n"), "413"),
+            (format!("{chunked}\r\n2\r\nabc\r\n"), "400"),
+            (long, "431"),
+        ] {
+            let mut stream = dial(address, &bytes);
+            let (status, body) = answer(&mut stream);
+            assert_eq!(status, expected, "{bytes:?}: {body}");
+            assert_eq!(stream.read(&mut [0]).expect("closed in order"), 0, "{bytes:?}");
+        }
+    }
+}
