@@ -249,7 +249,9 @@ impl Config {
 fn default_node_id() -> Result<NodeId, Exit> {
     let name = machine::host_name();
     NodeId::new(&name).map_err(|error| {
-        Exit::config(format!("the host name cannot serve as the node's name: {error}; set POOL_MANAGERD_NODE_ID"))
+        Exit::config(format!(
+            "the host name cannot serve as the node's name: {error}; set POOL_MANAGERD_NODE_ID"
+        ))
     })
 }
 
@@ -281,7 +283,11 @@ fn cloud(settings: &Settings, addr: SocketAddr, node_id: &NodeId) -> Result<Clou
 
 fn plain_url(text: &str) -> Result<BaseUrl, String> {
     let url = BaseUrl::lenient(text).map_err(|error| error.to_string())?;
-    if url.https() { Err("https is not supported by this version; allowed is http://HOST:PORT".into()) } else { Ok(url) }
+    if url.https() {
+        Err("https is not supported by this version; allowed is http://HOST:PORT".into())
+    } else {
+        Ok(url)
+    }
 }
 
 fn pools(text: &str) -> Result<Vec<PoolId>, String> {
@@ -362,11 +368,17 @@ mod tests {
         let missing = read(&[cloud, wildcard, ("ORCHESTRATORD_URL", "http://c:1")]).expect_err("no address");
         assert!(missing.message.starts_with("POOL_MANAGERD_ADDRESS is missing"), "{missing}");
         let missing = read(&[cloud, ("POOL_MANAGERD_ADDRESS", "http://n:1")]).expect_err("no control plane");
-        assert!(missing.message.starts_with("ORCHESTRATORD_URL is missing") && missing.code == 78, "{missing}");
+        assert!(
+            missing.message.starts_with("ORCHESTRATORD_URL is missing") && missing.code == 78,
+            "{missing}"
+        );
         let config = read(&[cloud, ("ORCHESTRATORD_URL", "http://a:1, b:2"), ("POOL_MANAGERD_NODE_ID", "n")])
             .expect("a concrete bind address serves as the address");
         let cloud = config.cloud.expect("the CLOUD profile");
-        assert_eq!((cloud.control_planes.len(), cloud.address.port(), cloud.machine_id.as_str()), (2, 9200, "n"));
+        assert_eq!(
+            (cloud.control_planes.len(), cloud.address.port(), cloud.machine_id.as_str()),
+            (2, 9200, "n")
+        );
     }
 
     #[test]

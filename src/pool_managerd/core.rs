@@ -129,7 +129,9 @@ pub struct Core {
 enum Shutdown {
     No,
     /// Running requests may finish until then.
-    Draining { until: Mono },
+    Draining {
+        until: Mono,
+    },
     Leaving,
     Done,
 }
@@ -428,7 +430,8 @@ impl Core {
     fn drain_is_told(&self) -> bool {
         let revision = self.replicas.revision() + 1;
         self.planes.iter().all(|plane| {
-            !matches!(plane.state(), PlaneState::Registered { failures: 0, .. }) || plane.told() == Some(revision)
+            !matches!(plane.state(), PlaneState::Registered { failures: 0, .. })
+                || plane.told() == Some(revision)
         })
     }
 

@@ -10,8 +10,8 @@ use crate::settings::Exit;
 
 pub mod api;
 pub mod config;
-pub mod core;
 mod control_client;
+pub mod core;
 pub mod daemon;
 pub mod membership;
 
