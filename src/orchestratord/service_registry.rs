@@ -1302,3 +1302,6 @@ fn set_text(old: &mut Option<String>, new: Option<&str>) {
         *old = new.map(cut);
     }
 }
+
+#[cfg(test)]
+mod tests;
