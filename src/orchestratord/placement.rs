@@ -232,7 +232,7 @@ impl Scan<'_> {
             || self.preferred_only;
         let any_model = wanted(ask).is_none();
         let (mut considered, mut passed, mut fitting, mut placeable, mut with_room) = (0, 0, 0, 0, 0);
-        let mut best: Option<(usize, &Hot)> = None;
+        let mut best: Option<(usize, Hot)> = None;
         let mut unready: Option<(usize, &Hot)> = None;
         for (index, hot) in self.table.hot().iter().enumerate() {
             if !hot.exists {
@@ -265,11 +265,11 @@ impl Scan<'_> {
                 continue;
             }
             with_room += 1;
-            if best.is_none_or(|(_, other)| better(hot, other)) {
-                best = Some((index, hot));
+            if best.as_ref().is_none_or(|(_, other)| better(hot, other)) {
+                best = Some((index, *hot));
             }
         }
-        let chosen = best.and_then(|(index, hot)| Some((self.table.at(index)?.0, need(hot, ask))));
+        let chosen = best.and_then(|(index, hot)| Some((self.table.at(index)?.0, need(&hot, ask))));
         let choice = match (chosen, unready) {
             (Some((replica, slots)), _) => Choice::Replica { replica, slots },
             (None, _) if placeable > 0 => Choice::Busy,

@@ -1,5 +1,8 @@
 use super::*;
 use crate::orchestratord::placement::{Ask, Choice, Strategy as Placement, StrategyState, choose, fits};
+use crate::wire::id::PoolId;
+use crate::wire::node::REPLICAS_MAX;
+use crate::wire::pool::ReplicaStatus;
 use proptest::prelude::*;
 
 const PEER: &str = "10.0.0.7";
