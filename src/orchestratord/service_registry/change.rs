@@ -71,7 +71,7 @@ pub enum Change {
         reason: String,
     },
     /// A pool's replicas are not listed by its node: its status is to be asked from the node's
-    /// agent, and handed to [`ServiceRegistry::set_engine_url`].
+    /// agent, and handed to [`set_engine_url`](super::ServiceRegistry::set_engine_url).
     AskNode {
         /// The node.
         node: NodeId,
