@@ -312,3 +312,125 @@ impl Class {
         Some(self.turns.iter().enumerate().map(ahead).sum())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn waiter(id: u64, priority: Priority, client: &str) -> Waiter<u64> {
+        let since = Mono(0);
+        Waiter {
+            id,
+            ask: id,
+            priority,
+            client: client.into(),
+            since,
+            deadline: since.plus_ms(TIMEOUT_MS_DEFAULT),
+        }
+    }
+
+    fn drain(queue: &mut Admission<u64>) -> Vec<u64> {
+        std::iter::from_fn(|| queue.next_fitting(|_| true)).map(|w| w.id).collect()
+    }
+
+    #[test]
+    fn batch_waits_behind_eight_interactive_ones_but_not_for_ever() {
+        let mut queue = Admission::new(100);
+        queue.push(waiter(100, Priority::Batch, "b")).expect("room");
+        queue.push(waiter(101, Priority::Batch, "b")).expect("room");
+        for id in 0..20 {
+            queue.push(waiter(id, Priority::Interactive, "i")).expect("room");
+        }
+        let order = drain(&mut queue);
+        let batch: Vec<usize> =
+            order.iter().enumerate().filter(|(_, id)| **id >= 100).map(|(at, _)| at).collect();
+        assert_eq!(batch, [8, 17], "{order:?}");
+    }
+
+    #[test]
+    fn a_flood_of_one_client_delays_another_by_one() {
+        let mut queue = Admission::new(1000);
+        for id in 0..900 {
+            queue.push(waiter(id, Priority::Interactive, "flood")).expect("room");
+        }
+        assert_eq!(queue.push(waiter(900, Priority::Interactive, "quiet")), Ok(1));
+        assert_eq!(drain(&mut queue)[..3], [0, 900, 1]);
+    }
+
+    #[test]
+    fn who_does_not_fit_holds_up_nobody() {
+        let mut queue = Admission::new(10);
+        for id in 0..4 {
+            queue.push(waiter(id, Priority::Interactive, "c")).expect("room");
+        }
+        assert_eq!(queue.next_fitting(|ask| *ask >= 2).map(|w| w.id), Some(2));
+        assert_eq!(queue.next_fitting(|ask| *ask > 9), None);
+        assert_eq!(drain(&mut queue), [0, 1, 3]);
+    }
+
+    #[test]
+    fn a_full_queue_refuses_and_a_late_waiter_leaves() {
+        let mut queue = Admission::new(1);
+        queue.push(waiter(1, Priority::Batch, "c")).expect("room");
+        assert_eq!(queue.push(waiter(1, Priority::Batch, "c")), Err(Refused::Known));
+        assert_eq!(queue.push(waiter(2, Priority::Interactive, "c")), Err(Refused::Full { capacity: 1 }));
+        let due = queue.deadline().expect("one waits");
+        assert!(queue.expire(Mono(due.0 - 1)).is_empty());
+        let ids: Vec<u64> = queue.expire(due).into_iter().map(|w| w.id).collect();
+        assert_eq!((ids, queue.deadline(), queue.is_empty()), (vec![1], None, true));
+    }
+
+    proptest! {
+        /// Whatever comes and goes: nobody is lost or served twice, one client's requests keep their
+        /// order, positions tell the order of service, and nobody outlives the deadline.
+        #[test]
+        fn nobody_is_lost(ops in proptest::collection::vec((0u8..5, 0u64..40, 0usize..4, any::<bool>()), 1..150)) {
+            let mut queue = Admission::new(20);
+            let (mut now, mut next_id) = (Mono(0), 0u64);
+            let mut inside: BTreeSet<u64> = BTreeSet::new();
+            for (op, number, client, batch) in ops {
+                match op {
+                    0 | 1 => {
+                        let priority = if batch { Priority::Batch } else { Priority::Interactive };
+                        let mut one = waiter(next_id, priority, ["a", "b", "c", "d"][client]);
+                        one.deadline = now.plus_ms(number * 10);
+                        let pushed = queue.push(one);
+                        prop_assert_eq!(pushed.is_ok(), inside.len() < 20);
+                        if let Ok(position) = pushed {
+                            prop_assert_eq!(queue.position(next_id), Some(position));
+                            inside.insert(next_id);
+                        }
+                        next_id += 1;
+                    }
+                    2 => prop_assert_eq!(queue.remove(number).is_some(), inside.remove(&number)),
+                    3 => {
+                        now = now.plus_ms(number);
+                        for waiter in queue.expire(now) {
+                            prop_assert!(waiter.deadline <= now && inside.remove(&waiter.id));
+                        }
+                        prop_assert!(queue.deadline().is_none_or(|due| due > now));
+                    }
+                    _ => {
+                        let before: BTreeMap<u64, usize> =
+                            inside.iter().map(|id| (*id, queue.position(*id).expect("waits"))).collect();
+                        let Some(taken) = queue.next_fitting(|_| true) else {
+                            prop_assert!(inside.is_empty());
+                            continue;
+                        };
+                        prop_assert_eq!(before[&taken.id], 0, "not the first of its class");
+                        prop_assert!(inside.remove(&taken.id));
+                        for id in &inside {
+                            let waits = &queue.waiters[id];
+                            let same = waits.priority == taken.priority;
+                            prop_assert_eq!(queue.position(*id), Some(before[id] - usize::from(same)));
+                            prop_assert!(!same || waits.client != taken.client || *id > taken.id, "overtaken");
+                        }
+                    }
+                }
+                queue.check_invariants();
+                prop_assert_eq!(queue.len(), inside.len());
+            }
+        }
+    }
+}

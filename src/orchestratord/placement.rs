@@ -232,7 +232,7 @@ impl Scan<'_> {
             || self.preferred_only;
         let any_model = wanted(ask).is_none();
         let (mut considered, mut passed, mut fitting, mut placeable, mut with_room) = (0, 0, 0, 0, 0);
-        let mut best: Option<(usize, &Hot)> = None;
+        let mut best: Option<(usize, Hot)> = None;
         let mut unready: Option<(usize, &Hot)> = None;
         for (index, hot) in self.table.hot().iter().enumerate() {
             if !hot.exists {
@@ -265,11 +265,11 @@ impl Scan<'_> {
                 continue;
             }
             with_room += 1;
-            if best.is_none_or(|(_, other)| better(hot, other)) {
-                best = Some((index, hot));
+            if best.as_ref().is_none_or(|(_, other)| better(hot, other)) {
+                best = Some((index, *hot));
             }
         }
-        let chosen = best.and_then(|(index, hot)| Some((self.table.at(index)?.0, need(hot, ask))));
+        let chosen = best.and_then(|(index, hot)| Some((self.table.at(index)?.0, need(&hot, ask))));
         let choice = match (chosen, unready) {
             (Some((replica, slots)), _) => Choice::Replica { replica, slots },
             (None, _) if placeable > 0 => Choice::Busy,
@@ -334,4 +334,171 @@ fn mix(mut x: u64) -> u64 {
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     x ^ (x >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::orchestratord::service_registry::{Change, Limits};
+    use crate::time::Now;
+    use crate::wire::node::{Heartbeat, RegisterRequest};
+    use serde_json::json;
+    use std::collections::BTreeMap;
+
+    /// One pool with one replica: (pool, models, ready, free slots of 4, free GPU memory).
+    type Spec = (&'static str, &'static [&'static str], bool, u32, u64);
+
+    /// Nodes `n0`, `n1`, ... in the given order.
+    fn registry(nodes: &[&[Spec]]) -> ServiceRegistry {
+        let mut registry = ServiceRegistry::new(Limits::default(), 1);
+        let mut changes: Vec<Change> = Vec::new();
+        // The last is registered first: order by name must not be order of arrival.
+        for (n, specs) in nodes.iter().enumerate().rev() {
+            let name = format!("n{n}");
+            let body = json!({"node_id": name, "address": format!("http://{name}:9200")});
+            let request: RegisterRequest = serde_json::from_value(body).expect("a registration");
+            registry.register(&request, "peer", Now::default(), &mut changes).expect("registered");
+            let pools: Vec<_> = specs
+                .iter()
+                .map(|(pool, models, ready, free, vram)| {
+                    let replica = json!({"replica_id": "r0", "url": "http://127.0.0.1:1", "ready": ready,
+                        "slots_free": free, "slots_total": 4, "models": models, "device_mask": pool});
+                    json!({"pool_id": pool, "vram_free_bytes": vram, "replicas": [replica]})
+                })
+                .collect();
+            let beat: Heartbeat = serde_json::from_value(json!({"pools": pools})).expect("a heartbeat");
+            let node = NodeId::new(&name).expect("an id");
+            registry.heartbeat(&node, &beat, "peer", Now::default(), &mut changes).expect("accepted");
+        }
+        registry.check_invariants();
+        registry
+    }
+
+    fn ask(model: &str) -> Ask {
+        Ask { model: Some(model.into()), slots: 1, ..Ask::default() }
+    }
+
+    fn pool(name: &str) -> PoolId {
+        PoolId::new(name).expect("an id")
+    }
+
+    /// `node/pool` of the choice, or its refusal.
+    fn chosen(
+        registry: &ServiceRegistry,
+        ask: &Ask,
+        strategy: Strategy,
+        state: &mut StrategyState,
+    ) -> String {
+        match choose(registry, ask, &[], strategy, state).choice {
+            Choice::Replica { replica, .. } => {
+                assert!(fits(registry, replica, ask), "chosen, but does not fit");
+                let found = registry.replica(replica).expect("it exists");
+                format!("{}/{}", found.node, found.key.pool)
+            }
+            Choice::NotReady { .. } => "NotReady".into(),
+            refusal => format!("{refusal:?}"),
+        }
+    }
+
+    fn first(registry: &ServiceRegistry, ask: &Ask) -> String {
+        chosen(registry, ask, Strategy::LeastLoaded, &mut StrategyState::new(1))
+    }
+
+    #[test]
+    fn least_loaded_goes_by_share_then_memory_then_name() {
+        let m: &[&str] = &["m"];
+        let by_share = registry(&[&[("a", m, true, 2, 9)], &[("b", m, true, 3, 0)]]);
+        assert_eq!(first(&by_share, &ask("m")), "n1/b");
+        let by_memory = registry(&[&[("a", m, true, 3, 1)], &[("b", m, true, 3, 2)]]);
+        assert_eq!(first(&by_memory, &ask("m")), "n1/b");
+        let by_name = registry(&[&[("b", m, true, 4, 0), ("a", m, true, 4, 0)], &[("a", m, true, 4, 0)]]);
+        assert_eq!(first(&by_name, &ask("m")), "n0/a");
+        let most_vram = registry(&[&[("a", m, true, 4, 1)], &[("b", m, true, 1, 2)]]);
+        let mut state = StrategyState::new(1);
+        assert_eq!(chosen(&most_vram, &ask("m"), Strategy::MostVram, &mut state), "n1/b");
+    }
+
+    #[test]
+    fn round_robin_visits_all_in_turn_and_random_visits_all() {
+        let m: &[&str] = &["m"];
+        let registry = registry(&[
+            &[("a", m, true, 4, 0), ("b", m, true, 4, 5)],
+            &[("a", m, false, 4, 0)],
+            &[("a", m, true, 1, 0)],
+        ]);
+        let mut state = StrategyState::new(1);
+        let turns: Vec<String> =
+            (0..4).map(|_| chosen(&registry, &ask("m"), Strategy::RoundRobin, &mut state)).collect();
+        assert_eq!(turns, ["n0/a", "n0/b", "n2/a", "n0/a"]);
+        let sequence = |seed| -> Vec<String> {
+            let mut state = StrategyState::new(seed);
+            (0..300).map(|_| chosen(&registry, &ask("m"), Strategy::Random, &mut state)).collect()
+        };
+        assert_eq!(sequence(5), sequence(5), "the seed decides");
+        let mut counts: BTreeMap<String, u32> = BTreeMap::new();
+        sequence(5).into_iter().for_each(|name| *counts.entry(name).or_default() += 1);
+        assert!(counts.len() == 3 && counts.values().all(|n| *n > 60), "{counts:?}");
+    }
+
+    #[test]
+    fn refusals_say_which_kind() {
+        let m: &[&str] = &["m"];
+        assert_eq!(first(&registry(&[]), &ask("m")), "Nothing");
+        let known = registry(&[&[("full", m, true, 0, 0), ("down", &["x"], false, 4, 0)]]);
+        assert_eq!(first(&known, &ask("m")), "Busy");
+        assert_eq!(first(&known, &ask("x")), "NotReady");
+        assert_eq!(first(&known, &ask("y")), "UnknownModel");
+        assert_eq!(first(&known, &Ask { pool: Some(pool("elsewhere")), ..ask("m") }), "UnknownPin");
+        assert_eq!(first(&known, &Ask { pool: Some(pool("down")), ..ask("m") }), "UnknownModel");
+        let loading = registry(&[&[("a", m, true, 4, 0), ("b", &[], false, 4, 0)]]);
+        assert_eq!(first(&loading, &ask("y")), "NotReady", "what the second one serves is not known yet");
+        let wildcard = registry(&[&[("a", m, true, 4, 0), ("b", &[], true, 4, 0)]]);
+        assert_eq!(first(&wildcard, &ask("y")), "n0/b");
+        assert_eq!(first(&wildcard, &ask("")), "n0/a");
+    }
+
+    #[test]
+    fn pins_are_kept_and_preferences_are_not_forced() {
+        let m: &[&str] = &["m"];
+        let registry = registry(&[
+            &[("a", m, true, 4, 0), ("b", m, true, 1, 0), ("c", m, true, 0, 0)],
+            &[("a", m, true, 4, 0)],
+        ]);
+        let node = |name: &str| Some(NodeId::new(name).expect("an id"));
+        assert_eq!(first(&registry, &Ask { node: node("n1"), ..ask("m") }), "n1/a");
+        assert_eq!(first(&registry, &Ask { pool: Some(pool("b")), ..ask("m") }), "n0/b");
+        assert_eq!(first(&registry, &Ask { pool: Some(pool("c")), ..ask("m") }), "Busy");
+        assert_eq!(first(&registry, &Ask { device_mask: Some("b".into()), ..ask("m") }), "n0/b");
+        assert_eq!(first(&registry, &Ask { avoid_pools: vec![pool("a")], ..ask("m") }), "n0/b");
+        assert_eq!(first(&registry, &Ask { prefer_pools: vec![pool("b")], ..ask("m") }), "n0/b");
+        assert_eq!(first(&registry, &Ask { prefer_pools: vec![pool("c")], ..ask("m") }), "n0/a");
+    }
+
+    #[test]
+    fn a_large_ask_takes_a_whole_replica_and_a_failed_one_is_not_chosen_again() {
+        let m: &[&str] = &["m"];
+        let registry = registry(&[&[("a", m, true, 3, 0)], &[("a", m, true, 4, 0)]]);
+        let large = Ask { slots: 9, ..ask("m") };
+        let mut state = StrategyState::new(1);
+        let found = choose(&registry, &large, &[], Strategy::LeastLoaded, &mut state);
+        let Choice::Replica { replica, slots: 4 } = found.choice else { panic!("{found:?}") };
+        assert_eq!((found.considered, found.placeable, found.with_room), (2, 2, 1));
+        let again = choose(&registry, &ask("m"), &[replica], Strategy::LeastLoaded, &mut state);
+        assert!(matches!(again.choice, Choice::Replica { replica: other, .. } if other != replica));
+        let all: Vec<ReplicaRef> = registry.replicas().map(|(replica, _)| replica).collect();
+        let none = choose(&registry, &ask("m"), &all, Strategy::LeastLoaded, &mut state);
+        assert_eq!(
+            none.choice,
+            Choice::NotReady { reason: "n0/a/r0: this request failed there already".into() }
+        );
+    }
+
+    #[test]
+    fn strategies_are_read_as_they_are_written() {
+        for strategy in Strategy::ALL {
+            assert_eq!(strategy.to_string().parse(), Ok(strategy));
+        }
+        let error = "fastest".parse::<Strategy>().expect_err("no such strategy");
+        assert!(error.contains("least-loaded, round-robin, random, most-vram"), "{error}");
+    }
 }

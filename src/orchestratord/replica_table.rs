@@ -636,3 +636,73 @@ impl ModelSets {
         assert!(self.by_model.values().flatten().all(|set| references.contains_key(set)), "a dead set");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::id::{PoolId, ReplicaId};
+
+    fn replica(name: u64, model: u64) -> Replica {
+        let pool = PoolId::new("p").expect("an id");
+        let key = ReplicaKey { pool, replica: ReplicaId::new(&format!("r{name:04}")).expect("an id") };
+        Replica {
+            node: NodeId::new("n").expect("an id"),
+            key,
+            node_status: NodeStatus::Online,
+            confirmed: true,
+            generation: 0,
+            target: Target::Direct(BaseUrl::new("http://h:1").expect("a URL")),
+            ready: true,
+            draining: false,
+            slots_total: 1,
+            slots_reported_free: 1,
+            in_flight: 0,
+            others: 0,
+            models: vec![format!("m{model}")].into(),
+            engine: None,
+            engine_version: None,
+            device_mask: None,
+            vram_free_bytes: 0,
+            reason: None,
+            since: Wall(0),
+            circuit: Circuit::Closed,
+            ours_since_report: false,
+            seen_in_beat: 0,
+        }
+    }
+
+    proptest::proptest! {
+        /// Labels sort as names and model sets are counted right, whatever comes and goes in which
+        /// order; and a handle never finds a successor.
+        #[test]
+        fn the_table_agrees_with_itself(ops in proptest::collection::vec((0u64..60, 0u64..4), 1..200)) {
+            let (mut table, mut changes) = (ReplicaTable::default(), Vec::new());
+            let mut inside: BTreeMap<u64, ReplicaRef> = BTreeMap::new();
+            for (name, model) in ops {
+                match inside.remove(&name) {
+                    Some(known) => {
+                        table.remove(known, "gone", &mut changes);
+                        proptest::prop_assert!(table.get(known).is_none());
+                    }
+                    None => {
+                        let added = table.insert(replica(name, model), Now::default(), &mut changes);
+                        inside.insert(name, added);
+                    }
+                }
+                table.check_invariants();
+                proptest::prop_assert!(table.iter().map(|(r, _)| r).eq(inside.values().copied()));
+            }
+        }
+    }
+
+    #[test]
+    fn labels_last_where_every_newcomer_goes_between_the_same_two() {
+        let (mut table, mut changes) = (ReplicaTable::default(), Vec::new());
+        table.insert(replica(9999, 0), Now::default(), &mut changes);
+        for name in 0..200 {
+            table.insert(replica(name, 0), Now::default(), &mut changes);
+            table.check_invariants();
+        }
+        assert_eq!(table.len(), 201);
+    }
+}

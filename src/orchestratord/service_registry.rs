@@ -31,21 +31,28 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::sync::Arc;
 
 use slab::Slab;
 
 use crate::time::{Mono, Now, Wall, earliest};
-use crate::wire::id::{NodeId, PoolId, ReplicaId, ReplicaKey};
+use crate::wire::id::{NodeId, ReplicaKey};
 use crate::wire::node::{
-    Capabilities, Heartbeat, HeartbeatReply, POOLS_MAX, PoolBeat, REPLICAS_MAX, RegisterReply,
-    RegisterRequest, ReplicaBeat,
+    Capabilities, Heartbeat, HeartbeatReply, POOLS_MAX, PoolBeat, RegisterReply, RegisterRequest,
 };
-use crate::wire::pool::ReplicaStatus;
 use crate::wire::url::BaseUrl;
 
-use super::replica_table::{BACKOFF_FIRST_MS, BACKOFF_MAX_MS, Circuit};
-pub use super::replica_table::{Grant, Obstacle, Replica, ReplicaRef, ReplicaTable, Target};
+mod change;
+mod snapshot;
+#[cfg(test)]
+mod tests;
+
+pub use self::change::{Change, Fenced};
+pub use self::snapshot::{
+    MODEL_BYTES_MAX, MODELS_MAX, NODE_REPLICAS_MAX, REPLICAS_TOTAL_MAX, TEXT_BYTES_MAX,
+};
+use self::snapshot::{announced, cut, target_of, too_large};
+use super::replica_table::{BACKOFF_FIRST_MS, BACKOFF_MAX_MS};
+pub use super::replica_table::{Circuit, Grant, Obstacle, Replica, ReplicaRef, ReplicaTable, Target};
 
 /// Longest time for which leases are kept from ending because most nodes are silent at once: longer
 /// than a switch needs to restart, shorter than an operator needs to be called.
@@ -54,23 +61,10 @@ pub const EXPIRY_HOLD_MS: u64 = 300_000;
 pub const EXPIRY_HOLD_RECHECK_MS: u64 = 1_000;
 /// Fewest nodes of which a silent majority is taken for a fault of our own.
 pub const EXPIRY_HOLD_NODES_MIN: usize = 3;
-/// Most replicas of one node: far above what GPUs allow, low enough to bound one heartbeat's work.
-pub const NODE_REPLICAS_MAX: usize = 4096;
-/// Most replicas of all nodes: ten a node at the default limit of nodes, some 50 MB.
-pub const REPLICAS_TOTAL_MAX: usize = 100_000;
-/// Most models of one replica or pool.
-pub const MODELS_MAX: usize = 256;
-/// Longest name of a model: paths within model repositories are long.
-pub const MODEL_BYTES_MAX: usize = 512;
 /// Most GPUs of a node; machines have up to 16, partitioned ones seven times as many.
 pub const GPUS_MAX: usize = 256;
-/// Texts that are only shown (versions, reasons, names of machines) are cut at this length.
-pub const TEXT_BYTES_MAX: usize = 256;
 /// Foreign boot ids remembered per node, so that each is reported once.
 pub const TWINS_MAX: usize = 8;
-
-/// Name of the one replica of a pool whose sender lists none.
-const ONLY_REPLICA: &str = "r0";
 
 /// Times and sizes that an operator may set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -143,163 +137,6 @@ impl fmt::Display for NodeStatus {
         f.write_str(self.as_str())
     }
 }
-
-/// What a mutation changed, in the order in which it happened.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Change {
-    /// A node registered.
-    NodeRegistered {
-        /// The node.
-        node: NodeId,
-        /// Of its agent, where it sends one.
-        incarnation: Option<u64>,
-        /// It was known before.
-        again: bool,
-    },
-    /// A node's status changed.
-    NodeStatus {
-        /// The node.
-        node: NodeId,
-        /// The former status.
-        from: NodeStatus,
-        /// The present one.
-        to: NodeStatus,
-        /// Why, for people.
-        reason: String,
-    },
-    /// A node is no longer known.
-    NodeGone {
-        /// The node.
-        node: NodeId,
-        /// Why, for people.
-        reason: String,
-    },
-    /// A replica is known from now on. [`Change::ReplicaReady`] follows once it takes work.
-    ReplicaFound {
-        /// Its handle.
-        replica: ReplicaRef,
-        /// Its node.
-        node: NodeId,
-        /// Its name there.
-        key: ReplicaKey,
-    },
-    /// A replica takes work from now on: waiters may be admitted.
-    ReplicaReady(ReplicaRef),
-    /// A replica takes no work from now on.
-    ReplicaNotReady {
-        /// Its handle.
-        replica: ReplicaRef,
-        /// Why, for people.
-        reason: String,
-    },
-    /// A replica that takes work has more free slots than before: waiters may be admitted.
-    ReplicaCapacity(ReplicaRef),
-    /// A replica is no longer known, or another engine process took its name.
-    ReplicaGone {
-        /// Its former handle.
-        replica: ReplicaRef,
-        /// Its node.
-        node: NodeId,
-        /// Its name there.
-        key: ReplicaKey,
-        /// Slots that requests from here held.
-        in_flight: u32,
-        /// Why, for people.
-        reason: String,
-    },
-    /// A pool's replicas are not listed by its node: its status is to be asked from the node's
-    /// agent, and handed to [`ServiceRegistry::set_engine_url`].
-    AskNode {
-        /// The node.
-        node: NodeId,
-        /// The pool.
-        pool: PoolId,
-        /// The node's agent.
-        agent: BaseUrl,
-    },
-    /// Another machine uses the name of a node that is alive. Reported once per foreign boot.
-    TwinRefused {
-        /// The name.
-        node: NodeId,
-        /// The other machine's boot id.
-        boot_id: String,
-        /// Where the other one's request came from.
-        peer: String,
-        /// Where the live one's last message came from.
-        holder: String,
-    },
-    /// Most nodes are silent: leases do not end for now.
-    ExpiryHeld {
-        /// At least so many nodes missed a heartbeat.
-        late: usize,
-        /// Nodes that hold a lease.
-        of: usize,
-    },
-    /// Leases end again.
-    ExpiryResumed,
-}
-
-/// Why a message from a node was refused. Nothing has changed then, except that it may have been
-/// reported. Displays as a sentence for operators.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Fenced {
-    /// No such node, or a newer incarnation of it than the registered one: it must register.
-    UnknownNode,
-    /// From an earlier start of the node's agent.
-    OldIncarnation {
-        /// The incarnation that is registered.
-        known: u64,
-    },
-    /// Overtaken by a later heartbeat.
-    OldSequence {
-        /// The greatest sequence number so far.
-        known: u64,
-    },
-    /// The name belongs to another machine that is alive.
-    Twin {
-        /// Where that machine's last message came from.
-        holder: String,
-    },
-    /// The name belongs to this machine.
-    Local,
-    /// A limit on the number of nodes or replicas is reached.
-    TooMany {
-        /// What there are too many of.
-        what: &'static str,
-        /// The limit.
-        limit: usize,
-    },
-    /// The message is larger than any node's would be.
-    TooLarge {
-        /// What is too large.
-        what: &'static str,
-        /// The limit.
-        limit: usize,
-    },
-}
-
-impl fmt::Display for Fenced {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Fenced::UnknownNode => f.write_str("the node is not registered"),
-            Fenced::OldIncarnation { known } => {
-                write!(f, "a later start of this node's agent (incarnation {known}) is registered")
-            }
-            Fenced::OldSequence { known } => {
-                write!(f, "a later heartbeat (sequence {known}) has already arrived")
-            }
-            Fenced::Twin { holder } => write!(
-                f,
-                "another machine of this node id is alive (last heard from {holder}): give one of them another id"
-            ),
-            Fenced::Local => f.write_str("this node id belongs to the control plane's own machine"),
-            Fenced::TooMany { what, limit } => write!(f, "the control plane already has its {limit} {what}"),
-            Fenced::TooLarge { what, limit } => write!(f, "more than {limit} {what}"),
-        }
-    }
-}
-
-impl std::error::Error for Fenced {}
 
 /// One node as the control plane sees it.
 #[derive(Clone, Debug)]
@@ -587,46 +424,6 @@ impl ServiceRegistry {
         Ok(())
     }
 
-    /// Takes what a node's status answer said about a pool whose heartbeat lists no replicas.
-    /// Ignored where the node is gone or lists them by now.
-    pub fn set_engine_url(
-        &mut self,
-        node: &NodeId,
-        pool: &PoolId,
-        replicas: &[ReplicaStatus],
-        now: Now,
-        changes: &mut Vec<Change>,
-    ) {
-        let Some(&index) = self.by_id.get(node) else { return };
-        let Some(beat) = self.nodes[index].pools.iter().find(|p| p.pool_id == *pool).cloned() else { return };
-        if beat.replicas.is_some() || replicas.is_empty() {
-            return;
-        }
-        let list: Vec<ReplicaBeat> = replicas.iter().map(asked).collect();
-        let mut with_replicas = beat;
-        with_replicas.replicas = Some(list);
-        if self.check_size(index, std::slice::from_ref(&with_replicas)).is_err() {
-            return;
-        }
-        self.nodes[index].beats += 1;
-        let beats = self.nodes[index].beats;
-        // What this pool had before and the answer does not name is gone; other pools are untouched.
-        let old: Vec<(ReplicaKey, ReplicaRef)> = self.nodes[index]
-            .replicas
-            .iter()
-            .filter(|(k, _)| k.pool == *pool)
-            .map(|(k, r)| (k.clone(), *r))
-            .collect();
-        for (key, replica) in old {
-            if !replicas.iter().any(|r| r.replica_id == key.replica) {
-                self.drop_replica(index, &key, replica, "its node does not name it", changes);
-            }
-        }
-        for replica in with_replicas.replicas.iter().flatten() {
-            self.take_replica(index, &with_replicas, replica, beats, now, changes);
-        }
-    }
-
     /// Ends leases, grace periods and backoffs that are due.
     pub fn expire(&mut self, now: Now, changes: &mut Vec<Change>) {
         while let Some(&(due, replica)) = self.retries.first()
@@ -884,220 +681,6 @@ impl ServiceRegistry {
         }
     }
 
-    fn check_size(&self, index: usize, pools: &[PoolBeat]) -> Result<(), Fenced> {
-        too_large("pools", pools.len(), POOLS_MAX)?;
-        let mut replicas = 0;
-        for pool in pools {
-            check_models(&pool.models_available)?;
-            let list = pool.replicas.as_deref().unwrap_or_default();
-            too_large("replicas in a pool", list.len(), REPLICAS_MAX)?;
-            replicas += list.len().max(1);
-            for replica in list {
-                check_models(&replica.models)?;
-            }
-        }
-        too_large("replicas of a node", replicas, NODE_REPLICAS_MAX)?;
-        let own = self.nodes[index].replicas.len();
-        if self.table.len() - own + replicas > REPLICAS_TOTAL_MAX && replicas > own {
-            return Err(Fenced::TooMany { what: "replicas", limit: REPLICAS_TOTAL_MAX });
-        }
-        Ok(())
-    }
-
-    /// Makes a node's replicas what its snapshot says.
-    fn take_snapshot(&mut self, index: usize, pools: &[PoolBeat], now: Now, changes: &mut Vec<Change>) {
-        self.nodes[index].beats += 1;
-        let beats = self.nodes[index].beats;
-        for pool in pools {
-            match &pool.replicas {
-                Some(list) => {
-                    for replica in list {
-                        self.take_replica(index, pool, replica, beats, now, changes);
-                    }
-                }
-                None => self.take_unlisted(index, pool, beats, now, changes),
-            }
-        }
-        let table = &self.table;
-        let gone: Vec<(ReplicaKey, ReplicaRef)> = self.nodes[index]
-            .replicas
-            .iter()
-            .filter(|(_, r)| table.get(**r).is_none_or(|r| r.seen_in_beat != beats))
-            .map(|(key, r)| (key.clone(), *r))
-            .collect();
-        for (key, replica) in gone {
-            self.drop_replica(index, &key, replica, "its node does not name it", changes);
-        }
-        let shown = &mut self.nodes[index].pools;
-        shown.truncate(pools.len());
-        for (at, pool) in pools.iter().enumerate() {
-            match shown.get_mut(at) {
-                Some(old) if same_pool(old, pool) => {
-                    old.slots_free = pool.slots_free;
-                    old.vram_free_bytes = pool.vram_free_bytes;
-                }
-                Some(old) => *old = without_replicas(pool),
-                None => shown.push(without_replicas(pool)),
-            }
-        }
-    }
-
-    /// One replica that a snapshot names. Named twice, the first mention counts.
-    fn take_replica(
-        &mut self,
-        index: usize,
-        pool: &PoolBeat,
-        beat: &ReplicaBeat,
-        beats: u64,
-        now: Now,
-        changes: &mut Vec<Change>,
-    ) {
-        let node = &self.nodes[index];
-        let key = ReplicaKey { pool: pool.pool_id.clone(), replica: beat.replica_id.clone() };
-        let address = node.address.clone();
-        let mut known = node.replicas.get(&key).copied();
-        if let Some(replica) = known
-            && let Some(old) = self.table.get(replica)
-        {
-            if old.seen_in_beat == beats {
-                return;
-            }
-            if old.generation != beat.generation || old.target.engine() != Some(&beat.url) {
-                self.drop_replica(index, &key, replica, "another engine process took its place", changes);
-                known = None;
-            }
-        }
-        let replica = known.unwrap_or_else(|| {
-            let target = target_of(&beat.url, address.as_ref());
-            self.add_replica(index, key, beat.generation, target, now, changes)
-        });
-        let models = if beat.models.is_empty() && pool.replicas.as_ref().is_some_and(|l| l.len() == 1) {
-            &pool.models_available
-        } else {
-            &beat.models
-        };
-        self.table.set_models(replica, models);
-        self.table.update(replica, now, changes, |r| {
-            r.seen_in_beat = beats;
-            r.confirmed = true;
-            r.ready = beat.ready;
-            r.draining = beat.draining || pool.draining;
-            r.vram_free_bytes = pool.vram_free_bytes;
-            set_text(&mut r.reason, beat.reason.as_deref());
-            set_text(&mut r.device_mask, beat.device_mask.as_deref());
-            set_text(&mut r.engine, beat.engine.as_deref().or(pool.engine.as_deref()));
-            set_text(
-                &mut r.engine_version,
-                beat.engine_version.as_deref().or(pool.engine_version.as_deref()),
-            );
-            r.report_slots(beat.slots_free, beat.slots_total.max(beat.slots_free));
-        });
-    }
-
-    /// A pool of which only sums are reported. Its replicas are those that the node's status
-    /// answer named, or until then one whose address is not known.
-    fn take_unlisted(
-        &mut self,
-        index: usize,
-        pool: &PoolBeat,
-        beats: u64,
-        now: Now,
-        changes: &mut Vec<Change>,
-    ) {
-        let node = &self.nodes[index];
-        let of_pool = |(k, r): (&ReplicaKey, &ReplicaRef)| (k.pool == pool.pool_id).then_some(*r);
-        let mut own: Vec<ReplicaRef> = node.replicas.iter().filter_map(of_pool).collect();
-        if own.is_empty() {
-            let Ok(replica) = ReplicaId::new(ONLY_REPLICA) else { return };
-            let key = ReplicaKey { pool: pool.pool_id.clone(), replica };
-            own.push(self.add_replica(index, key, 0, Target::AskNode, now, changes));
-        }
-        let alone = own.len() == 1;
-        let mut ask = false;
-        for replica in own {
-            let Some(old) = self.table.get(replica) else { continue };
-            // A pool that comes back, or cannot be reached, may have moved to another port.
-            let doubtful = old.target == Target::AskNode || !old.ready || old.circuit != Circuit::Closed;
-            ask |= pool.ready && doubtful;
-            if !pool.models_available.is_empty() && (alone || old.models.is_empty()) {
-                self.table.set_models(replica, &pool.models_available);
-            }
-            self.table.update(replica, now, changes, |r| {
-                r.seen_in_beat = beats;
-                r.confirmed = true;
-                r.ready = pool.ready;
-                r.draining = pool.draining;
-                r.vram_free_bytes = pool.vram_free_bytes;
-                set_text(&mut r.engine, pool.engine.as_deref());
-                set_text(&mut r.engine_version, pool.engine_version.as_deref());
-                if alone {
-                    r.report_slots(pool.slots_free, pool.slots_total());
-                }
-            });
-        }
-        if ask && let Some(agent) = self.nodes[index].address.clone() {
-            changes.push(Change::AskNode {
-                node: self.nodes[index].id.clone(),
-                pool: pool.pool_id.clone(),
-                agent,
-            });
-        }
-    }
-
-    fn add_replica(
-        &mut self,
-        index: usize,
-        key: ReplicaKey,
-        generation: u64,
-        target: Target,
-        now: Now,
-        changes: &mut Vec<Change>,
-    ) -> ReplicaRef {
-        let node = &mut self.nodes[index];
-        let replica = Replica {
-            node: node.id.clone(),
-            key: key.clone(),
-            node_status: node.status,
-            confirmed: true,
-            generation,
-            target,
-            ready: false,
-            draining: false,
-            slots_total: 0,
-            slots_reported_free: 0,
-            in_flight: 0,
-            others: 0,
-            models: Arc::default(),
-            engine: None,
-            engine_version: None,
-            device_mask: None,
-            vram_free_bytes: 0,
-            reason: None,
-            since: now.wall,
-            circuit: Circuit::Closed,
-            ours_since_report: false,
-            seen_in_beat: 0,
-        };
-        let reference = self.table.insert(replica, now, changes);
-        node.replicas.insert(key, reference);
-        reference
-    }
-
-    fn drop_replica(
-        &mut self,
-        index: usize,
-        key: &ReplicaKey,
-        replica: ReplicaRef,
-        reason: &str,
-        changes: &mut Vec<Change>,
-    ) {
-        if let Some(Replica { circuit: Circuit::Open { until, .. }, .. }) = self.table.get(replica) {
-            self.retries.remove(&(*until, replica));
-        }
-        self.table.remove(replica, reason, changes);
-        self.nodes[index].replicas.remove(key);
-    }
-
     fn add_node(&mut self, id: &NodeId, now: Now) -> usize {
         let index = self.nodes.insert(Node {
             id: id.clone(),
@@ -1212,93 +795,4 @@ pub struct ModelSummary {
     pub replicas: u32,
     /// Of these, the ones that take work.
     pub placeable: u32,
-}
-
-fn too_large(what: &'static str, count: usize, limit: usize) -> Result<(), Fenced> {
-    if count > limit { Err(Fenced::TooLarge { what, limit }) } else { Ok(()) }
-}
-
-fn check_models(models: &[String]) -> Result<(), Fenced> {
-    too_large("models of a replica", models.len(), MODELS_MAX)?;
-    let longest = models.iter().map(String::len).max().unwrap_or(0);
-    too_large("bytes in the name of a model", longest, MODEL_BYTES_MAX)
-}
-
-/// An engine on its node's loopback is reached through the node's agent; one on this machine, or on
-/// an address of its own, is dialled directly.
-fn target_of(engine: &BaseUrl, agent: Option<&BaseUrl>) -> Target {
-    let hidden = engine.ip().is_some_and(|ip| ip.is_loopback() || ip.is_unspecified());
-    match agent {
-        Some(agent) if hidden => Target::Relay { agent: agent.clone(), engine: engine.clone() },
-        _ => Target::Direct(engine.clone()),
-    }
-}
-
-/// A pool of which a registration gives only the name.
-fn announced(pool: &PoolId) -> PoolBeat {
-    PoolBeat {
-        pool_id: pool.clone(),
-        ready: false,
-        draining: false,
-        slots_free: 0,
-        slots_total: None,
-        vram_free_bytes: 0,
-        engine: None,
-        engine_version: None,
-        models_available: Vec::new(),
-        replicas: None,
-    }
-}
-
-/// What is kept of a pool for display: whether it lists replicas, but not which.
-fn without_replicas(pool: &PoolBeat) -> PoolBeat {
-    PoolBeat {
-        pool_id: pool.pool_id.clone(),
-        engine: pool.engine.as_deref().map(cut),
-        engine_version: pool.engine_version.as_deref().map(cut),
-        models_available: pool.models_available.clone(),
-        replicas: pool.replicas.as_ref().map(|_| Vec::new()),
-        ..*pool
-    }
-}
-
-/// Whether two reports of a pool differ in numbers only.
-fn same_pool(old: &PoolBeat, new: &PoolBeat) -> bool {
-    old.pool_id == new.pool_id
-        && (old.ready, old.draining, old.slots_total) == (new.ready, new.draining, new.slots_total)
-        && old.engine == new.engine
-        && old.engine_version == new.engine_version
-        && old.models_available == new.models_available
-        && old.replicas.is_some() == new.replicas.is_some()
-}
-
-/// A replica of a status answer, as a heartbeat would have listed it.
-fn asked(status: &ReplicaStatus) -> ReplicaBeat {
-    ReplicaBeat {
-        replica_id: status.replica_id.clone(),
-        url: status.url.clone(),
-        ready: status.ready,
-        draining: status.draining,
-        slots_free: status.slots_free,
-        slots_total: status.slots_total,
-        generation: status.generation,
-        models: status.models.clone(),
-        reason: Some(status.reason.clone()).filter(|reason| !status.ready && !reason.is_empty()),
-        device_mask: status.device_mask.clone(),
-        engine: status.engine.clone(),
-        engine_version: status.engine_version.clone(),
-    }
-}
-
-/// Text from a peer that is only shown: bounded, and without control characters.
-fn cut(text: &str) -> String {
-    let end = (0..=TEXT_BYTES_MAX.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
-    text[..end].chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
-}
-
-/// Sets a text that seldom changes, without allocating where it does not.
-fn set_text(old: &mut Option<String>, new: Option<&str>) {
-    if old.as_deref() != new {
-        *old = new.map(cut);
-    }
 }
