@@ -488,11 +488,10 @@ impl Registry {
             self.next_serial += 1;
             self.revision += 1;
             replica.drained = drained;
-            let before = replica.state();
             replica.start(now.mono);
             self.schedule.reset(key, &mut replica);
             self.replicas.insert(key.clone(), replica);
-            self.announce(key, before, now, changes);
+            self.announce(key, State::Found, now, changes);
             return;
         };
         replica.file = file;
