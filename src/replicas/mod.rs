@@ -30,3 +30,6 @@ pub use change::{Change, FileState, FileView, Refused, State};
 pub use policy::{AllowList, EnginePolicy};
 pub use probing::{Fault, ProbeId, ProbeKind, ProbeOrder, ProbeOutcome};
 pub use registry::{FileContent, ListedFile, Registry, ReplicaLease};
+
+#[cfg(test)]
+mod tests;
