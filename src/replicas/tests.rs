@@ -492,20 +492,18 @@ fn only_so_many_probes_are_under_way() {
 
 /// What the directory says, computed in the plainest way.
 fn expected(files: &BTreeMap<Arc<str>, (Handoff, Wall)>) -> BTreeMap<ReplicaKey, Handoff> {
-    let mut best: BTreeMap<ReplicaKey, (u64, Wall, Reverse<Arc<str>>, Handoff)> = BTreeMap::new();
-    for (name, (handoff, modified)) in files {
-        let rank = (handoff.generation, *modified, Reverse(name.clone()));
-        let entry = best.entry(handoff.key());
-        let new = (rank.0, rank.1, rank.2.clone(), handoff.clone());
-        entry
-            .and_modify(|old| {
-                if (old.0, old.1, old.2.clone()) < rank {
-                    *old = new.clone();
-                }
-            })
-            .or_insert(new);
+    let mut best: BTreeMap<ReplicaKey, &Arc<str>> = BTreeMap::new();
+    let rank = |name: &Arc<str>| {
+        let (handoff, modified) = &files[name];
+        (handoff.generation, *modified, Reverse(name.clone()))
+    };
+    for (name, (handoff, _)) in files {
+        let winner = best.entry(handoff.key()).or_insert(name);
+        if rank(winner) < rank(name) {
+            *winner = name;
+        }
     }
-    best.into_iter().map(|(key, (.., handoff))| (key, handoff)).collect()
+    best.into_iter().map(|(key, name)| (key, files[name].0.clone())).collect()
 }
 
 #[derive(Clone, Debug)]
