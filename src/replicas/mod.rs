@@ -20,6 +20,7 @@
 //! clock: listings, probe outcomes and the time are handed in, probes are handed out as orders.
 
 pub mod change;
+pub mod directory;
 pub mod health;
 pub mod policy;
 pub mod probing;
@@ -27,9 +28,10 @@ pub mod registry;
 mod report;
 
 pub use change::{Change, FileState, FileView, Refused, State};
+pub use directory::{FileContent, ListedFile};
 pub use policy::{AllowList, EnginePolicy};
 pub use probing::{Fault, ProbeId, ProbeKind, ProbeOrder, ProbeOutcome};
-pub use registry::{FileContent, ListedFile, Registry, ReplicaLease};
+pub use registry::{Registry, ReplicaLease};
 
 #[cfg(test)]
 mod tests;
