@@ -53,7 +53,7 @@ pub(super) struct Directory {
     /// By name, each once.
     pub(super) files: Vec<File>,
     /// Files that name a replica, whether they win or not; no entry is empty.
-    claims: BTreeMap<ReplicaKey, Vec<Arc<str>>>,
+    claims: BTreeMap<ReplicaKey, BTreeSet<Arc<str>>>,
     /// Replicas that are claimed but beyond the limits of a heartbeat.
     excess: BTreeSet<ReplicaKey>,
     /// The limit that was last reported as reached.
@@ -227,7 +227,7 @@ impl Directory {
 
     fn claim(&mut self, file: &mut File, handoff: Arc<Handoff>, touched: &mut BTreeSet<ReplicaKey>) {
         let key = handoff.key();
-        self.claims.entry(key.clone()).or_default().push(file.name.clone());
+        self.claims.entry(key.clone()).or_default().insert(file.name.clone());
         touched.insert(key);
         file.good = Some(Good { handoff, modified: file.modified });
         file.state = None;
@@ -238,7 +238,7 @@ impl Directory {
         let Some(good) = file.good.take() else { return };
         let key = good.handoff.key();
         if let Some(names) = self.claims.get_mut(&key) {
-            names.retain(|name| *name != file.name);
+            names.remove(&file.name);
             if names.is_empty() {
                 self.claims.remove(&key);
             }
@@ -320,7 +320,11 @@ impl Directory {
                 assert!(names.is_some_and(|names| names.contains(&file.name)), "{} claims", file.name);
             }
         }
-        assert_eq!(claimed, self.claims.values().map(Vec::len).sum::<usize>(), "no claim without its file");
+        assert_eq!(
+            claimed,
+            self.claims.values().map(BTreeSet::len).sum::<usize>(),
+            "no claim without its file"
+        );
     }
 }
 

@@ -269,6 +269,7 @@ fn a_file_that_returns_while_requests_run_takes_its_replica_up_again() {
     machine.list();
     machine.dir = kept;
     machine.list();
+    assert_eq!(machine.state("p", "r0").as_deref(), Some("probing"), "nobody asked it meanwhile");
     machine.answer_all(ProbeOutcome::Healthy);
     assert_eq!(machine.state("p", "r0").as_deref(), Some("ready"));
     assert_eq!(machine.generation("p", "r0"), generation);
@@ -475,6 +476,20 @@ fn beyond_the_limits_the_first_by_name_are_used_and_an_alarm_is_given_once() {
         "one moves up"
     );
     assert_eq!(machine.state(&format!("q{:05}", POOLS_MAX - 1), "r").as_deref(), Some("probing"));
+}
+
+#[test]
+fn any_number_of_files_for_one_replica_is_one_replica() {
+    let mut machine = Machine::new();
+    for n in 0..20_000 {
+        machine.write(&format!("{n:05}.json"), r#"{"url":"http://127.0.0.1:8081"}"#);
+    }
+    machine.list();
+    assert_eq!(machine.registry.pools().len(), 1);
+    assert_eq!(machine.registry.files().filter(|file| file.state == FileState::Shadowed).count(), 19_999);
+    machine.dir.clear();
+    machine.list();
+    assert!(machine.registry.pools().is_empty());
 }
 
 #[test]
