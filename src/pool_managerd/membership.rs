@@ -155,6 +155,7 @@ pub struct Plane {
     reason: String,
     since: Wall,
     own_interval_ms: u64,
+    ttl_ms: Option<u64>,
     interval_ms: u64,
     under_way: Option<UnderWay>,
     /// When the next call is due, unless one is under way.
@@ -202,6 +203,7 @@ impl Plane {
             reason: "not asked yet".into(),
             since: now.wall,
             own_interval_ms: interval_ms,
+            ttl_ms: None,
             interval_ms,
             under_way: None,
             due_at: now.mono,
@@ -363,10 +365,7 @@ impl Plane {
         self.ever_registered = true;
         self.beaten_since_registered = false;
         self.told = None;
-        if let Some(ttl_ms) = ttl_ms {
-            // Two lost heartbeats must not cost the registration.
-            self.own_interval_ms = self.own_interval_ms.min(ttl_ms / 3).max(INTERVAL_MS_MIN);
-        }
+        self.ttl_ms = ttl_ms;
         self.set_interval(next_heartbeat_ms);
         self.reason = "registered".into();
         let interval_ms = self.interval_ms;
@@ -472,7 +471,9 @@ impl Plane {
     }
 
     fn set_interval(&mut self, wanted_ms: Option<u64>) {
-        self.interval_ms = wanted_ms.unwrap_or(self.own_interval_ms).clamp(INTERVAL_MS_MIN, INTERVAL_MS_MAX);
+        // Where only the lease is known, two lost heartbeats must not cost the registration.
+        let own_ms = self.ttl_ms.map_or(self.own_interval_ms, |ttl_ms| self.own_interval_ms.min(ttl_ms / 3));
+        self.interval_ms = wanted_ms.unwrap_or(own_ms).clamp(INTERVAL_MS_MIN, INTERVAL_MS_MAX);
     }
 
     fn note(&mut self, trouble: Trouble, then: &str, notes: &mut Vec<Note>) {
@@ -486,6 +487,7 @@ impl Plane {
     fn leave(&mut self, now: Now, reason: &str) {
         self.reason = reason.to_string();
         self.left_by = None;
+        self.under_way = None;
         self.enter(PlaneState::Left, now);
     }
 
@@ -513,4 +515,269 @@ fn explain(answer: &Answer) -> String {
 /// `min` doubled `times` times, at most `max`.
 fn doubled(min: u64, times: u32, max: u64) -> u64 {
     min.saturating_mul(1u64.checked_shl(times.min(32)).unwrap_or(u64::MAX)).min(max)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn start() -> Now {
+        Now { mono: Mono(5_000_000_000), wall: Wall(1_700_000_000_000_000_000) }
+    }
+
+    fn plane() -> Plane {
+        Plane::new(BaseUrl::new("http://control:8080").expect("a URL"), 10_000, start())
+    }
+
+    fn agreed() -> Answer {
+        Answer::Ok { next_heartbeat_ms: Some(10_000), ttl_ms: Some(30_000), registry_epoch: Some(7) }
+    }
+
+    fn refused() -> Answer {
+        Answer::Failed("connection refused".into())
+    }
+
+    /// Makes the call that is due at the plane's own deadline, gives it `answer` at once, and returns
+    /// when that was.
+    fn step(plane: &mut Plane, now: &mut Now, answer: Answer, notes: &mut Vec<Note>) -> Call {
+        let at = plane.deadline().expect("something is due");
+        *now = now.plus_ms(at.ns_since(now.mono).div_ceil(1_000_000));
+        let order = plane.poll(*now).expect("a call is due at the deadline");
+        assert!(order.timeout_ms <= 30_000 && order.timeout_ms > 0);
+        assert_eq!(plane.poll(*now), None, "one call at a time");
+        plane.answered(order.call, answer, *now, &mut |n| n / 2, notes);
+        order.call
+    }
+
+    /// A plane that is registered, and has told everything.
+    fn member() -> (Plane, Now, Vec<Note>) {
+        let (mut plane, mut now, mut notes) = (plane(), start(), Vec::new());
+        assert_eq!(step(&mut plane, &mut now, agreed(), &mut notes), Call::Register);
+        assert_eq!(step(&mut plane, &mut now, agreed(), &mut notes), Call::Heartbeat { seq: 1 });
+        assert_eq!(now, start(), "both at once");
+        assert_eq!(notes.len(), 1);
+        notes.clear();
+        (plane, now, notes)
+    }
+
+    #[test]
+    fn registers_at_once_and_then_beats_at_the_interval_with_jitter() {
+        for (random, pause_ms) in [(0, 8_000), (u64::MAX, 12_000)] {
+            let (mut plane, mut now, mut notes) = member();
+            step(&mut plane, &mut now, agreed(), &mut notes);
+            let sent_at = now.mono;
+            let at = plane.deadline().expect("the next heartbeat");
+            now.mono = at;
+            let order = plane.poll(now).expect("a heartbeat");
+            assert_eq!(order.timeout_ms, 5_000, "half the interval");
+            plane.answered(order.call, agreed(), now, &mut |n| random.min(n - 1), &mut notes);
+            assert_eq!(plane.deadline().expect("the next").ms_since(at), pause_ms);
+            assert!(at > sent_at && notes.is_empty());
+        }
+    }
+
+    #[test]
+    fn the_control_planes_interval_wins_within_bounds() {
+        for (wanted, ttl, used) in [
+            (Some(3_000), None, 3_000),
+            (Some(1), None, INTERVAL_MS_MIN),
+            (Some(u64::MAX), None, INTERVAL_MS_MAX),
+            (None, Some(15_000), 5_000),
+            (None, None, 10_000),
+        ] {
+            let (mut plane, mut now) = (plane(), start());
+            let answer = Answer::Ok { next_heartbeat_ms: wanted, ttl_ms: ttl, registry_epoch: None };
+            step(&mut plane, &mut now, answer, &mut Vec::new());
+            let PlaneState::Registered { interval_ms, .. } = plane.state() else { panic!("registered") };
+            assert_eq!(*interval_ms, used);
+        }
+    }
+
+    #[test]
+    fn a_change_is_told_at_once_and_changes_during_a_call_coalesce() {
+        let (mut plane, now, mut notes) = member();
+        let now = now.plus_ms(1_000);
+        plane.on_change(1, now);
+        let order = plane.poll(now).expect("the change is told at once");
+        plane.on_change(2, now.plus_ms(10));
+        plane.on_change(3, now.plus_ms(20));
+        assert_eq!(plane.poll(now.plus_ms(20)), None);
+        plane.answered(order.call, agreed(), now.plus_ms(100), &mut |n| n / 2, &mut notes);
+        let order = plane.poll(now.plus_ms(100)).expect("what changed meanwhile is told next");
+        plane.answered(order.call, agreed(), now.plus_ms(110), &mut |n| n / 2, &mut notes);
+        assert!(plane.deadline().expect("the next").ms_since(now.mono) > 5_000, "nothing is left to tell");
+        plane.on_change(3, now.plus_ms(120));
+        assert!(plane.poll(now.plus_ms(120)).is_none(), "no news");
+    }
+
+    #[test]
+    fn failures_lengthen_the_pauses_up_to_a_limit_and_are_noted_once() {
+        let (mut plane, mut now, mut notes) = (plane(), start(), Vec::new());
+        let mut pauses = Vec::new();
+        for _ in 0..9 {
+            assert_eq!(step(&mut plane, &mut now, refused(), &mut notes), Call::Register);
+            pauses.push(plane.deadline().expect("tries again").ms_since(now.mono));
+            plane.on_change(now.mono.0, now);
+        }
+        assert_eq!(pauses, [375, 750, 1_500, 3_000, 6_000, 12_000, 22_500, 22_500, 22_500]);
+        assert_eq!(notes.len(), 1, "{notes:?}");
+        assert!(notes[0].is_warning && notes[0].text.contains("connection refused"), "{notes:?}");
+        step(&mut plane, &mut now, agreed(), &mut notes);
+        step(&mut plane, &mut now, agreed(), &mut notes);
+        assert_eq!(notes.len(), 3, "registered, and heartbeats are taken: {notes:?}");
+    }
+
+    #[test]
+    fn lost_heartbeats_are_repeated_for_ever_and_noted_at_the_third() {
+        let (mut plane, mut now, mut notes) = member();
+        for n in 1..20 {
+            assert!(matches!(step(&mut plane, &mut now, refused(), &mut notes), Call::Heartbeat { .. }));
+            assert_eq!(notes.len(), usize::from(n >= FAILURES_NOTED), "after {n} failures");
+            assert!(plane.deadline().expect("tries again").ms_since(now.mono) <= 10_000);
+        }
+        step(&mut plane, &mut now, agreed(), &mut notes);
+        assert_eq!(notes.len(), 2);
+        assert!(matches!(plane.state(), PlaneState::Registered { failures: 0, .. }));
+    }
+
+    #[test]
+    fn a_control_plane_that_forgot_the_node_gets_a_registration_at_once() {
+        let (mut plane, mut now, mut notes) = member();
+        step(&mut plane, &mut now, Answer::UnknownNode, &mut notes);
+        assert_eq!(*plane.state(), PlaneState::Unregistered);
+        assert!(plane.deadline().expect("soon").ms_since(now.mono) <= REREGISTER_SPREAD_MS);
+        assert_eq!(step(&mut plane, &mut now, agreed(), &mut notes), Call::Register);
+    }
+
+    #[test]
+    fn one_that_forgets_after_every_registration_is_not_hammered() {
+        let (mut plane, mut now, mut notes) = member();
+        let before = now;
+        for _ in 0..20 {
+            step(&mut plane, &mut now, Answer::UnknownNode, &mut notes);
+            step(&mut plane, &mut now, agreed(), &mut notes);
+        }
+        assert!(now.mono.ms_since(before.mono) > 60_000, "only {} ms", now.mono.ms_since(before.mono));
+    }
+
+    #[test]
+    fn a_conflict_makes_the_node_step_back_and_say_so_once() {
+        let (mut plane, mut now, mut notes) = member();
+        let mut pauses = Vec::new();
+        for _ in 0..6 {
+            step(&mut plane, &mut now, Answer::Conflict("another boot".into()), &mut notes);
+            assert_eq!(*plane.state(), PlaneState::SteppedBack);
+            assert!(plane.reason().contains("another boot"));
+            pauses.push(plane.deadline().expect("later").ms_since(now.mono));
+        }
+        assert_eq!(notes.len(), 1, "{notes:?}");
+        assert!(pauses[0] >= CONFLICT_PAUSE_MS_MIN && pauses.is_sorted(), "{pauses:?}");
+        assert_eq!(step(&mut plane, &mut now, agreed(), &mut notes), Call::Register);
+        plane.shutdown(now);
+        assert_eq!(*plane.state(), PlaneState::Leaving);
+    }
+
+    #[test]
+    fn other_refusals_are_told_apart() {
+        for (answer, says) in
+            [(Answer::Unauthorized, "token"), (Answer::CloudDisabled, "ORCHESTRATORD_CLOUD_PROFILE")]
+        {
+            let (mut plane, mut now, mut notes) = (plane(), start(), Vec::new());
+            step(&mut plane, &mut now, answer.clone(), &mut notes);
+            step(&mut plane, &mut now, answer, &mut notes);
+            assert_eq!(notes.len(), 1);
+            assert!(
+                notes[0].text.contains(says) && notes[0].text.contains("http://control:8080"),
+                "{notes:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn shutdown_deregisters_once_and_only_what_was_registered() {
+        let (mut plane, mut now, mut notes) = member();
+        plane.shutdown(now);
+        plane.shutdown(now);
+        assert_eq!(step(&mut plane, &mut now, refused(), &mut notes), Call::Deregister);
+        assert_eq!((plane.state(), plane.deadline()), (&PlaneState::Left, None));
+        assert_eq!(plane.poll(now.plus_ms(100_000)), None);
+
+        let mut never = super::tests::plane();
+        never.shutdown(start());
+        assert_eq!((never.poll(start()), never.state()), (None, &PlaneState::Left));
+
+        // A registration under way at shutdown may succeed: then it is withdrawn.
+        let mut plane = super::tests::plane();
+        let order = plane.poll(start()).expect("registers");
+        plane.shutdown(start());
+        plane.answered(order.call, agreed(), start(), &mut |_| 0, &mut notes);
+        assert_eq!(plane.poll(start()).map(|order| order.call), Some(Call::Deregister));
+    }
+
+    #[test]
+    fn shutdown_ends_although_a_call_hangs() {
+        let (mut plane, now, mut notes) = member();
+        plane.on_change(1, now.plus_ms(100));
+        let order = plane.poll(now.plus_ms(100)).expect("a heartbeat");
+        plane.shutdown(now.plus_ms(200));
+        let by = plane.deadline().expect("gives up");
+        assert_eq!(by.ms_since(now.mono), 200 + 2 * DEREGISTER_TIMEOUT_MS);
+        assert_eq!(plane.poll(Now { mono: by, ..now }), None);
+        assert_eq!(*plane.state(), PlaneState::Left);
+        plane.answered(order.call, agreed(), now.plus_ms(9_000), &mut |_| 0, &mut notes);
+        assert_eq!(*plane.state(), PlaneState::Left, "a late answer revives nothing");
+    }
+
+    proptest::proptest! {
+        /// Whatever is answered and whenever: one call at a time, sequence numbers grow, something is
+        /// always due; and once the control plane agrees, the node is a member that has told its
+        /// newest revision within the longest pause.
+        #[test]
+        fn always_converges_to_membership(ops in proptest::collection::vec((0u8..10, 0u64..40_000, proptest::num::u64::ANY), 0..120)) {
+            let (mut plane, mut now, mut notes) = (plane(), start(), Vec::new());
+            let mut under_way: Option<Call> = None;
+            let mut last_seq = 0;
+            let mut revision = 0;
+            for (op, ms, random) in ops {
+                now = now.plus_ms(ms);
+                if let Some(order) = plane.poll(now) {
+                    proptest::prop_assert_eq!(under_way, None);
+                    if let Call::Heartbeat { seq } = order.call {
+                        proptest::prop_assert!(seq > last_seq);
+                        last_seq = seq;
+                    }
+                    under_way = Some(order.call);
+                }
+                let answer = match op {
+                    0 => agreed(),
+                    1 => Answer::UnknownNode,
+                    2 => Answer::Conflict("x".into()),
+                    3 => Answer::CloudDisabled,
+                    4 => Answer::Unauthorized,
+                    5 | 6 => refused(),
+                    _ => {
+                        revision += u64::from(op == 7);
+                        plane.on_change(revision, now);
+                        proptest::prop_assert!(under_way.is_some() || plane.deadline().is_some());
+                        continue;
+                    }
+                };
+                if let Some(call) = under_way.take() {
+                    plane.answered(call, answer, now, &mut |n| random % n, &mut notes);
+                }
+                proptest::prop_assert!(plane.deadline().is_some());
+            }
+            if let Some(call) = under_way.take() {
+                plane.answered(call, agreed(), now, &mut |n| n - 1, &mut notes);
+            }
+            let healed_at = now;
+            for _ in 0..3 {
+                step(&mut plane, &mut now, agreed(), &mut notes);
+            }
+            proptest::prop_assert!(matches!(plane.state(), PlaneState::Registered { failures: 0, .. }), "{:?}", plane);
+            proptest::prop_assert_eq!(plane.told, Some(revision));
+            let limit_ms = CONFLICT_PAUSE_MS_MAX * 6 / 5 + 2 * INTERVAL_MS_MAX;
+            proptest::prop_assert!(now.mono.ms_since(healed_at.mono) <= limit_ms);
+        }
+    }
 }

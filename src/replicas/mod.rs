@@ -16,10 +16,15 @@
 //!                                           Draining ----> (gone, when its last request ended)
 //! ```
 //!
-//! Every change is returned as a [`Change`], once. Nothing here opens a file or a socket or asks a
-//! clock: listings, probe outcomes and the time are handed in, probes are handed out as orders.
+//! Every change is returned as a [`Change`], once. The registry opens no file and no socket and asks
+//! no clock: listings, probe outcomes and the time are handed in, probes are handed out as orders.
+//! The shells around it are [`watch`] with [`scan`] (the directory) and [`probe`] (the engines).
+//!
+//! Both daemons use this room: the node agent always, the control plane where it runs on the same
+//! machine as the engines (HOME profile).
 
 pub mod change;
+pub mod directory;
 pub mod health;
 pub mod policy;
 pub mod probe;
@@ -30,7 +35,11 @@ pub mod scan;
 pub mod watch;
 
 pub use change::{Change, FileState, FileView, Refused, State};
+pub use directory::{FileContent, ListedFile};
 pub use policy::{AllowList, EnginePolicy};
 pub use probing::{Fault, ProbeId, ProbeKind, ProbeOrder, ProbeOutcome};
-pub use registry::{FileContent, ListedFile, Registry, ReplicaLease};
+pub use registry::{Registry, ReplicaLease};
 pub use watch::Watch;
+
+#[cfg(test)]
+mod tests;

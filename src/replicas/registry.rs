@@ -1,7 +1,8 @@
-//! The replicas of one machine: which files announce them, how they stand, what runs on them.
+//! The replicas of one machine: how they stand, and what runs on them.
 //!
 //! Input: the directory's full listing, requests for slots, drains, the time. Output: [`Change`]s
-//! and leases. Whether the engines answer is the neighbour's part, in `probing.rs`.
+//! and leases. Which file announces a replica is decided in `directory.rs`, whether its engine
+//! answers in `probing.rs`.
 //!
 //! What is known after a listing depends on that listing alone, with two exceptions on purpose: a
 //! file that can no longer be read keeps what it said before, and a replica whose file vanished
@@ -10,42 +11,17 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::change::{Change, FileState, Refused, State};
+use super::change::{Change, Refused, State};
+use super::directory::{Directory, ListedFile};
 use super::health::Health;
 use super::policy::EnginePolicy;
 use super::probing::{Outstanding, ProbeKind, Schedule};
 use crate::time::{Mono, Now, Wall};
 use crate::wire::handoff::Handoff;
 use crate::wire::id::{PoolId, ReplicaKey};
-use crate::wire::node::{POOLS_MAX, REPLICAS_MAX};
 
-/// Most files taken from one directory, the first by name: ten times the largest machine that we
-/// test, and still a listing of a few milliseconds.
-pub const FILES_MAX: usize = 100_000;
 /// Most pools or replicas that are remembered as drained beyond those that exist.
 pub const DRAIN_MARKS_MAX: usize = 1_024;
-/// One file of a listing.
-#[derive(Clone, Debug)]
-pub struct ListedFile {
-    /// Its name within the directory.
-    pub name: Arc<str>,
-    /// When it was last written.
-    pub modified: Wall,
-    /// What it says. The same `Arc` as in the last listing means "unchanged".
-    pub content: Arc<FileContent>,
-}
-
-/// What a file says.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum FileContent {
-    /// An engine is there.
-    Handoff(Box<Handoff>),
-    /// A model description without an engine.
-    ModelOnly,
-    /// It cannot be used, and why.
-    Refused(String),
-}
-
 /// Slots that a request occupies until [`Registry::release`].
 #[derive(Debug, PartialEq, Eq)]
 #[must_use = "slots stay taken until the lease is released"]
@@ -61,15 +37,8 @@ pub struct ReplicaLease {
 /// The replicas of one machine. See the file's text.
 #[derive(Debug)]
 pub struct Registry {
-    policy: EnginePolicy,
-    /// By name, each once.
-    pub(super) files: Vec<File>,
-    /// Files that name a replica, whether they win or not; no entry is empty.
-    claims: BTreeMap<ReplicaKey, Vec<Arc<str>>>,
+    pub(super) directory: Directory,
     pub(super) replicas: BTreeMap<ReplicaKey, Replica>,
-    /// Replicas that are claimed but beyond the limits of a heartbeat.
-    excess: BTreeSet<ReplicaKey>,
-    limit: Option<String>,
     pub(super) drained_pools: BTreeSet<PoolId>,
     drained_replicas: BTreeSet<ReplicaKey>,
     all_drained: bool,
@@ -81,25 +50,6 @@ pub struct Registry {
     /// Of these, those on engines that were replaced.
     orphans: u32,
     pub(super) revision: u64,
-}
-
-/// A file as it was last read.
-#[derive(Debug)]
-pub(super) struct File {
-    pub(super) name: Arc<str>,
-    pub(super) modified: Wall,
-    content: Arc<FileContent>,
-    pub(super) good: Option<Good>,
-    /// `None` between reading it and choosing among the files for its replica.
-    pub(super) state: Option<FileState>,
-    pub(super) error: Option<String>,
-}
-
-/// What a file last said that could be used.
-#[derive(Debug)]
-pub(super) struct Good {
-    pub(super) handoff: Arc<Handoff>,
-    modified: Wall,
 }
 
 #[derive(Debug)]
@@ -131,12 +81,8 @@ impl Registry {
     #[must_use]
     pub fn new(policy: EnginePolicy, first_serial: u64) -> Registry {
         Registry {
-            policy,
-            files: Vec::new(),
-            claims: BTreeMap::new(),
+            directory: Directory::new(policy),
             replicas: BTreeMap::new(),
-            excess: BTreeSet::new(),
-            limit: None,
             drained_pools: BTreeSet::new(),
             drained_replicas: BTreeSet::new(),
             all_drained: false,
@@ -151,34 +97,11 @@ impl Registry {
 
     /// Takes the directory's full listing, sorted by name, each name once.
     pub fn listing(&mut self, files: &[ListedFile], now: Now, changes: &mut Vec<Change>) {
-        debug_assert!(files.is_sorted_by(|a, b| a.name < b.name), "a listing is sorted by name");
-        let within = &files[..files.len().min(FILES_MAX)];
-        let too_many = files.len() > FILES_MAX;
-        let mut touched = BTreeSet::new();
-        if !self.is_same(within) {
-            self.merge(within, &mut touched, changes);
-            self.find_excess(&mut touched);
-        }
-        let limit = if too_many {
-            Some(format!(
-                "the runtime directory holds more than {FILES_MAX} files: the first by name are used"
-            ))
-        } else if self.excess.is_empty() {
-            None
-        } else {
-            Some(format!(
-                "the files name more than {POOLS_MAX} pools or {REPLICAS_MAX} replicas a pool: the first by name are used"
-            ))
-        };
-        if limit != self.limit {
-            changes.push(match &limit {
-                Some(reason) => Change::LimitReached { reason: reason.clone() },
-                None => Change::LimitCleared,
-            });
-            self.limit = limit;
-        }
-        for key in touched {
-            self.elect(&key, now, changes);
+        for (key, election) in self.directory.listing(files, changes) {
+            match election {
+                Ok((handoff, file)) => self.announce_handoff(&key, handoff, file, now, changes),
+                Err(why) => self.withdraw(&key, why, now, changes),
+            }
         }
     }
 
@@ -295,184 +218,6 @@ impl Registry {
         self.replicas.get(key).map(|replica| &*replica.handoff)
     }
 
-    // Files: what a listing changes.
-
-    fn is_same(&self, listed: &[ListedFile]) -> bool {
-        self.files.len() == listed.len()
-            && self.files.iter().zip(listed).all(|(known, listed)| {
-                Arc::ptr_eq(&known.content, &listed.content)
-                    && known.modified == listed.modified
-                    && (Arc::ptr_eq(&known.name, &listed.name) || known.name == listed.name)
-            })
-    }
-
-    /// Brings `files` and `claims` up to the listing; `touched` gets every replica whose files changed.
-    fn merge(
-        &mut self,
-        listed: &[ListedFile],
-        touched: &mut BTreeSet<ReplicaKey>,
-        changes: &mut Vec<Change>,
-    ) {
-        let mut known = std::mem::take(&mut self.files).into_iter().peekable();
-        let mut merged = Vec::with_capacity(listed.len());
-        for listed in listed {
-            while let Some(mut gone) = known.next_if(|file| file.name < listed.name) {
-                self.unclaim(&mut gone, touched);
-            }
-            let mut file = match known.next_if(|file| file.name == listed.name) {
-                Some(file) => {
-                    if Arc::ptr_eq(&file.content, &listed.content) && file.modified == listed.modified {
-                        merged.push(file);
-                        continue;
-                    }
-                    file
-                }
-                None => File::unread(listed),
-            };
-            self.reread(&mut file, listed, touched, changes);
-            merged.push(file);
-        }
-        for mut gone in known {
-            self.unclaim(&mut gone, touched);
-        }
-        self.files = merged;
-    }
-
-    fn reread(
-        &mut self,
-        file: &mut File,
-        listed: &ListedFile,
-        touched: &mut BTreeSet<ReplicaKey>,
-        changes: &mut Vec<Change>,
-    ) {
-        let is_new = file.state.is_none();
-        file.modified = listed.modified;
-        if !is_new && file.content == listed.content {
-            // Written again with the same text: only the time counts, between files of one replica.
-            file.content = listed.content.clone();
-            if let Some(good) = file.good.as_mut().filter(|_| file.state != Some(FileState::KeepingLastGood))
-            {
-                good.modified = listed.modified;
-                touched.insert(good.handoff.key());
-            }
-            return;
-        }
-        file.content = listed.content.clone();
-        let refused = match &*listed.content {
-            FileContent::Handoff(handoff) => match self.policy.check(&handoff.url) {
-                Ok(()) => {
-                    self.unclaim(file, touched);
-                    self.claim(file, Arc::new((**handoff).clone()), touched);
-                    return;
-                }
-                Err(why) => why,
-            },
-            FileContent::ModelOnly => {
-                self.unclaim(file, touched);
-                file.state = Some(FileState::Skipped);
-                file.error = None;
-                changes.push(Change::FileSkipped { name: file.name.clone() });
-                return;
-            }
-            FileContent::Refused(why) => why.clone(),
-        };
-        let keeps = file.good.as_ref().map(|good| good.handoff.key());
-        let state = if keeps.is_some() { FileState::KeepingLastGood } else { FileState::Refused };
-        if file.state != Some(state) || file.error.as_deref() != Some(&refused) {
-            changes.push(Change::FileRefused { name: file.name.clone(), reason: refused.clone(), keeps });
-        }
-        file.state = Some(state);
-        file.error = Some(refused);
-    }
-
-    fn claim(&mut self, file: &mut File, handoff: Arc<Handoff>, touched: &mut BTreeSet<ReplicaKey>) {
-        let key = handoff.key();
-        self.claims.entry(key.clone()).or_default().push(file.name.clone());
-        touched.insert(key);
-        file.good = Some(Good { handoff, modified: file.modified });
-        file.state = None;
-        file.error = None;
-    }
-
-    fn unclaim(&mut self, file: &mut File, touched: &mut BTreeSet<ReplicaKey>) {
-        let Some(good) = file.good.take() else { return };
-        let key = good.handoff.key();
-        if let Some(names) = self.claims.get_mut(&key) {
-            names.retain(|name| *name != file.name);
-            if names.is_empty() {
-                self.claims.remove(&key);
-            }
-        }
-        touched.insert(key);
-    }
-
-    /// Finds the replicas beyond the limits of a heartbeat: of pools, and within each pool of
-    /// replicas, the first by name are in.
-    fn find_excess(&mut self, touched: &mut BTreeSet<ReplicaKey>) {
-        let mut excess = BTreeSet::new();
-        if self.claims.len() > POOLS_MAX.min(REPLICAS_MAX) {
-            let (mut pools, mut replicas) = (0, 0);
-            let mut pool: Option<&PoolId> = None;
-            for key in self.claims.keys() {
-                if pool != Some(&key.pool) {
-                    pool = Some(&key.pool);
-                    pools += 1;
-                    replicas = 0;
-                }
-                replicas += 1;
-                if pools > POOLS_MAX || replicas > REPLICAS_MAX {
-                    excess.insert(key.clone());
-                }
-            }
-        }
-        touched.extend(self.excess.symmetric_difference(&excess).cloned());
-        self.excess = excess;
-    }
-
-    /// Chooses among the files that name a replica, and brings the replica up to the winner.
-    fn elect(&mut self, key: &ReplicaKey, now: Now, changes: &mut Vec<Change>) {
-        let names = self.claims.get(key).cloned().unwrap_or_default();
-        let ranked = |name: &Arc<str>| {
-            let at = self.files.binary_search_by(|file| file.name.cmp(name)).ok()?;
-            let good = self.files[at].good.as_ref()?;
-            Some((good.handoff.generation, good.modified, std::cmp::Reverse(name.clone()), at))
-        };
-        let mut candidates: Vec<_> = names.iter().filter_map(ranked).collect();
-        candidates.sort_unstable();
-        let Some((generation, modified, std::cmp::Reverse(winner), winner_at)) = candidates.pop() else {
-            self.withdraw(key, "its handoff file is gone", now, changes);
-            return;
-        };
-        let is_excess = self.excess.contains(key);
-        for (other_generation, other_modified, std::cmp::Reverse(name), at) in candidates {
-            let why = if other_generation < generation {
-                format!("with the higher generation {generation}")
-            } else if other_modified < modified {
-                "written later".to_string()
-            } else {
-                "first by name".to_string()
-            };
-            let reason = format!("{winner:?} announces {key} too and wins, {why}");
-            if self.files[at].settle(FileState::Shadowed, Some(reason.clone())) {
-                changes.push(Change::FileShadowed { name, reason });
-            }
-        }
-        let file = &mut self.files[winner_at];
-        if is_excess {
-            file.settle(FileState::Refused, Some("beyond the limit of pools or replicas".into()));
-            self.withdraw(key, "beyond the limit of pools or replicas", now, changes);
-            return;
-        }
-        if file.settle(FileState::Accepted, None) {
-            changes.push(Change::FileAccepted { name: winner.clone(), key: key.clone() });
-        }
-        if let Some(handoff) = file.good.as_ref().map(|good| good.handoff.clone()) {
-            self.announce_handoff(key, handoff, winner, now, changes);
-        }
-    }
-
-    // Replicas: what the winning files change.
-
     fn announce_handoff(
         &mut self,
         key: &ReplicaKey,
@@ -488,11 +233,10 @@ impl Registry {
             self.next_serial += 1;
             self.revision += 1;
             replica.drained = drained;
-            let before = replica.state();
             replica.start(now.mono);
             self.schedule.reset(key, &mut replica);
             self.replicas.insert(key.clone(), replica);
-            self.announce(key, before, now, changes);
+            self.announce(key, State::Found, now, changes);
             return;
         };
         replica.file = file;
@@ -593,17 +337,7 @@ impl Registry {
     /// # Panics
     /// When they contradict each other, which is a mistake in this room.
     pub fn check_invariants(&self) {
-        assert!(self.files.is_sorted_by(|a, b| a.name < b.name), "files are sorted");
-        let mut claimed = 0;
-        for file in &self.files {
-            assert!(file.state.is_some(), "{} was judged", file.name);
-            if let Some(good) = &file.good {
-                claimed += 1;
-                let names = self.claims.get(&good.handoff.key());
-                assert!(names.is_some_and(|names| names.contains(&file.name)), "{} claims", file.name);
-            }
-        }
-        assert_eq!(claimed, self.claims.values().map(Vec::len).sum::<usize>(), "no claim without its file");
+        self.directory.check_invariants();
         let mut leases = self.orphans;
         let (mut due, mut lost) = (0, 0);
         for (key, replica) in &self.replicas {
@@ -612,7 +346,7 @@ impl Registry {
             assert_eq!(replica.drained, self.is_drained(key), "{key}: drain marks are applied");
             assert_eq!(
                 replica.withdrawn.is_none(),
-                self.claims.contains_key(key) && !self.excess.contains(key),
+                self.directory.announces(key),
                 "{key}: stands behind a file"
             );
             assert!(replica.withdrawn.is_none() || replica.leases > 0, "{key}: is gone once nothing runs");
@@ -627,35 +361,9 @@ impl Registry {
         }
         assert_eq!(leases, self.in_flight, "every lease is counted once");
         assert_eq!((due, lost), self.schedule.counts(), "nothing is scheduled for others");
-        for key in self.claims.keys().filter(|key| !self.excess.contains(key)) {
-            assert!(self.replicas.contains_key(key), "{key}: claimed and known");
+        for key in self.directory.announced() {
+            assert!(self.replicas.contains_key(key), "{key}: announced and known");
         }
-    }
-}
-
-impl File {
-    fn unread(listed: &ListedFile) -> File {
-        File {
-            name: listed.name.clone(),
-            modified: listed.modified,
-            content: listed.content.clone(),
-            good: None,
-            state: None,
-            error: None,
-        }
-    }
-
-    /// Sets the outcome of the choice among files; true if it is another one than before. A file
-    /// that keeps its last good state stays so: that it cannot be read is the greater news.
-    fn settle(&mut self, state: FileState, error: Option<String>) -> bool {
-        if self.state == Some(FileState::KeepingLastGood)
-            || (self.state == Some(state) && self.error == error)
-        {
-            return false;
-        }
-        self.state = Some(state);
-        self.error = error;
-        true
     }
 }
 

@@ -37,7 +37,7 @@ impl Registry {
 
     /// Every file of the last listing, by name, and what became of it.
     pub fn files(&self) -> impl Iterator<Item = FileView<'_>> {
-        self.files.iter().map(|file| FileView {
+        self.directory.files.iter().map(|file| FileView {
             name: &file.name,
             state: file.state.unwrap_or(FileState::Refused),
             error: file.error.as_deref(),

@@ -18,7 +18,7 @@ use rustix::fs::{Mode, OFlags, Stat};
 use crate::time::Wall;
 use crate::wire::handoff::{self, HANDOFF_BYTES_MAX, HandoffFile};
 
-use super::registry::{FILES_MAX, FileContent, ListedFile};
+use super::directory::{FILES_MAX, FileContent, ListedFile};
 
 /// The directory and what was read of it so far.
 #[derive(Debug)]

@@ -14,7 +14,7 @@ use crate::reactor::dirwatch::DirWatch;
 use crate::reactor::token::Token;
 use crate::time::Mono;
 
-use super::registry::ListedFile;
+use super::directory::ListedFile;
 use super::scan::Scanner;
 
 /// How much rarer the listing is while events arrive.
