@@ -188,7 +188,7 @@ impl Net {
                 }
             }
             Err(error) => {
-                self.fail_exchange(exchange, FaultKind::Connect, &format!("cannot connect: {error}"), now);
+                self.fail_exchange(exchange, FaultKind::Connect, &error.to_string(), now);
             }
         }
     }
@@ -236,7 +236,7 @@ impl Net {
                 Ok(true) => line.connected = true,
                 Ok(false) => return,
                 Err(error) => {
-                    let reason = format!("cannot connect: {error}");
+                    let reason = error.to_string();
                     return self.fail_exchange(exchange, FaultKind::Connect, &reason, now);
                 }
             }

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use crate::replicas::AllowList;
-use crate::service::auth::Tokens;
+use crate::service::auth::{self, Tokens};
 use crate::service::machine;
 use crate::settings::{Alias, Exit, Setting, Settings, boolean, listen_address, number};
 use crate::wire::id::{NodeId, PoolId};
@@ -226,8 +226,14 @@ impl Config {
         let register = settings.need("register-on-startup", boolean)?;
         let token_file = settings.get("api-token-file", |text| Ok(PathBuf::from(text)))?;
         let mut notes = settings.notes.clone();
-        let tokens = tokens(&settings, token_file.as_ref())?;
-        check_exposure(addr, &tokens, settings.need("require-auth", boolean)?, "POOL_MANAGERD", &mut notes)?;
+        let tokens = auth::from_settings(&settings, token_file.as_deref())?;
+        auth::check_exposure(
+            addr,
+            &tokens,
+            settings.need("require-auth", boolean)?,
+            "POOL_MANAGERD",
+            &mut notes,
+        )?;
         Ok(Config {
             addr,
             node_id,
@@ -293,54 +299,6 @@ fn plain_url(text: &str) -> Result<BaseUrl, String> {
 fn pools(text: &str) -> Result<Vec<PoolId>, String> {
     let ids = text.split(',').map(str::trim).filter(|id| !id.is_empty());
     ids.map(|id| PoolId::new(id).map_err(|error| error.to_string())).collect()
-}
-
-/// The tokens from flag, variable or file.
-///
-/// # Errors
-/// [`Exit`] that names the source, never the token.
-pub fn tokens(settings: &Settings, file: Option<&PathBuf>) -> Result<Tokens, Exit> {
-    match file {
-        Some(file) => read_token_file(file).map_err(Exit::config),
-        None => Ok(settings.secret("api-token", Tokens::parse)?.unwrap_or_default()),
-    }
-}
-
-/// Reads a token file.
-///
-/// # Errors
-/// A sentence that names the file and what is wrong with it.
-pub fn read_token_file(file: &std::path::Path) -> Result<Tokens, String> {
-    let text = std::fs::read_to_string(file)
-        .map_err(|error| format!("LLORCH_API_TOKEN_FILE={}: cannot be read: {error}", file.display()))?;
-    Tokens::parse(&text).map_err(|why| format!("LLORCH_API_TOKEN_FILE={}: {why}", file.display()))
-}
-
-/// Refuses, or warns of, a daemon that anybody on the network may command.
-///
-/// # Errors
-/// [`Exit`] when a token is required and there is none.
-pub fn check_exposure(
-    addr: SocketAddr,
-    tokens: &Tokens,
-    required: bool,
-    prefix: &str,
-    notes: &mut Vec<String>,
-) -> Result<(), Exit> {
-    if tokens.is_empty() && required {
-        return Err(Exit::config(format!(
-            "{prefix}_REQUIRE_AUTH=true, but there is no token: set LLORCH_API_TOKEN_FILE or LLORCH_API_TOKEN"
-        )));
-    }
-    if tokens.is_empty() && !addr.ip().is_loopback() {
-        notes.push(format!(
-            "NO TOKEN IS SET and {addr} is reachable from other machines: anybody there can use and command this daemon; set LLORCH_API_TOKEN_FILE"
-        ));
-    }
-    if tokens.is_short() {
-        notes.push("the token is shorter than the advised 32 characters".into());
-    }
-    Ok(())
 }
 
 #[cfg(test)]

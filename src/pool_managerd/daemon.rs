@@ -12,14 +12,14 @@ use crate::reactor::signal::Signals;
 use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Reactor, Registry, Waker, now};
 use crate::replicas::{EnginePolicy, Fault, ProbeId, ProbeKind, Refused, ReplicaLease, Watch, probe};
-use crate::service::auth::Tokens;
+use crate::service::auth::{self, Tokens};
 use crate::service::machine;
 use crate::settings::Exit;
 use crate::time::{Now, earliest};
 use crate::wire::id::ReplicaKey;
 
 use super::api::{self, Action};
-use super::config::{Config, read_token_file};
+use super::config::Config;
 use super::control_client::ControlClient;
 use super::core::{Core, Effect, Identity, Input};
 
@@ -122,7 +122,7 @@ impl Daemon {
                     Kind::Stop => stops += self.signals.stops(),
                     Kind::Reload => {
                         if self.signals.reloads() > 0 {
-                            reload(&self.config, &mut self.tokens);
+                            auth::reload(self.config.token_file.as_deref(), &mut self.tokens);
                         }
                     }
                     Kind::Waker => {}
@@ -202,7 +202,7 @@ impl Daemon {
         let facts = api::Facts {
             tokens: &self.tokens,
             watch_mode: self.watch.mode(),
-            resident_bytes: (request.head.path() == "/metrics").then(resident_bytes).flatten(),
+            resident_bytes: (request.head.path() == "/metrics").then(machine::resident_bytes).flatten(),
         };
         match api::route(&request, &self.core, &facts) {
             Action::Respond(response) => self.net.respond(client, &response, now.mono),
@@ -365,25 +365,4 @@ fn next_incarnation(state_dir: &Path, wall_ms: u64) -> u64 {
         );
     }
     next
-}
-
-fn reload(config: &Config, tokens: &mut Tokens) {
-    let Some(file) = &config.token_file else {
-        return log::info!("SIGHUP: nothing to read again, LLORCH_API_TOKEN_FILE is not set");
-    };
-    match read_token_file(file) {
-        Ok(new) => {
-            *tokens = new;
-            log::info!("SIGHUP: tokens read again from {}", file.display());
-        }
-        Err(error) => log::warn!("SIGHUP: the tokens stay as they are: {error}"),
-    }
-}
-
-/// Resident memory from the kernel's count of pages.
-#[must_use]
-pub fn resident_bytes() -> Option<u64> {
-    let statm = fs::read_to_string("/proc/self/statm").ok()?;
-    let pages: u64 = statm.split_whitespace().nth(1)?.parse().ok()?;
-    Some(pages * rustix::param::page_size() as u64)
 }

@@ -4,10 +4,13 @@
 //! are compared in constant time and never shown: [`Tokens`] prints as a count.
 
 use std::fmt;
+use std::net::SocketAddr;
+use std::path::Path;
 
 use subtle::ConstantTimeEq;
 
 use crate::http::head::Fields;
+use crate::settings::{Exit, Settings};
 
 /// Longest `Authorization` value that is looked at, in bytes.
 const HEADER_BYTES_MAX: usize = 8 * 1024;
@@ -89,6 +92,68 @@ impl Tokens {
             good | accepted.as_bytes().ct_eq(token.trim().as_bytes())
         });
         if bool::from(good) { Ok(()) } else { Err(Denied::Bad) }
+    }
+}
+
+/// The tokens from flag, variable or file.
+///
+/// # Errors
+/// [`Exit`] that names the source, never the token.
+pub fn from_settings(settings: &Settings, file: Option<&Path>) -> Result<Tokens, Exit> {
+    match file {
+        Some(file) => read_file(file).map_err(Exit::config),
+        None => Ok(settings.secret("api-token", Tokens::parse)?.unwrap_or_default()),
+    }
+}
+
+/// Reads a token file from disk.
+///
+/// # Errors
+/// A sentence that names the file and what is wrong with it.
+pub fn read_file(file: &Path) -> Result<Tokens, String> {
+    let text = std::fs::read_to_string(file)
+        .map_err(|error| format!("LLORCH_API_TOKEN_FILE={}: cannot be read: {error}", file.display()))?;
+    Tokens::parse(&text).map_err(|why| format!("LLORCH_API_TOKEN_FILE={}: {why}", file.display()))
+}
+
+/// Refuses, or warns of, a daemon that anybody on the network may command.
+///
+/// # Errors
+/// [`Exit`] when a token is required and there is none.
+pub fn check_exposure(
+    addr: SocketAddr,
+    tokens: &Tokens,
+    required: bool,
+    prefix: &str,
+    notes: &mut Vec<String>,
+) -> Result<(), Exit> {
+    if tokens.is_empty() && required {
+        return Err(Exit::config(format!(
+            "{prefix}_REQUIRE_AUTH=true, but there is no token: set LLORCH_API_TOKEN_FILE or LLORCH_API_TOKEN"
+        )));
+    }
+    if tokens.is_empty() && !addr.ip().is_loopback() {
+        notes.push(format!(
+            "NO TOKEN IS SET and {addr} is reachable from other machines: anybody there can use and command this daemon; set LLORCH_API_TOKEN_FILE"
+        ));
+    }
+    if tokens.is_short() {
+        notes.push("the token is shorter than the advised 32 characters".into());
+    }
+    Ok(())
+}
+
+/// Reads the token file again, after SIGHUP; on any error the old tokens stay.
+pub fn reload(file: Option<&Path>, tokens: &mut Tokens) {
+    let Some(file) = file else {
+        return log::info!("SIGHUP: nothing to read again, LLORCH_API_TOKEN_FILE is not set");
+    };
+    match read_file(file) {
+        Ok(new) => {
+            *tokens = new;
+            log::info!("SIGHUP: tokens read again from {}", file.display());
+        }
+        Err(error) => log::warn!("SIGHUP: the tokens stay as they are: {error}"),
     }
 }
 

@@ -29,6 +29,14 @@ pub fn capabilities() -> Capabilities {
     Capabilities { gpus: Vec::new(), cpu_cores: cores, ram_total_bytes: memory.map(|kib| kib * 1024) }
 }
 
+/// Resident memory from the kernel's count of pages.
+#[must_use]
+pub fn resident_bytes() -> Option<u64> {
+    let statm = fs::read_to_string("/proc/self/statm").ok()?;
+    let pages: u64 = statm.split_whitespace().nth(1)?.parse().ok()?;
+    Some(pages * rustix::param::page_size() as u64)
+}
+
 /// This machine's own addresses, from the kernel's tables.
 #[must_use]
 pub fn own_addresses() -> Vec<IpAddr> {
