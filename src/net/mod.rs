@@ -18,6 +18,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use crate::http::head::RequestHead;
 use crate::http::server::{Request, Response};
@@ -100,8 +101,8 @@ pub struct Outbound {
     pub target: String,
     /// Fields, without `Host`, `Content-Length` and hop-by-hop ones.
     pub fields: Vec<(String, Vec<u8>)>,
-    /// Body.
-    pub body: Vec<u8>,
+    /// Body; shared with whoever may have to send it again elsewhere.
+    pub body: Arc<Vec<u8>>,
     /// Where the answer goes.
     pub sink: Sink,
     /// Time limits.

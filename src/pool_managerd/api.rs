@@ -75,7 +75,7 @@ pub fn route(request: &Request, core: &Core, facts: &Facts<'_>) -> Action {
         ["pools", pool, "drain"] if post => with_known_pool(core, pool, Action::Drain),
         ["pools", pool, "resume"] if post => with_known_pool(core, pool, Action::Resume),
         ["pools", pool, "replicas", replica, "engine", ..] => relay(request, pool, replica),
-        ["handoffs"] if get => respond(200, &handoffs(core, facts)),
+        ["handoffs"] if get => respond(200, &core.replicas().files_json(facts.watch_mode)),
         ["events"] if get => {
             let since = head.query("since").and_then(|n| n.parse().ok()).unwrap_or(0);
             respond(200, &core.events().to_json(since))
@@ -170,23 +170,6 @@ fn ready(core: &Core) -> Action {
         Ok(()) => respond(200, &json!({"ready": true})),
         Err(reason) => respond(503, &json!({"ready": false, "reason": reason})),
     }
-}
-
-fn handoffs(core: &Core, facts: &Facts<'_>) -> serde_json::Value {
-    let files: Vec<_> = core
-        .files()
-        .map(|file| {
-            json!({
-                "file": file.name,
-                "state": file.state.as_str(),
-                "error": file.error,
-                "pool_id": file.replica.as_ref().map(|key| &key.pool),
-                "replica_id": file.replica.as_ref().map(|key| &key.replica),
-                "modified_ms": file.modified.unix_ms(),
-            })
-        })
-        .collect();
-    json!({"watch_mode": facts.watch_mode, "files": files})
 }
 
 fn scrape(core: &Core, facts: &Facts<'_>) -> Response {

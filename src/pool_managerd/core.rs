@@ -10,7 +10,7 @@
 //! plane is shown the revision after every input, and sends what is new at once.
 
 use crate::replicas::{
-    Change, EnginePolicy, Fault, FileView, ListedFile, ProbeId, ProbeOrder, ProbeOutcome, Refused, Registry,
+    Change, EnginePolicy, Fault, ListedFile, ProbeId, ProbeOrder, ProbeOutcome, Refused, Registry,
     ReplicaLease,
 };
 use crate::service::events::{Events, Happening};
@@ -271,9 +271,10 @@ impl Core {
         pools
     }
 
-    /// Every file of the runtime directory.
-    pub fn files(&self) -> impl Iterator<Item = FileView<'_>> {
-        self.replicas.files()
+    /// The replicas of this machine.
+    #[must_use]
+    pub fn replicas(&self) -> &Registry {
+        &self.replicas
     }
 
     /// Membership of every control plane.
@@ -389,7 +390,7 @@ impl Core {
 
     fn announce(&mut self, change: &Change, now: Now, effects: &mut Vec<Effect>) {
         self.counts.files_refused += u64::from(matches!(change, Change::FileRefused { .. }));
-        self.happened(happening(change), now, effects);
+        self.happened(change.happening(), now, effects);
     }
 
     fn happened(&mut self, happening: Happening, now: Now, effects: &mut Vec<Effect>) {
@@ -470,28 +471,6 @@ impl Core {
         }
         beats
     }
-}
-
-/// A replica's change as an event.
-#[must_use]
-pub fn happening(change: &Change) -> Happening {
-    let text = change.to_string();
-    let (kind, subject, state, is_warning) = match change {
-        Change::Found { key, .. } => ("replica", key.to_string(), "found", false),
-        Change::State { key, to, .. } => {
-            ("replica", key.to_string(), to.as_str(), *to == crate::replicas::State::Suspect)
-        }
-        Change::Replaced { key, .. } => ("replica", key.to_string(), "replaced", false),
-        Change::Updated { key, .. } => ("replica", key.to_string(), "", false),
-        Change::Gone { key, .. } => ("replica", key.to_string(), "gone", false),
-        Change::FileAccepted { name, .. } => ("file", name.escape_debug().to_string(), "accepted", false),
-        Change::FileSkipped { name } => ("file", name.escape_debug().to_string(), "skipped", false),
-        Change::FileRefused { name, .. } => ("file", name.escape_debug().to_string(), "refused", true),
-        Change::FileShadowed { name, .. } => ("file", name.escape_debug().to_string(), "shadowed", true),
-        Change::LimitReached { .. } => ("daemon", "watch".to_string(), "", true),
-        Change::LimitCleared => ("daemon", "watch".to_string(), "", false),
-    };
-    Happening { kind, subject, state, text, is_warning }
 }
 
 fn empty_beat(pool: &PoolId) -> PoolBeat {

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 
 use crate::http::server::Request;
 use crate::net::{self, FaultKind, Limits, Net, NetEvent, Outbound, Outcome, Patience, Sink, forwardable};
@@ -249,7 +250,7 @@ impl Daemon {
             method: request.head.method().to_string(),
             target,
             fields,
-            body: request.body,
+            body: Arc::new(request.body),
             sink: Sink::Client { client, hold_back: &[], fields: Vec::new() },
             patience: RELAY_PATIENCE,
         };

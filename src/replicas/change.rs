@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::service::events::Happening;
 use crate::time::Wall;
 use crate::wire::id::ReplicaKey;
 
@@ -112,6 +113,15 @@ pub enum Change {
         /// Why.
         reason: String,
     },
+    /// Why a replica still is in its state; told when the reason changes.
+    Reason {
+        /// The replica.
+        key: ReplicaKey,
+        /// Its state.
+        state: State,
+        /// The new reason.
+        reason: String,
+    },
     /// Another engine stands behind the name: it starts from the beginning.
     Replaced {
         /// The replica.
@@ -172,11 +182,35 @@ pub enum Change {
     LimitCleared,
 }
 
+impl Change {
+    /// The change as an event.
+    #[must_use]
+    pub fn happening(&self) -> Happening {
+        let text = self.to_string();
+        let (kind, subject, state, is_warning) = match self {
+            Change::Found { key, .. } => ("replica", key.to_string(), "found", false),
+            Change::State { key, to, .. } => ("replica", key.to_string(), to.as_str(), *to == State::Suspect),
+            Change::Reason { key, state, .. } => ("replica", key.to_string(), state.as_str(), false),
+            Change::Replaced { key, .. } => ("replica", key.to_string(), "replaced", false),
+            Change::Updated { key, .. } => ("replica", key.to_string(), "", false),
+            Change::Gone { key, .. } => ("replica", key.to_string(), "gone", false),
+            Change::FileAccepted { name, .. } => ("file", name.escape_debug().to_string(), "accepted", false),
+            Change::FileSkipped { name } => ("file", name.escape_debug().to_string(), "skipped", false),
+            Change::FileRefused { name, .. } => ("file", name.escape_debug().to_string(), "refused", true),
+            Change::FileShadowed { name, .. } => ("file", name.escape_debug().to_string(), "shadowed", true),
+            Change::LimitReached { .. } => ("daemon", "watch".to_string(), "", true),
+            Change::LimitCleared => ("daemon", "watch".to_string(), "", false),
+        };
+        Happening { kind, subject, state, text, is_warning }
+    }
+}
+
 impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Change::Found { key, file } => write!(f, "{key}: found in {file:?}"),
             Change::State { key, from, to, reason } => write!(f, "{key}: {from} -> {to}: {reason}"),
+            Change::Reason { key, state, reason } => write!(f, "{key}: still {state}: {reason}"),
             Change::Replaced { key, file, generation } => {
                 write!(f, "{key}: {file:?} announces another engine, now generation {generation}")
             }

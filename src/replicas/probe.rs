@@ -1,6 +1,7 @@
 //! Probes as exchanges: how an order becomes a request, and an ending becomes an outcome.
 
 use std::fs;
+use std::sync::Arc;
 
 use serde::Deserialize;
 
@@ -25,7 +26,7 @@ pub fn outbound(order: &ProbeOrder) -> Outbound {
         method: "GET".into(),
         target: order.path.clone(),
         fields,
-        body: Vec::new(),
+        body: Arc::default(),
         sink: Sink::Collect { bytes_max: ANSWER_BYTES_MAX },
         patience: Patience {
             connect_ms: order.timeout_ms,

@@ -200,7 +200,11 @@ impl Registry {
                 }
                 replica.enter(State::Suspect, reason);
             }
-            Verdict::Unchanged if replica.phase != State::Ready => replica.reason = reason,
+            Verdict::Unchanged if replica.phase != State::Ready && replica.reason != reason => {
+                replica.reason.clone_from(&reason);
+                self.revision += 1;
+                changes.push(Change::Reason { key: id.key.clone(), state: replica.state(), reason });
+            }
             Verdict::Unchanged => {}
         }
         let at = replica.health.next_at();

@@ -46,6 +46,25 @@ impl Registry {
         })
     }
 
+    /// The answer to `GET /v2/handoffs`: every file, its state and its error.
+    #[must_use]
+    pub fn files_json(&self, watch_mode: &str) -> serde_json::Value {
+        let files: Vec<_> = self
+            .files()
+            .map(|file| {
+                serde_json::json!({
+                    "file": file.name,
+                    "state": file.state.as_str(),
+                    "error": file.error,
+                    "pool_id": file.replica.as_ref().map(|key| &key.pool),
+                    "replica_id": file.replica.as_ref().map(|key| &key.replica),
+                    "modified_ms": file.modified.unix_ms(),
+                })
+            })
+            .collect();
+        serde_json::json!({"watch_mode": watch_mode, "files": files})
+    }
+
     fn by_pool(&self) -> Vec<Vec<Entry<'_>>> {
         let mut pools: Vec<Vec<Entry>> = Vec::new();
         for entry in &self.replicas {
