@@ -34,6 +34,10 @@ struct Peek<'a> {
 /// # Errors
 /// [`Refusal::Invalid`] for a body that is no JSON object with fields of the expected types.
 pub fn asked(body: &[u8], client: Arc<str>) -> Result<Asked, Refusal> {
+    // A list would be read as the fields in order.
+    if !body.trim_ascii_start().starts_with(b"{") {
+        return Err(Refusal::Invalid("the body is not a JSON object".into()));
+    }
     let peek: Peek = serde_json::from_slice(body)
         .map_err(|error| Refusal::Invalid(format!("the body is not a usable JSON object: {error}")))?;
     let slots = peek.n.unwrap_or(1);
