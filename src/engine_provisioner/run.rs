@@ -1,9 +1,9 @@
 //! The work: processes, signals, files and the clock.
 //!
-//! One thread decides, and it has one place where it waits: [`Events`], a socket pair into which the
+//! One thread decides, and it has one place where it waits: `Events`, a socket pair into which the
 //! signal handler, the thread that waits for the engine's end and the thread that probes its health
-//! each write one byte. Ownership does the cleaning up: [`Engine`] kills its process group when it
-//! goes out of scope, [`Published`] removes the handoff; the latter is declared later and so goes
+//! each write one byte. Ownership does the cleaning up: `Engine` kills its process group when it
+//! goes out of scope, `Published` removes the handoff; the latter is declared later and so goes
 //! first, on every way out.
 //!
 //! The engine's end is noticed with `waitid(WNOWAIT)`, which leaves the dead process in the table:

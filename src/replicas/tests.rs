@@ -149,7 +149,10 @@ fn a_handoff_becomes_ready_and_every_step_is_told_once() {
     let revision = machine.registry.revision();
     machine.answer_all(ProbeOutcome::Loading(503));
     let told = machine.told();
-    assert!(told.len() == 1 && told[0].starts_with("p/r0: still probing") && told[0].contains("503"), "{told:?}");
+    assert!(
+        told.len() == 1 && told[0].starts_with("p/r0: still probing") && told[0].contains("503"),
+        "{told:?}"
+    );
     machine.until_deadline();
     machine.answer_all(ProbeOutcome::Loading(503));
     assert!(machine.told().is_empty(), "the same reason again is no news");
