@@ -64,12 +64,13 @@ impl Daemon {
         for note in &config.notes {
             log::warn!("{note}");
         }
+        let descriptors = machine::raise_descriptor_limit();
         let reactor = Reactor::new().map_err(kernel("epoll descriptor"))?;
         let registry = reactor.registry().map_err(kernel("descriptor"))?;
         let waker = reactor.waker(Token::only(Kind::Waker)).map_err(kernel("eventfd"))?;
         let signals = Signals::install(&registry).map_err(kernel("socket pair"))?;
         let net_registry = reactor.registry().map_err(kernel("descriptor"))?;
-        let mut net = Net::new(net_registry, waker.clone(), Limits::default());
+        let mut net = Net::new(net_registry, waker.clone(), Limits::within_descriptors(descriptors));
         let bound = net.listen(config.addr).map_err(|error| {
             Exit::runtime(format!(
                 "cannot listen on {}: {error}; stop what listens there or set POOL_MANAGERD_ADDR",

@@ -38,7 +38,7 @@ pub const CONFLICT_PAUSE_MS_MIN: u64 = 30_000;
 /// Longest pause after repeated conflicts, in milliseconds.
 pub const CONFLICT_PAUSE_MS_MAX: u64 = 300_000;
 /// Shortest pause between two heartbeats, in milliseconds: a burst of changes becomes one.
-pub const CHANGE_GAP_MS: u64 = 5;
+pub const CHANGE_GAP_MS: u64 = 1;
 /// How long the deregistration may take, in milliseconds: nobody waits for it longer at shutdown.
 pub const DEREGISTER_TIMEOUT_MS: u64 = 2_000;
 /// Heartbeats that fail in a row before that is worth a sentence in the log.
