@@ -1,8 +1,10 @@
 //! How long after a handoff's rename is its replica known, and how long until a waiting request has
 //! its first byte? Real processes, real files, real sockets, on whatever machine this runs.
 //!
-//! `known` is taken from the time stamps of the control plane's own events, so asking for them does
-//! not disturb what is measured. The watch interval is ten seconds: what is found sooner was not
+//! `known` and `routable` are taken from the time stamps of the control plane's own events, so asking
+//! for them does not disturb what is measured; a stamp is the time at which the turn began that made
+//! the event, so the turn's own work (some tens of microseconds) is not in it. What a client sees, the
+//! first byte, is measured from outside. The watch interval is ten seconds: what is found sooner was not
 //! found by polling.
 
 use std::fs;

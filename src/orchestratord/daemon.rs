@@ -2,20 +2,20 @@
 //! inputs, and carries out effects. The loop is in [`Daemon::run`].
 
 use std::collections::BTreeMap;
-use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use crate::http::head::RequestHead;
 use crate::http::server::{Request, Response};
 use crate::net::buffer::HIGH_WATER_BYTES;
-use crate::net::{FaultKind, Limits, Net, NetEvent, Outbound, Outcome, Patience, Sink, forwardable};
+use crate::net::{FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Sink, forwardable};
 use crate::reactor::signal::Signals;
 use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Reactor, Registry, now};
 use crate::replicas::{EnginePolicy, ProbeId, ProbeKind, Watch, probe};
 use crate::service::auth::{self, Tokens};
 use crate::service::machine;
+use crate::service::shell::Shell;
 use crate::settings::Exit;
 use crate::time::{Now, earliest};
 use crate::wire::id::{NodeId, PoolId};
@@ -92,25 +92,11 @@ impl Daemon {
     /// # Errors
     /// [`Exit`] that says what could not be had and what to do.
     pub fn start(config: Config) -> Result<Daemon, Exit> {
-        let kernel = |what: &str| {
-            let what = what.to_string();
-            move |error: io::Error| Exit::runtime(format!("the kernel gives no {what}: {error}"))
-        };
         for note in &config.notes {
             log::warn!("{note}");
         }
-        let reactor = Reactor::new().map_err(kernel("epoll descriptor"))?;
-        let registry = reactor.registry().map_err(kernel("descriptor"))?;
-        let waker = reactor.waker(Token::only(Kind::Waker)).map_err(kernel("eventfd"))?;
-        let signals = Signals::install(&registry).map_err(kernel("socket pair"))?;
-        let net_registry = reactor.registry().map_err(kernel("descriptor"))?;
-        let mut net = Net::new(net_registry, waker, Limits::default());
-        let bound = net.listen(config.addr).map_err(|error| {
-            Exit::runtime(format!(
-                "cannot listen on {}: {error}; stop what listens there or set ORCHESTRATORD_ADDR",
-                config.addr
-            ))
-        })?;
+        let Shell { reactor, registry, signals, net, bound, .. } =
+            Shell::start(config.addr, "ORCHESTRATORD_ADDR")?;
         let at = now();
         let core = Core::new(options(&config, bound)?, at);
         let watch = (!config.cloud).then(|| {

@@ -14,6 +14,7 @@ pub mod api;
 pub mod config;
 pub mod core;
 pub mod daemon;
+pub mod messages;
 pub mod openai;
 pub mod placement;
 pub mod refusal;

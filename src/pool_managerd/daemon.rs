@@ -8,13 +8,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::http::server::Request;
-use crate::net::{self, FaultKind, Limits, Net, NetEvent, Outbound, Outcome, Patience, Sink, forwardable};
+use crate::net::{self, FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Sink, forwardable};
 use crate::reactor::signal::Signals;
 use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Reactor, Registry, Waker, now};
 use crate::replicas::{EnginePolicy, Fault, ProbeId, ProbeKind, Refused, ReplicaLease, Watch, probe};
 use crate::service::auth::{self, Tokens};
 use crate::service::machine;
+use crate::service::shell::Shell;
 use crate::settings::Exit;
 use crate::time::{Now, earliest};
 use crate::wire::id::ReplicaKey;
@@ -57,25 +58,11 @@ impl Daemon {
     /// # Errors
     /// [`Exit`] that says what could not be had and what to do.
     pub fn start(config: Config) -> Result<Daemon, Exit> {
-        let kernel = |what: &str| {
-            let what = what.to_string();
-            move |error: io::Error| Exit::runtime(format!("the kernel gives no {what}: {error}"))
-        };
         for note in &config.notes {
             log::warn!("{note}");
         }
-        let reactor = Reactor::new().map_err(kernel("epoll descriptor"))?;
-        let registry = reactor.registry().map_err(kernel("descriptor"))?;
-        let waker = reactor.waker(Token::only(Kind::Waker)).map_err(kernel("eventfd"))?;
-        let signals = Signals::install(&registry).map_err(kernel("socket pair"))?;
-        let net_registry = reactor.registry().map_err(kernel("descriptor"))?;
-        let mut net = Net::new(net_registry, waker.clone(), Limits::default());
-        let bound = net.listen(config.addr).map_err(|error| {
-            Exit::runtime(format!(
-                "cannot listen on {}: {error}; stop what listens there or set POOL_MANAGERD_ADDR",
-                config.addr
-            ))
-        })?;
+        let Shell { reactor, registry, waker, signals, net, bound } =
+            Shell::start(config.addr, "POOL_MANAGERD_ADDR")?;
         let (core, control) = make_core(&config, bound.port(), &waker)?;
         let watch =
             Watch::new(config.runtime_dir.clone(), config.watch_interval_ms, Token::only(Kind::DirWatch));

@@ -38,7 +38,7 @@ pub const CONFLICT_PAUSE_MS_MIN: u64 = 30_000;
 /// Longest pause after repeated conflicts, in milliseconds.
 pub const CONFLICT_PAUSE_MS_MAX: u64 = 300_000;
 /// Shortest pause between two heartbeats, in milliseconds: a burst of changes becomes one.
-pub const CHANGE_GAP_MS: u64 = 5;
+pub const CHANGE_GAP_MS: u64 = 1;
 /// How long the deregistration may take, in milliseconds: nobody waits for it longer at shutdown.
 pub const DEREGISTER_TIMEOUT_MS: u64 = 2_000;
 /// Heartbeats that fail in a row before that is worth a sentence in the log.
@@ -364,7 +364,6 @@ impl Plane {
         notes.push(Note { is_warning: false, text: format!("{url}: registered") });
         self.ever_registered = true;
         self.beaten_since_registered = false;
-        self.told = None;
         self.ttl_ms = ttl_ms;
         self.set_interval(next_heartbeat_ms);
         self.reason = "registered".into();
@@ -633,6 +632,9 @@ mod tests {
         for n in 1..20 {
             assert!(matches!(step(&mut plane, &mut now, refused(), &mut notes), Call::Heartbeat { .. }));
             assert_eq!(notes.len(), usize::from(n >= FAILURES_NOTED), "after {n} failures");
+            let next = plane.deadline();
+            plane.on_change(u64::from(n), now);
+            assert_eq!(plane.deadline(), next, "changes wait while the control plane is away");
             assert!(plane.deadline().expect("tries again").ms_since(now.mono) <= 10_000);
         }
         step(&mut plane, &mut now, agreed(), &mut notes);
@@ -726,6 +728,13 @@ mod tests {
         assert_eq!(*plane.state(), PlaneState::Left);
         plane.answered(order.call, agreed(), now.plus_ms(9_000), &mut |_| 0, &mut notes);
         assert_eq!(*plane.state(), PlaneState::Left, "a late answer revives nothing");
+
+        let mut plane = super::tests::plane();
+        let order = plane.poll(start()).expect("registers");
+        plane.shutdown(start());
+        assert_eq!(plane.poll(start().plus_ms(60_000)), None);
+        plane.answered(order.call, agreed(), start().plus_ms(60_000), &mut |_| 0, &mut notes);
+        assert_eq!(*plane.state(), PlaneState::Left, "nor does a late registration");
     }
 
     proptest::proptest! {

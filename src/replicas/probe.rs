@@ -17,7 +17,11 @@ const KEY_BYTES_MAX: u64 = 8 * 1024;
 /// The request that carries out an order.
 #[must_use]
 pub fn outbound(order: &ProbeOrder) -> Outbound {
-    let mut fields = vec![("Accept".to_string(), b"application/json".to_vec())];
+    // The next probe comes long after an engine has closed an idle connection: none is kept.
+    let mut fields = vec![
+        ("Accept".to_string(), b"application/json".to_vec()),
+        ("Connection".to_string(), b"close".to_vec()),
+    ];
     if let Some(key) = order.auth_file.as_deref().and_then(read_key) {
         fields.push(("Authorization".to_string(), format!("Bearer {key}").into_bytes()));
     }

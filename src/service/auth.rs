@@ -10,7 +10,7 @@ use std::path::Path;
 use subtle::ConstantTimeEq;
 
 use crate::http::head::Fields;
-use crate::settings::{Exit, Settings};
+use crate::settings::{Alias, Exit, Setting, Settings};
 
 /// Longest `Authorization` value that is looked at, in bytes.
 const HEADER_BYTES_MAX: usize = 8 * 1024;
@@ -18,6 +18,26 @@ const HEADER_BYTES_MAX: usize = 8 * 1024;
 const TOKENS_MAX: usize = 2;
 /// Tokens shorter than this draw a warning.
 pub const TOKEN_BYTES_ADVISED: usize = 32;
+
+/// The setting that holds the token itself.
+pub const TOKEN_SETTING: Setting = Setting {
+    flag: "api-token",
+    env: "LLORCH_API_TOKEN",
+    aliases: &[Alias::same("AUTH_TOKEN")],
+    default: None,
+    value: "TOKEN",
+    help: "Bearer token that callers need and that peers are sent; prefer the variable or the file, a command line is public",
+};
+
+/// The setting that names a file with the token.
+pub const TOKEN_FILE_SETTING: Setting = Setting {
+    flag: "api-token-file",
+    env: "LLORCH_API_TOKEN_FILE",
+    aliases: &[],
+    default: None,
+    value: "FILE",
+    help: "File with the token, and on a second line the previous one; read again on SIGHUP",
+};
 
 /// The tokens that are accepted; the first is the one that this process sends.
 #[derive(Clone, Default, PartialEq, Eq)]

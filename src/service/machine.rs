@@ -37,6 +37,19 @@ pub fn resident_bytes() -> Option<u64> {
     Some(pages * rustix::param::page_size() as u64)
 }
 
+/// Raises the soft limit on open descriptors to the hard one: a connection needs one, a relayed
+/// request two, and the usual soft limit is 1,024. Returns the limit in force.
+pub fn raise_descriptor_limit() -> Option<u64> {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum {
+        limit.current = limit.maximum;
+        // A refusal leaves the old limit, with which everything works, only less of it.
+        let _ = setrlimit(Resource::Nofile, limit);
+    }
+    getrlimit(Resource::Nofile).current
+}
+
 /// This machine's own addresses, from the kernel's tables.
 #[must_use]
 pub fn own_addresses() -> Vec<IpAddr> {
