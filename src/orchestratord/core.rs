@@ -26,6 +26,9 @@ use super::refusal::{RETRY_MS_DEFAULT, Refusal};
 use super::report::happening;
 use super::service_registry::{Change, Fenced, Grant, ReplicaRef, ServiceRegistry};
 
+#[cfg(test)]
+mod tests;
+
 /// Engines that one request is tried on before it is given up.
 pub const ATTEMPTS_MAX: u32 = 3;
 /// Weight of a new duration in the moving average: one in eight.
@@ -161,7 +164,9 @@ impl Core {
     /// When [`Input::Tick`] is wanted next.
     #[must_use]
     pub fn deadline(&self) -> Option<Mono> {
-        let local = self.local.as_ref().and_then(|local| local.replicas.deadline());
+        // As long as probes are sent: a deadline that nothing meets would make the loop spin.
+        let local = self.local.as_ref().filter(|_| self.ends_at.is_none());
+        let local = local.and_then(|local| local.replicas.deadline());
         let queue = self.admission.deadline();
         earliest(
             earliest(self.registry.deadline(), queue),

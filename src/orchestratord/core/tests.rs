@@ -1,0 +1,68 @@
+//! The control plane's core as its daemon drives it.
+
+use std::sync::Arc;
+
+use super::*;
+use crate::orchestratord::admission::Priority;
+use crate::orchestratord::service_registry::Limits;
+use crate::replicas::{AllowList, EnginePolicy, FileContent, ListedFile, ProbeOutcome};
+use crate::time::Wall;
+use crate::wire::handoff::{HandoffFile, parse};
+
+const NOW: Now = Now { mono: Mono(1_000_000_000), wall: Wall(1_700_000_000_000_000_000) };
+
+fn options(local: bool) -> Options {
+    let policy = EnginePolicy::new(Vec::new(), Some(8080), AllowList::default(), "ALLOW");
+    Options {
+        limits: Limits::default(),
+        strategy: Strategy::LeastLoaded,
+        admission_capacity: 10,
+        admission_timeout_ms: 60_000,
+        drain_timeout_ms: 30_000,
+        local: local.then(|| (NodeId::new("local").expect("an id"), policy)),
+        seed: 1,
+    }
+}
+
+fn handle(core: &mut Core, input: Input, now: Now) -> Vec<Effect> {
+    let mut effects = Vec::new();
+    core.handle(input, now, &mut effects);
+    core.check_invariants();
+    effects.retain(|effect| !matches!(effect, Effect::Log(_)));
+    effects
+}
+
+fn listing(text: &str) -> Input {
+    let HandoffFile::Engine(handoff) = parse(text.as_bytes()).expect("a handoff") else { panic!("a URL") };
+    let content = Arc::new(FileContent::Handoff(handoff));
+    Input::Listing(vec![ListedFile { name: "a.json".into(), modified: NOW.wall, content }])
+}
+
+fn ask(request: RequestId, ask: Ask) -> Input {
+    let asked = Asked { ask, priority: Priority::Batch, client: "c".into(), wait_ms_max: 60_000 };
+    Input::Ask { request, asked: Box::new(asked) }
+}
+
+/// A control plane with one local engine that answers its probes.
+fn serving(text: &str) -> Core {
+    let mut core = Core::new(options(true), NOW);
+    let effects = handle(&mut core, listing(text), NOW);
+    let Some(Effect::Probe(order)) = effects.into_iter().next() else { panic!("a probe") };
+    handle(&mut core, Input::Probed(order.id, ProbeOutcome::Healthy), NOW);
+    core
+}
+
+/// The daemon sleeps until the deadline: one that `Tick` does not move makes it spin.
+#[test]
+fn a_draining_control_plane_sleeps_until_its_requests_end() {
+    let mut core = serving(r#"{"url":"http://127.0.0.1:1","models":["m"]}"#);
+    let effects = handle(&mut core, ask(1, Ask::default()), NOW);
+    assert!(matches!(effects[..], [Effect::Dispatch(1, _)]), "{effects:?}");
+    handle(&mut core, Input::Shutdown, NOW);
+    let now = NOW.plus_ms(20_000);
+    assert!(handle(&mut core, Input::Tick, now).is_empty(), "no probe is sent any more");
+    let at = core.deadline().expect("the drain's limit");
+    assert!(at > now.mono, "{at:?} is not after {:?}", now.mono);
+    let effects = handle(&mut core, Input::Ended(1, Ending::Complete), now);
+    assert!(matches!(effects[..], [Effect::Exit]), "{effects:?}");
+}
