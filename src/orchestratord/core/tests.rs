@@ -66,3 +66,30 @@ fn a_draining_control_plane_sleeps_until_its_requests_end() {
     let effects = handle(&mut core, Input::Ended(1, Ending::Complete), now);
     assert!(matches!(effects[..], [Effect::Exit]), "{effects:?}");
 }
+
+/// A waiter is served as soon as a replica could take it, whichever fact about the replica changed.
+#[test]
+fn a_waiter_is_served_when_an_idle_engine_comes_to_fit() {
+    let text = |models: &str, mask: &str| {
+        format!(r#"{{"url":"http://127.0.0.1:1","slots":2,"models":[{models}],"device_mask":"{mask}"}}"#)
+    };
+    let other =
+        r#"{"url":"http://127.0.0.1:2","replica_id":"b","ready":false,"models":["n"],"device_mask":"1"}"#;
+    let model = Ask { model: Some("n".into()), ..Ask::default() };
+    let devices = Ask { device_mask: Some("1".into()), ..Ask::default() };
+    for (wanted, after) in [(model, text(r#""m","n""#, "0")), (devices, text(r#""m""#, "1"))] {
+        let mut core = serving(&text(r#""m""#, "0"));
+        let both = |first: &str| match (listing(first), listing(other)) {
+            (Input::Listing(mut files), Input::Listing(more)) => {
+                files.extend(more.into_iter().map(|file| ListedFile { name: "b.json".into(), ..file }));
+                Input::Listing(files)
+            }
+            _ => panic!("listings"),
+        };
+        handle(&mut core, both(&text(r#""m""#, "0")), NOW);
+        let effects = handle(&mut core, ask(1, wanted.clone()), NOW);
+        assert!(matches!(effects[..], [Effect::Waiting { .. }]), "{wanted:?}: {effects:?}");
+        let effects = handle(&mut core, both(&after), NOW);
+        assert!(matches!(effects[..], [Effect::Dispatch(1, _)]), "{wanted:?}: {effects:?}");
+    }
+}

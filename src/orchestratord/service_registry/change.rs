@@ -55,7 +55,8 @@ pub enum Change {
         /// Why, for people.
         reason: String,
     },
-    /// A replica that takes work has more free slots than before: waiters may be admitted.
+    /// A replica has more free slots than before, or fits other requests (its models, its devices):
+    /// waiters may be admitted.
     ReplicaCapacity(ReplicaRef),
     /// A replica is no longer known, or another engine process took its name.
     ReplicaGone {
