@@ -335,7 +335,7 @@ impl Core {
         let Some(request) = self.requests.get(&id) else { return };
         let (strategy, state) = (self.strategy, &mut self.strategy_state);
         let placement = choose(&self.registry, &request.asked.ask, &request.tried, strategy, state);
-        let first = request.tried.is_empty();
+        let (first, tried) = (request.attempts == 0, !request.tried.is_empty());
         match placement.choice {
             Choice::Replica { replica, slots } => self.dispatch(id, replica, slots, now, effects),
             Choice::UnknownModel if first => {
@@ -344,6 +344,13 @@ impl Core {
                 self.refuse(id, Refusal::UnknownModel { model, known }, effects);
             }
             Choice::UnknownPin if first => self.refuse(id, Refusal::UnknownPin, effects),
+            // One that failed is as good as any once its circuit allows it; `attempts` bounds this.
+            _ if tried => {
+                if let Some(request) = self.requests.get_mut(&id) {
+                    request.tried.clear();
+                }
+                self.place(id, now, effects);
+            }
             Choice::Busy
             | Choice::NotReady { .. }
             | Choice::Nothing
@@ -355,8 +362,6 @@ impl Core {
     fn wait(&mut self, id: RequestId, effects: &mut Vec<Effect>) {
         let slots: u64 = self.registry.replicas().map(|(_, replica)| u64::from(replica.slots_total)).sum();
         let Some(request) = self.requests.get_mut(&id) else { return };
-        // An engine that failed may be tried again when it comes back; its circuit says when.
-        request.tried.clear();
         let wait_ms = self.wait_ms_max.min(request.asked.wait_ms_max);
         let waiter = Waiter {
             id,

@@ -4,10 +4,12 @@ use std::sync::Arc;
 
 use super::*;
 use crate::orchestratord::admission::Priority;
+use crate::orchestratord::replica_table::BACKOFF_FIRST_MS;
 use crate::orchestratord::service_registry::Limits;
 use crate::replicas::{AllowList, EnginePolicy, FileContent, ListedFile, ProbeOutcome};
 use crate::time::Wall;
 use crate::wire::handoff::{HandoffFile, parse};
+use crate::wire::node::{Heartbeat, RegisterRequest};
 
 const NOW: Now = Now { mono: Mono(1_000_000_000), wall: Wall(1_700_000_000_000_000_000) };
 
@@ -92,4 +94,37 @@ fn a_waiter_is_served_when_an_idle_engine_comes_to_fit() {
         let effects = handle(&mut core, both(&after), NOW);
         assert!(matches!(effects[..], [Effect::Dispatch(1, _)]), "{wanted:?}: {effects:?}");
     }
+}
+
+/// A request does not wait for another engine while the one on which it failed serves again.
+#[test]
+fn a_request_goes_back_to_an_engine_that_recovered() {
+    let mut core = Core::new(options(false), NOW);
+    let node = NodeId::new("n").expect("an id");
+    let register: RegisterRequest =
+        serde_json::from_str(r#"{"node_id":"n","address":"http://10.0.0.1:9200"}"#).expect("a registration");
+    handle(&mut core, Input::Register { reply: 1, peer: "p".into(), body: Box::new(register) }, NOW);
+    let beat: Heartbeat = serde_json::from_str(
+        r#"{"pools":[{"pool_id":"p","replicas":[
+            {"replica_id":"a","url":"http://10.0.0.1:1","ready":true,"slots_free":1,"slots_total":1},
+            {"replica_id":"b","url":"http://10.0.0.1:2","ready":true,"slots_free":1,"slots_total":1}]}]}"#,
+    )
+    .expect("a heartbeat");
+    handle(&mut core, Input::Heartbeat { reply: 2, peer: "p".into(), node, body: Box::new(beat) }, NOW);
+    let went = |effects: &[Effect]| match effects {
+        [Effect::Dispatch(3, dispatch)] => dispatch.key.replica.to_string(),
+        _ => panic!("{effects:?}"),
+    };
+    let failed =
+        || Ending::Failed { reason: "reset".into(), connect: false, timeout: false, answered: false };
+    let effects = handle(&mut core, ask(3, Ask::default()), NOW);
+    assert_eq!(went(&effects), "a");
+    let effects = handle(&mut core, Input::Ended(3, failed()), NOW);
+    assert_eq!(went(&effects), "b");
+    let now = NOW.plus_ms(BACKOFF_FIRST_MS);
+    assert!(handle(&mut core, Input::Tick, now).is_empty());
+    let effects = handle(&mut core, Input::Ended(3, failed()), now);
+    assert_eq!(went(&effects), "a", "its backoff is over");
+    let effects = handle(&mut core, Input::Ended(3, failed()), now);
+    assert!(matches!(effects[..], [Effect::Refuse(3, Refusal::EngineFailed { .. })]), "{effects:?}");
 }
