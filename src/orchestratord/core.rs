@@ -124,7 +124,7 @@ impl Core {
                 self.answer(reply, done.map(|ok| Effect::Beaten(reply, ok)), effects);
             }
             Input::Deregister { reply, node, incarnation } => {
-                let done = self.registry.deregister(&node, incarnation, &mut changes);
+                let done = self.registry.deregister(&node, incarnation, now, &mut changes);
                 self.answer(reply, done.map(|()| Effect::Removed(reply)), effects);
             }
             Input::Listing(files) => {

@@ -114,6 +114,8 @@ pub enum Fenced {
         /// The incarnation that is registered.
         known: u64,
     },
+    /// From a start of the node's agent that has deregistered.
+    Departed,
     /// Overtaken by a later heartbeat.
     OldSequence {
         /// The greatest sequence number so far.
@@ -149,6 +151,7 @@ impl fmt::Display for Fenced {
             Fenced::OldIncarnation { known } => {
                 write!(f, "a later start of this node's agent (incarnation {known}) is registered")
             }
+            Fenced::Departed => f.write_str("this start of the node's agent has deregistered"),
             Fenced::OldSequence { known } => {
                 write!(f, "a later heartbeat (sequence {known}) has already arrived")
             }
