@@ -18,7 +18,6 @@ use crate::world::{Arrival, Engine, EnginePhase, Event, World};
 const SETTLE_MS: u64 = 60_000;
 /// The longest shutdown: its drain, twice the deregistration's limit, and a turn.
 const AGENT_EXIT_MS: u64 = 10_000 + 4_000 + 100;
-const CONTROL_EXIT_MS: u64 = 10_000 + 100;
 const MODELS: [&str; 3] = ["m-a", "m-b", "m-c"];
 
 impl World {
@@ -216,8 +215,7 @@ impl World {
     }
 
     fn stop_control(&mut self) {
-        if let Some(control) = &mut self.control {
-            control.exit_by.get_or_insert(self.now.mono.plus_ms(CONTROL_EXIT_MS));
+        if self.control.is_some() {
             self.note("control plane is to stop");
             self.arrive(Arrival::Shutdown);
         }

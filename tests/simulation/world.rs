@@ -23,6 +23,8 @@ use crate::rules::Ledger;
 const RELIST_MS: u64 = 5_000;
 /// How long an unreachable peer is waited for.
 const CONNECT_TIMEOUT_MS: u64 = 2_000;
+/// The longest shutdown: the drain, and a turn.
+const CONTROL_EXIT_MS: u64 = 10_000 + 100;
 /// Turns at one moment of virtual time after which a core counts as spinning.
 const TICKS_AT_ONCE_MAX: u32 = 50;
 
@@ -260,7 +262,7 @@ impl World {
         });
         let nodes = nodes.collect();
         let loss_percent = [0, 2, 10][random.usize(..3)];
-        let ask_pause_ms = [60, 300, 1_500][random.usize(..3)];
+        let ask_pause_ms = [200, 600, 2_000][random.usize(..3)];
         World {
             now: start,
             random,
@@ -664,7 +666,10 @@ impl World {
                 }
                 control_core::Input::Ended(request, ending)
             }
-            Arrival::Shutdown => control_core::Input::Shutdown,
+            Arrival::Shutdown => {
+                control.exit_by.get_or_insert(self.now.mono.plus_ms(CONTROL_EXIT_MS));
+                control_core::Input::Shutdown
+            }
         })
     }
 
