@@ -25,6 +25,7 @@ use world::World;
 const SEEDS_DEFAULT: u64 = 200;
 
 #[test]
+#[allow(clippy::print_stdout, reason = "how eventful the stories were, for whoever asks with --nocapture")]
 fn whatever_fails_the_rules_hold_and_everything_heals() {
     let number = |name| std::env::var(name).ok().map(|text| text.parse::<u64>().expect(name));
     let seeds = match number("SIM_SEED") {
