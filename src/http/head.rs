@@ -181,7 +181,7 @@ impl ResponseHead {
 /// earlier calls looked, so that a head that drips in is not searched from its start every time.
 ///
 /// # Errors
-/// 431 when [`HEAD_BYTES_MAX`] is passed without an end.
+/// 431 when [`HEAD_BYTES_MAX`] is passed without an end, 400 for a line that ends with a bare LF.
 pub fn head_length(bytes: &[u8], scanned: &mut usize) -> Result<Option<usize>, BadMessage> {
     let from = scanned.saturating_sub(3).min(bytes.len());
     let window = &bytes[from..bytes.len().min(HEAD_BYTES_MAX)];
@@ -189,12 +189,13 @@ pub fn head_length(bytes: &[u8], scanned: &mut usize) -> Result<Option<usize>, B
         *scanned = 0;
         return Ok(Some(from + at + 4));
     }
-    if bytes.len() >= HEAD_BYTES_MAX {
-        return Err(BadMessage { status: 431, reason: "the request head is larger than 32 KiB" });
-    }
-    // Without this a client that ends its lines with bare LF would wait for an answer for ever.
-    if memmem::find(window, b"\n\n").is_some() {
+    // Without this a client that ends its lines with bare LF would wait for an answer for ever. At the
+    // window's start the byte before is known only where the window is the head's start.
+    if memchr_iter(b'\n', window).any(|at| if at == 0 { from == 0 } else { window[at - 1] != b'\r' }) {
         return Err(bad("lines must end with CR LF"));
+    }
+    if bytes.len() >= HEAD_BYTES_MAX {
+        return Err(BadMessage { status: 431, reason: "the head is larger than 32 KiB" });
     }
     *scanned = bytes.len();
     Ok(None)
@@ -367,7 +368,10 @@ impl<'h, 'b> Facts<'h, 'b> {
                     facts.hosts += 1;
                     facts.host_good = good_host(header.value);
                 }
-                6 if header.name.eq_ignore_ascii_case("expect") => facts.expect = Some(header.value),
+                6 if header.name.eq_ignore_ascii_case("expect") => {
+                    // Two of them are a list, and no list can be met.
+                    facts.expect = Some(if facts.expect.is_some() { b"" } else { header.value });
+                }
                 10 if header.name.eq_ignore_ascii_case("connection") => {
                     for token in header.value.split(|b| *b == b',') {
                         facts.close |= token.trim_ascii().eq_ignore_ascii_case(b"close");
