@@ -1,8 +1,71 @@
 //! The control plane for LLM engines on machines of your own.
 //!
-//! One sentence: **bytes and clocks enter at the reactor, become inputs to a pure core, and leave as
-//! a short list of effects.**
+//! One sentence: **bytes and clocks enter at the reactor, become inputs to a pure core, and leave as a
+//! short list of effects.**
 //!
+//! Four programs share this library. `pool-managerd` runs on every machine with engines: it watches
+//! the directory in which handoff files appear, probes the engines behind them, and tells control
+//! planes. `orchestratord` is the control plane: it knows every replica, gives each request a slot,
+//! and streams the answer. `engine-provisioner` starts an engine and writes its handoff. `llorch` is
+//! the operator's command. On one machine (HOME profile) `orchestratord` watches the directory itself;
+//! over many (CLOUD profile) node agents register with it.
+//!
+//! # Rooms
+//!
+//! ```text
+//!   bin/                          a few lines each: arguments, run(), exit code
+//!    │
+//!   pool_managerd   orchestratord   engine_provisioner   cli      never import each other
+//!    │               │
+//!   replicas        (both)        what a runtime directory announces, and whether it answers
+//!   service         (both)        tokens, events, logs, facts of the machine
+//!    │
+//!   net                           accept, dial, keep, relay
+//!    │        │
+//!   http     reactor              PURE state machines    the only room besides net that names mio
+//!    │        │
+//!   wire     time, settings, metrics
+//! ```
+//!
+//! Dependencies run downward only. A *pure* file names no socket, file, thread, clock or environment,
+//! and does not log: it is handed inputs and the time, and returns what happened. `tests/architecture.rs`
+//! holds both rules by reading the sources.
+//!
+//! Where to find what decides: [`pool_managerd::core`], [`orchestratord::core`] and their pure
+//! neighbours. Where to find what does: [`pool_managerd::daemon`] and [`orchestratord::daemon`], each
+//! with a visible loop and one flat match over effects.
+//!
+//! # A handoff becomes routable
+//!
+//! 1. Something writes `<dir>/pool-0-r0.json`: a temporary name, then a rename.
+//! 2. [`reactor::dirwatch`] says "dirty". Start-up, overflow and the periodic listing take the same road.
+//! 3. [`replicas::watch`] decides that it is time, [`replicas::scan`] lists the directory and reads what
+//!    changed, bounded and without following links.
+//! 4. [`wire::handoff`] parses every known shape.
+//! 5. The daemon hands the *full set* to its core as `Input::Listing`; [`replicas::registry`] compares it
+//!    with the last one, so a missed event or a deletion needs no special case.
+//! 6. The replica is *found*, then *probing*: `Effect::Probe`. [`net`] carries the probe out without
+//!    blocking, [`replicas::probe`] says what its ending means, [`replicas::health`] when the next is due.
+//! 7. The engine answers: *ready*. The registry's revision grows, and
+//!    - in the HOME profile the same turn shows it to [`orchestratord::service_registry`];
+//!    - in the CLOUD profile [`pool_managerd::membership`] sends a heartbeat at once, on a helper thread;
+//!      [`orchestratord::api`] reads it, and the lease is renewed.
+//! 8. The service registry reports `ReplicaReady`, and [`orchestratord::core`] gives its slots to whoever
+//!    waits, in the same turn.
+//!
+//! # A request is placed and streamed
+//!
+//! 1. [`net`] hands over a whole request: head and bounded body.
+//! 2. [`orchestratord::api`] routes it; [`orchestratord::openai`] or [`orchestratord::tasks`] reads the
+//!    little that placement needs. It becomes `Input::Ask`.
+//! 3. [`orchestratord::core`] asks [`orchestratord::placement`]; a slot is taken, or the request waits in
+//!    [`orchestratord::admission`], or [`orchestratord::refusal`] says no.
+//! 4. `Effect::Dispatch`: the daemon dials the engine, or the node agent that relays to an engine which
+//!    listens on its own machine only (`pool_managerd` checks generation and slots before it does).
+//! 5. Bytes move between the two sockets inside [`net`], through [`net::relay`], bounded and unchanged.
+//!    The core sees none of them.
+//! 6. The exchange ends: `Input::Ended`. The slot is free, and the next waiter has it.
+
 #![warn(missing_docs)]
 
 pub mod cli;
@@ -14,6 +77,7 @@ pub mod orchestratord;
 pub mod pool_managerd;
 pub mod reactor;
 pub mod replicas;
+pub mod service;
 pub mod settings;
 pub mod time;
 pub mod wire;

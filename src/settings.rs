@@ -50,6 +50,23 @@ impl fmt::Display for Exit {
 
 impl std::error::Error for Exit {}
 
+/// Turns how a program ended into what the shell sees: its last words and its exit code.
+#[must_use]
+#[allow(clippy::print_stdout, clippy::print_stderr, reason = "a program's last words are for its terminal")]
+pub fn finish(program: &str, ended: Result<(), Exit>) -> std::process::ExitCode {
+    match ended {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(Exit { code: 0, message }) => {
+            println!("{message}");
+            std::process::ExitCode::SUCCESS
+        }
+        Err(Exit { code, message }) => {
+            eprintln!("{program}: {message}");
+            std::process::ExitCode::from(code)
+        }
+    }
+}
+
 /// One setting of a program.
 pub struct Setting {
     /// Flag without the dashes, which is also its name in code.

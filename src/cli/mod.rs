@@ -1,1 +1,3 @@
-//! Filled in below.
+//! The operator's command, one file a subcommand.
+
+pub mod demo_engine;

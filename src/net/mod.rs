@@ -18,6 +18,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use crate::http::head::RequestHead;
 use crate::http::server::{Request, Response};
@@ -78,6 +79,23 @@ impl Default for Limits {
     }
 }
 
+/// Descriptors left to everything but connections.
+const DESCRIPTORS_RESERVED: u64 = 64;
+
+impl Limits {
+    /// The defaults, lowered where the process may not open as many descriptors: every client may need
+    /// one for itself and one for its engine. Running out would stop more than connections.
+    #[must_use]
+    pub fn within_descriptors(limit: Option<u64>) -> Limits {
+        let mut limits = Limits::default();
+        let pairs = limit.unwrap_or(u64::MAX).saturating_sub(DESCRIPTORS_RESERVED) / 2;
+        let most = usize::try_from(pairs).unwrap_or(usize::MAX).max(16);
+        limits.clients_max = limits.clients_max.min(most);
+        limits.exchanges_max = limits.exchanges_max.min(most);
+        limits
+    }
+}
+
 /// How long the parts of an exchange may take.
 #[derive(Clone, Copy, Debug)]
 pub struct Patience {
@@ -100,8 +118,8 @@ pub struct Outbound {
     pub target: String,
     /// Fields, without `Host`, `Content-Length` and hop-by-hop ones.
     pub fields: Vec<(String, Vec<u8>)>,
-    /// Body.
-    pub body: Vec<u8>,
+    /// Body; shared with whoever may have to send it again elsewhere.
+    pub body: Arc<Vec<u8>>,
     /// Where the answer goes.
     pub sink: Sink,
     /// Time limits.

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use crate::http::client::encode_request_head;
 use crate::reactor::ready::TURN_BUDGET_BYTES;
@@ -30,7 +31,7 @@ pub(super) struct Exchange {
     to: BaseUrl,
     /// Head, and the body too where it is small.
     head: Vec<u8>,
-    body: Vec<u8>,
+    body: Arc<Vec<u8>>,
     sent: usize,
     relay: Relay,
     sink: SinkState,
@@ -87,8 +88,8 @@ impl Upstreams {
         encode_request_head(&mut head, &outbound.method, &target, &host, fields, outbound.body.len());
         let mut body = outbound.body;
         if body.len() <= JOINED_BODY_BYTES_MAX {
-            head.append(&mut body);
-            body = Vec::new();
+            head.extend_from_slice(&body);
+            body = Arc::default();
         }
         self.exchanges.insert(Exchange {
             deadline: Deadline::default(),
@@ -188,7 +189,7 @@ impl Net {
                 }
             }
             Err(error) => {
-                self.fail_exchange(exchange, FaultKind::Connect, &format!("cannot connect: {error}"), now);
+                self.fail_exchange(exchange, FaultKind::Connect, &error.to_string(), now);
             }
         }
     }
@@ -236,7 +237,7 @@ impl Net {
                 Ok(true) => line.connected = true,
                 Ok(false) => return,
                 Err(error) => {
-                    let reason = format!("cannot connect: {error}");
+                    let reason = error.to_string();
                     return self.fail_exchange(exchange, FaultKind::Connect, &reason, now);
                 }
             }

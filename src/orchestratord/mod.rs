@@ -1,1 +1,34 @@
-//! Filled in below.
+//! The control plane: which engines are there, on this machine or on many, and which one takes the
+//! next request?
+//!
+//! [`core`] decides with the help of its pure neighbours: [`service_registry`] (nodes, leases, slots),
+//! [`placement`] (where), [`admission`] (who waits), [`refusal`] (how to say no). Two front doors turn
+//! HTTP into asks: [`openai`] and [`tasks`]. [`daemon`] does what was decided.
+
+use std::ffi::OsString;
+
+use crate::settings::Exit;
+
+pub mod admission;
+pub mod api;
+pub mod config;
+pub mod core;
+pub mod daemon;
+pub mod messages;
+pub mod openai;
+pub mod placement;
+pub mod refusal;
+pub mod replica_table;
+pub mod report;
+pub mod service_registry;
+pub mod tasks;
+
+/// Runs the daemon until a signal ends it.
+///
+/// # Errors
+/// [`Exit`] with the code and the last words of a failure, `--help` included.
+pub fn run(args: Vec<OsString>) -> Result<(), Exit> {
+    let config = config::Config::read(args, |name| std::env::var_os(name))?;
+    crate::service::logging::install(&config.log_level)?;
+    daemon::Daemon::start(config)?.run()
+}

@@ -1,1 +1,26 @@
-//! Filled in below.
+//! The node agent: what engines are on this machine, and are they alive? It tells every control plane
+//! and relays their requests to engines that listen on this machine only.
+//!
+//! [`core`] decides, [`daemon`] does. Below them: [`crate::replicas`] (the directory and the probes)
+//! and [`membership`] (registration and heartbeats).
+
+use std::ffi::OsString;
+
+use crate::settings::Exit;
+
+pub mod api;
+pub mod config;
+mod control_client;
+pub mod core;
+pub mod daemon;
+pub mod membership;
+
+/// Runs the daemon until a signal ends it.
+///
+/// # Errors
+/// [`Exit`] with the code and the last words of a failure, `--help` included.
+pub fn run(args: Vec<OsString>) -> Result<(), Exit> {
+    let config = config::Config::read(args, |name| std::env::var_os(name))?;
+    crate::service::logging::install(&config.log_level)?;
+    daemon::Daemon::start(config)?.run()
+}

@@ -2,7 +2,7 @@
 //! a lost or invented event costs a listing and nothing else.
 //!
 //! The watch is on an inode. If the directory is removed, renamed or unmounted, the events that this
-//! file reports as [`Hint::Lost`] tell the owner to arm it again by path.
+//! file reports as [`Hint::lost`] tell the owner to arm it again by path.
 
 use std::io;
 use std::os::fd::AsRawFd;

@@ -90,6 +90,12 @@ impl Reactor {
         }
     }
 
+    /// Whether the last [`Reactor::wait`] returned as many events as it can: the kernel may hold more.
+    #[must_use]
+    pub fn has_more(&self) -> bool {
+        self.events.iter().count() >= EVENTS_PER_TURN
+    }
+
     /// The events of the last [`Reactor::wait`].
     pub fn events(&self) -> impl Iterator<Item = (Token, Edge)> + '_ {
         self.events.iter().map(|event| {

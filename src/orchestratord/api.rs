@@ -1,0 +1,379 @@
+//! The control plane's HTTP interface: a request becomes an answer, or something for the daemon to
+//! do. Pure.
+
+use std::sync::Arc;
+
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use crate::http::server::{Request, Response};
+use crate::metrics::{self, Scrape};
+use crate::service::auth::Tokens;
+use crate::time::Now;
+use crate::wire::id::{NodeId, PoolId};
+use crate::wire::node::{Heartbeat, RegisterRequest};
+
+use super::core::{Asked, Core};
+use super::openai;
+use super::refusal::Refusal;
+use super::service_registry::{Node, NodeStatus, Replica, ServiceRegistry};
+use super::tasks::{self, NewTask};
+
+/// Largest body of a node's message, in bytes: a heartbeat of the largest node is below it.
+const NODE_BODY_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// What the daemon must do for a request.
+#[derive(Debug)]
+pub enum Action {
+    /// Answer.
+    Respond(Response),
+    /// Refuse; `true` in OpenAI's dialect.
+    Refuse(Refusal, bool),
+    /// Hand a node's registration to the core.
+    Register(Box<RegisterRequest>),
+    /// Hand a node's heartbeat to the core.
+    Heartbeat(NodeId, Box<Heartbeat>),
+    /// Hand a node's farewell to the core.
+    Deregister(NodeId, Option<u64>),
+    /// Place the request and relay it to an engine.
+    Engine(Box<Asked>),
+    /// Admit a task.
+    CreateTask(Box<NewTask>),
+    /// Stream a task's events.
+    TaskEvents(String),
+    /// Cancel a task.
+    CancelTask(String),
+}
+
+/// What the daemon knows beside the core.
+#[derive(Debug)]
+pub struct Facts<'a> {
+    /// Accepted tokens.
+    pub tokens: &'a Tokens,
+    /// Whether nodes may register.
+    pub cloud: bool,
+    /// `inotify` or `poll`, in the HOME profile.
+    pub watch_mode: Option<&'static str>,
+    /// When this process started, in seconds since the Unix epoch.
+    pub started: u64,
+    /// Where the request came from.
+    pub peer: &'a str,
+    /// Resident memory, where known, in bytes.
+    pub resident_bytes: Option<u64>,
+    /// Connected clients.
+    pub clients: usize,
+}
+
+/// Decides about a request.
+#[must_use]
+pub fn route(request: &Request, core: &Core, facts: &Facts<'_>, now: Now) -> Action {
+    let head = &request.head;
+    let path = head.path();
+    let openai = path.starts_with("/v1/");
+    let open = matches!(path, "/health" | "/ready" | "/metrics");
+    if !open && let Err(denied) = facts.tokens.check(&head.fields) {
+        return Action::Refuse(Refusal::Denied(denied), openai);
+    }
+    let segments: Vec<&str> = path.trim_start_matches('/').split('/').collect();
+    let get = matches!(head.method(), "GET" | "HEAD");
+    let post = head.method() == "POST";
+    let refuse = |refusal| Action::Refuse(refusal, openai);
+    match segments.as_slice() {
+        ["v1", ..] if openai::ENGINE_PATHS.contains(&path) => {
+            if !post {
+                return refuse(Refusal::Method("POST"));
+            }
+            match openai::asked(&request.body, Arc::from(facts.peer)) {
+                Ok(asked) => Action::Engine(Box::new(asked)),
+                Err(refusal) => refuse(refusal),
+            }
+        }
+        ["v1", "models"] if get => Action::Respond(openai::models(core.registry(), facts.started)),
+        ["v1", "models", name @ ..] if get => {
+            match openai::model(core.registry(), &name.join("/"), facts.started) {
+                Ok(response) => Action::Respond(response),
+                Err(refusal) => refuse(refusal),
+            }
+        }
+        ["v1", "models", ..] => refuse(Refusal::Method("GET")),
+        ["health"] if get => respond(200, &json!({"status": "ok", "version": env!("CARGO_PKG_VERSION")})),
+        ["ready"] if get => match core.ready() {
+            Ok(()) => respond(200, &json!({"ready": true})),
+            Err(reason) => respond(503, &json!({"ready": false, "reason": reason})),
+        },
+        ["metrics"] if get => Action::Respond(scrape(core, facts)),
+        ["v2", "events"] if get => {
+            let since = head.query("since").and_then(|n| n.parse().ok()).unwrap_or(0);
+            respond(200, &core.events().to_json(since))
+        }
+        ["v2", "handoffs"] if get => handoffs(core, facts),
+        ["v2", "nodes", ..] if !facts.cloud => refuse(Refusal::CloudDisabled),
+        ["v2", "nodes", rest @ ..] => nodes(rest, request, core, now),
+        ["v2", "pools"] if get => respond(200, &pools(core.registry())),
+        ["v2", "pools", pool, "health"] | ["control", "pools", pool, "health"] if get => {
+            pool_health(core, pool)
+        }
+        ["v2", "tasks"] if post => match tasks::parse(&request.body, Arc::from(facts.peer)) {
+            Ok(task) => Action::CreateTask(Box::new(task)),
+            Err(refusal) => refuse(refusal),
+        },
+        ["v2", "tasks", id, "events"] if get => Action::TaskEvents((*id).to_string()),
+        ["v2", "tasks", id, "cancel"] if post => Action::CancelTask((*id).to_string()),
+        ["health" | "ready" | "metrics"] | ["v2", "events" | "handoffs" | "pools"] => {
+            refuse(Refusal::Method("GET"))
+        }
+        ["v2" | "control", "pools", _, "health"] | ["v2", "tasks", _, "events"] => {
+            refuse(Refusal::Method("GET"))
+        }
+        ["v2", "tasks"] | ["v2", "tasks", _, "cancel"] => refuse(Refusal::Method("POST")),
+        _ => refuse(Refusal::NoSuchPath),
+    }
+}
+
+fn respond(status: u16, body: &impl serde::Serialize) -> Action {
+    Action::Respond(Response::json(status, body))
+}
+
+fn nodes(rest: &[&str], request: &Request, core: &Core, now: Now) -> Action {
+    let refuse = |refusal| Action::Refuse(refusal, false);
+    let method = request.head.method();
+    let get = matches!(method, "GET" | "HEAD");
+    let id = |text: &str| {
+        NodeId::new(text).map_err(|why| Action::Refuse(Refusal::Invalid(why.to_string()), false))
+    };
+    match rest {
+        [] if get => {
+            let wanted = request.head.query("status");
+            let listed: Vec<Value> = core
+                .registry()
+                .nodes()
+                .filter(|node| wanted.is_none_or(|status| node.status.as_str().eq_ignore_ascii_case(status)))
+                .map(|node| node_view(core.registry(), node, now))
+                .collect();
+            respond(200, &json!({"count": listed.len(), "nodes": listed}))
+        }
+        ["register"] if method == "POST" => match read_body(&request.body) {
+            Ok(body) => Action::Register(body),
+            Err(refusal) => refuse(refusal),
+        },
+        [node, "heartbeat"] if method == "POST" => match (id(node), read_body(&request.body)) {
+            (Ok(node), Ok(body)) => Action::Heartbeat(node, body),
+            (Err(action), _) => action,
+            (_, Err(refusal)) => refuse(refusal),
+        },
+        [node] if method == "DELETE" => {
+            let incarnation = request.head.query("incarnation").map(str::parse::<u64>).transpose();
+            match (id(node), incarnation) {
+                (Ok(node), Ok(incarnation)) => Action::Deregister(node, incarnation),
+                (Err(action), _) => action,
+                (_, Err(_)) => refuse(Refusal::Invalid("incarnation is not a number".into())),
+            }
+        }
+        [node] if get => match id(node) {
+            Ok(node) => match core.registry().node(&node) {
+                Some(node) => respond(200, &node_view(core.registry(), node, now)),
+                None => refuse(Refusal::NotFound(format!("node {node} is not registered"))),
+            },
+            Err(action) => action,
+        },
+        [] => refuse(Refusal::Method("GET")),
+        ["register"] | [_, "heartbeat"] => refuse(Refusal::Method("POST")),
+        [_] => refuse(Refusal::Method("GET, DELETE")),
+        _ => refuse(Refusal::NoSuchPath),
+    }
+}
+
+fn read_body<T: DeserializeOwned>(body: &[u8]) -> Result<Box<T>, Refusal> {
+    if body.len() > NODE_BODY_BYTES_MAX {
+        return Err(Refusal::Invalid(format!("the body is larger than {NODE_BODY_BYTES_MAX} bytes")));
+    }
+    serde_json::from_slice(body).map(Box::new).map_err(|error| Refusal::Invalid(format!("the body: {error}")))
+}
+
+fn node_view(registry: &ServiceRegistry, node: &Node, now: Now) -> Value {
+    let replicas: Vec<Value> = registry
+        .replicas_of(node)
+        .filter_map(|replica| registry.replica(replica))
+        .map(replica_view)
+        .collect();
+    let pools: Vec<&PoolId> = node.pools.iter().map(|pool| &pool.pool_id).collect();
+    json!({
+        "node_id": node.id,
+        "machine_id": node.machine_id,
+        "address": node.address,
+        "pools": pools,
+        "capabilities": node.capabilities,
+        "version": node.version,
+        "status": node.status.as_str(),
+        "reason": node.reason,
+        "since_ms": node.since.unix_ms(),
+        "registered_at_ms": node.registered_at.unix_ms(),
+        "last_heartbeat_ms": node.last_heartbeat_at.map_or(0, |at| at.unix_ms()),
+        "lease_left_ms": node.lease_left_ms(now),
+        "last_address": node.peer,
+        "incarnation": node.incarnation,
+        "replicas": replicas,
+    })
+}
+
+fn replica_view(replica: &Replica) -> Value {
+    let obstacle = replica.obstacle();
+    json!({
+        "node_id": replica.node,
+        "pool_id": replica.key.pool,
+        "replica_id": replica.key.replica,
+        "url": replica.target.engine(),
+        "routable": obstacle.is_none(),
+        "reason": obstacle.map(|why| why.to_string()),
+        "since_ms": replica.since.unix_ms(),
+        "ready": replica.ready,
+        "draining": replica.draining,
+        "generation": replica.generation,
+        "slots_total": replica.slots_total,
+        "slots_free": replica.slots_free(),
+        "in_flight": replica.in_flight,
+        "models": replica.models.as_ref(),
+        "engine": replica.engine,
+        "engine_version": replica.engine_version,
+        "device_mask": replica.device_mask,
+    })
+}
+
+/// Every pool over all nodes, by name.
+fn pools(registry: &ServiceRegistry) -> Value {
+    let mut names: Vec<&PoolId> =
+        registry.nodes().flat_map(|node| node.pools.iter().map(|pool| &pool.pool_id)).collect();
+    names.sort_unstable();
+    names.dedup();
+    let pools: Vec<Value> = names
+        .into_iter()
+        .map(|name| {
+            let members: Vec<&Replica> =
+                registry.replicas().map(|(_, replica)| replica).filter(|r| r.key.pool == *name).collect();
+            let nodes: Vec<&NodeId> = registry
+                .nodes()
+                .filter(|node| node.pools.iter().any(|pool| pool.pool_id == *name))
+                .map(|node| &node.id)
+                .collect();
+            let routable = || members.iter().filter(|replica| replica.obstacle().is_none());
+            json!({
+                "pool_id": name,
+                "nodes": nodes,
+                "live": members.iter().any(|replica| replica.ready),
+                "ready": routable().next().is_some(),
+                "slots_total": routable().map(|replica| replica.slots_total).sum::<u32>(),
+                "slots_free": routable().map(|replica| replica.slots_free()).sum::<u32>(),
+                "replicas": members.iter().map(|replica| replica_view(replica)).collect::<Vec<_>>(),
+            })
+        })
+        .collect();
+    json!({"count": pools.len(), "pools": pools})
+}
+
+/// An unknown pool is not an error here: it is a pool that does not live.
+fn pool_health(core: &Core, pool: &str) -> Action {
+    let Ok(pool) = PoolId::new(pool) else {
+        return Action::Refuse(Refusal::Invalid("the pool in the path is no id".into()), false);
+    };
+    let members: Vec<&Replica> =
+        core.registry().replicas().map(|(_, replica)| replica).filter(|r| r.key.pool == pool).collect();
+    let routable = |replica: &&&Replica| replica.obstacle().is_none();
+    let trouble = members.iter().find_map(|replica| replica.obstacle()).map(|why| why.to_string());
+    let unknown = members.is_empty().then(|| format!("no replica of pool {pool} is known"));
+    respond(
+        200,
+        &json!({
+            "pool_id": pool,
+            "live": members.iter().any(|replica| replica.ready),
+            "ready": members.iter().any(|replica| routable(&replica)),
+            "draining": !members.is_empty() && members.iter().all(|replica| replica.draining),
+            "engine_version": members.iter().find_map(|replica| replica.engine_version.as_deref()),
+            "last_error": unknown.or(trouble),
+            "metrics": {
+                "queue_depth": core.waiting(),
+                "slots_total": members.iter().filter(routable).map(|r| r.slots_total).sum::<u32>(),
+                "slots_free": members.iter().filter(routable).map(|r| r.slots_free()).sum::<u32>(),
+                "in_flight": members.iter().map(|replica| replica.in_flight).sum::<u32>(),
+            },
+        }),
+    )
+}
+
+fn handoffs(core: &Core, facts: &Facts<'_>) -> Action {
+    match core.local() {
+        Some(local) => respond(200, &local.files_json(facts.watch_mode.unwrap_or("poll"))),
+        None => Action::Refuse(
+            Refusal::NotFound("in the CLOUD profile each node's pool-managerd shows its handoffs".into()),
+            false,
+        ),
+    }
+}
+
+fn scrape(core: &Core, facts: &Facts<'_>) -> Response {
+    let (counts, registry) = (core.counts(), core.registry());
+    let mut scrape = Scrape::default();
+    let by_status = [
+        NodeStatus::Registering,
+        NodeStatus::Online,
+        NodeStatus::Draining,
+        NodeStatus::Suspect,
+        NodeStatus::Offline,
+    ]
+    .map(|status| {
+        let count = registry.nodes().filter(|node| node.status == status).count();
+        (format!("status=\"{status}\""), count as f64)
+    });
+    let samples: Vec<(&str, f64)> = by_status.iter().map(|(label, count)| (label.as_str(), *count)).collect();
+    scrape.gauge("orchestratord_nodes", "Nodes by status.", &samples);
+    let routable = registry.replicas().filter(|(_, replica)| replica.obstacle().is_none());
+    let (replicas, slots, free) = routable.fold((0u64, 0u64, 0u64), |(n, slots, free), (_, replica)| {
+        (n + 1, slots + u64::from(replica.slots_total), free + u64::from(replica.slots_free()))
+    });
+    scrape.gauge("orchestratord_replicas_routable", "Replicas that take work.", &[("", replicas as f64)]);
+    scrape.gauge("orchestratord_slots", "Slots of replicas that take work.", &[("", slots as f64)]);
+    scrape.gauge("orchestratord_slots_free", "Of these, free.", &[("", free as f64)]);
+    scrape.gauge(
+        "orchestratord_requests_in_flight",
+        "Requests on an engine.",
+        &[("", core.in_flight() as f64)],
+    );
+    scrape.gauge(
+        "orchestratord_requests_waiting",
+        "Requests that wait for a slot.",
+        &[("", core.waiting() as f64)],
+    );
+    scrape.gauge("orchestratord_client_connections", "Connected clients.", &[("", facts.clients as f64)]);
+    let outcomes =
+        [("answered", counts.answered), ("withdrawn", counts.withdrawn), ("broken", counts.broken)];
+    let mut labelled: Vec<(String, u64)> =
+        outcomes.iter().map(|(outcome, count)| (format!("outcome=\"{outcome}\""), *count)).collect();
+    let refused =
+        counts.refused.iter().map(|(label, count)| (format!("outcome=\"refused_{label}\""), *count));
+    labelled.extend(refused);
+    let samples: Vec<(&str, u64)> = labelled.iter().map(|(label, count)| (label.as_str(), *count)).collect();
+    scrape.counter("orchestratord_requests_total", "Requests by outcome.", &samples);
+    scrape.counter(
+        "orchestratord_retries_total",
+        "Requests sent to another engine.",
+        &[("", counts.retried)],
+    );
+    scrape.counter(
+        "orchestratord_registrations_total",
+        "Registrations accepted.",
+        &[("", counts.registrations)],
+    );
+    scrape.counter("orchestratord_heartbeats_total", "Heartbeats accepted.", &[("", counts.heartbeats)]);
+    scrape.counter("orchestratord_fenced_total", "Messages of nodes refused.", &[("", counts.fenced)]);
+    scrape.histogram("orchestratord_wait_seconds", "From ask to dispatch.", &counts.waited);
+    scrape.histogram(
+        "orchestratord_first_byte_seconds",
+        "From dispatch to the answer's head.",
+        &counts.first_byte,
+    );
+    scrape.histogram("orchestratord_request_seconds", "From ask to the answer's end.", &counts.duration);
+    if let Some(bytes) = facts.resident_bytes {
+        scrape.gauge("process_resident_memory_bytes", "Resident memory.", &[("", bytes as f64)]);
+    }
+    let body = scrape.finish().into_bytes();
+    Response { status: 200, content_type: metrics::CONTENT_TYPE, fields: Vec::new(), body }
+}

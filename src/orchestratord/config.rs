@@ -1,0 +1,252 @@
+//! The control plane's settings.
+
+use std::ffi::OsString;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use crate::replicas::AllowList;
+use crate::service::auth::{self, Tokens};
+use crate::settings::{Alias, Exit, Setting, Settings, boolean, listen_address, number};
+
+use super::placement::Strategy;
+use super::service_registry::Limits;
+
+/// Every setting, in the order of the help.
+pub static TABLE: &[Setting] = &[
+    Setting {
+        flag: "addr",
+        env: "ORCHESTRATORD_ADDR",
+        aliases: &[
+            Alias::same("ORCHESTRATORD_BIND_ADDR"),
+            Alias::same("ORCHD_ADDR"),
+            Alias::same("ORCHD_BIND_ADDR"),
+        ],
+        default: None,
+        value: "IP:PORT",
+        help: "Where to listen; 127.0.0.1:8080 if absent, 0.0.0.0:8080 with --cloud-profile",
+    },
+    Setting {
+        flag: "cloud-profile",
+        env: "ORCHESTRATORD_CLOUD_PROFILE",
+        aliases: &[Alias { env: "ORCHD_PROFILE", convert: |profile| (profile == "cloud").to_string() }],
+        default: Some("false"),
+        value: "BOOL",
+        help: "Serve nodes that register; otherwise watch this machine's runtime directory",
+    },
+    Setting {
+        flag: "node-timeout-ms",
+        env: "ORCHESTRATORD_NODE_TIMEOUT_MS",
+        aliases: &[Alias::seconds("ORCHESTRATORD_NODE_TIMEOUT_SECS")],
+        default: Some("30000"),
+        value: "MS",
+        help: "A node without a heartbeat for this long gets no new work; 1000 to 300000",
+    },
+    Setting {
+        flag: "stale-check-interval-secs",
+        env: "ORCHESTRATORD_STALE_CHECK_INTERVAL_SECS",
+        aliases: &[],
+        default: Some("10"),
+        value: "SECS",
+        help: "A node without new work counts as offline this much later; 1 to 60",
+    },
+    Setting {
+        flag: "heartbeat-interval-secs",
+        env: "ORCHESTRATORD_HEARTBEAT_INTERVAL_SECS",
+        aliases: &[],
+        default: Some("10"),
+        value: "SECS",
+        help: "Interval of heartbeats that nodes are told; 1 to 60",
+    },
+    Setting {
+        flag: "placement-strategy",
+        env: "ORCHESTRATORD_PLACEMENT_STRATEGY",
+        aliases: &[],
+        default: Some("least-loaded"),
+        value: "NAME",
+        help: "least-loaded, round-robin, random or most-vram",
+    },
+    Setting {
+        flag: "admission-capacity",
+        env: "ORCHD_ADMISSION_CAPACITY",
+        aliases: &[],
+        default: Some("1000"),
+        value: "COUNT",
+        help: "Requests that may wait for a slot; 0 to 100000",
+    },
+    Setting {
+        flag: "admission-timeout-ms",
+        env: "ORCHD_ADMISSION_TIMEOUT_MS",
+        aliases: &[],
+        default: Some("60000"),
+        value: "MS",
+        help: "How long a request waits for a slot; 0 to 3600000",
+    },
+    Setting {
+        flag: "runtime-dir",
+        env: "ORCHD_RUNTIME_DIR",
+        aliases: &[],
+        default: Some(".runtime/engines"),
+        value: "DIR",
+        help: "Where handoff files appear (without --cloud-profile)",
+    },
+    Setting {
+        flag: "watch-interval-ms",
+        env: "ORCHD_HANDOFF_WATCH_INTERVAL_MS",
+        aliases: &[],
+        default: Some("1000"),
+        value: "MS",
+        help: "Longest that a handoff goes unseen where the kernel reports no changes; 100 to 10000",
+    },
+    Setting {
+        flag: "allow-engine-hosts",
+        env: "ORCHESTRATORD_ALLOW_ENGINE_HOSTS",
+        aliases: &[],
+        default: None,
+        value: "HOSTS",
+        help: "Hosts or CIDRs, separated by commas, on which handoffs may place engines beside this machine",
+    },
+    Setting {
+        flag: "drain-timeout-ms",
+        env: "ORCHESTRATORD_DRAIN_TIMEOUT_MS",
+        aliases: &[],
+        default: Some("30000"),
+        value: "MS",
+        help: "How long running requests may take to finish at shutdown; 0 to 3600000",
+    },
+    auth::TOKEN_SETTING,
+    auth::TOKEN_FILE_SETTING,
+    Setting {
+        flag: "require-auth",
+        env: "ORCHESTRATORD_REQUIRE_AUTH",
+        aliases: &[],
+        default: Some("false"),
+        value: "BOOL",
+        help: "Refuse to start without a token",
+    },
+    Setting {
+        flag: "log-level",
+        env: "ORCHESTRATORD_LOG_LEVEL",
+        aliases: &[],
+        default: Some("info"),
+        value: "LEVEL",
+        help: "error, warn, info, debug or trace; RUST_LOG beats it",
+    },
+];
+
+/// The settings, checked.
+#[derive(Debug)]
+pub struct Config {
+    /// Where to listen.
+    pub addr: SocketAddr,
+    /// Nodes register; otherwise this machine's runtime directory is watched.
+    pub cloud: bool,
+    /// Times of the registry.
+    pub registry: Limits,
+    /// How replicas are chosen.
+    pub strategy: Strategy,
+    /// Requests that may wait.
+    pub admission_capacity: usize,
+    /// How long one waits.
+    pub admission_timeout_ms: u64,
+    /// Where handoffs appear in the HOME profile.
+    pub runtime_dir: PathBuf,
+    /// Listing interval without events.
+    pub watch_interval_ms: u64,
+    /// Hosts of engines beside this machine's own.
+    pub allow_engine_hosts: AllowList,
+    /// Limit of a graceful shutdown.
+    pub drain_timeout_ms: u64,
+    /// Accepted tokens.
+    pub tokens: Tokens,
+    /// Where they came from, if from a file.
+    pub token_file: Option<PathBuf>,
+    /// For the logger.
+    pub log_level: String,
+    /// Sentences for the log.
+    pub notes: Vec<String>,
+}
+
+impl Config {
+    /// Reads flags and environment.
+    ///
+    /// # Errors
+    /// [`Exit`], see [`crate::settings`].
+    pub fn read(
+        args: impl IntoIterator<Item = OsString>,
+        env: impl Fn(&str) -> Option<OsString>,
+    ) -> Result<Config, Exit> {
+        let about = "Places requests on the engines of many machines and streams their answers";
+        let settings = Settings::read("orchestratord", about, TABLE, None, args, env)?;
+        let cloud = settings.need("cloud-profile", boolean)?;
+        let default_ip = if cloud { [0, 0, 0, 0] } else { [127, 0, 0, 1] };
+        let addr = settings.get("addr", listen_address)?.unwrap_or(SocketAddr::from((default_ip, 8080)));
+        let token_file = settings.get("api-token-file", |text| Ok(PathBuf::from(text)))?;
+        let tokens = auth::from_settings(&settings, token_file.as_deref())?;
+        let mut notes = settings.notes.clone();
+        let required = settings.need("require-auth", boolean)?;
+        auth::check_exposure(addr, &tokens, required, "ORCHESTRATORD", &mut notes)?;
+        let seconds = |flag| settings.need(flag, number(1, 60)).map(|seconds| seconds * 1000);
+        let registry = Limits {
+            node_timeout_ms: settings.need("node-timeout-ms", number(1_000, 300_000))?,
+            offline_grace_ms: seconds("stale-check-interval-secs")?,
+            heartbeat_interval_ms: seconds("heartbeat-interval-secs")?,
+            ..Limits::default()
+        };
+        if registry.heartbeat_interval_ms >= registry.node_timeout_ms {
+            notes.push(format!(
+                "ORCHESTRATORD_NODE_TIMEOUT_MS={} is not longer than the heartbeat interval of {} ms: every node will be suspect between two heartbeats",
+                registry.node_timeout_ms, registry.heartbeat_interval_ms
+            ));
+        }
+        let capacity = settings.need("admission-capacity", number(0, 100_000))?;
+        Ok(Config {
+            addr,
+            cloud,
+            registry,
+            strategy: settings.need("placement-strategy", str::parse)?,
+            admission_capacity: usize::try_from(capacity).unwrap_or(usize::MAX),
+            admission_timeout_ms: settings.need("admission-timeout-ms", number(0, 3_600_000))?,
+            runtime_dir: settings.need("runtime-dir", |text| Ok(PathBuf::from(text)))?,
+            watch_interval_ms: settings.need("watch-interval-ms", number(100, 10_000))?,
+            allow_engine_hosts: settings.get("allow-engine-hosts", AllowList::parse)?.unwrap_or_default(),
+            drain_timeout_ms: settings.need("drain-timeout-ms", number(0, 3_600_000))?,
+            tokens,
+            token_file,
+            log_level: settings.need("log-level", |text| Ok(text.to_string()))?,
+            notes,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+
+    fn read(env: &[(&str, &str)]) -> Result<Config, Exit> {
+        let env: BTreeMap<String, OsString> = env.iter().map(|(k, v)| (k.to_string(), v.into())).collect();
+        Config::read([], |name| env.get(name).cloned())
+    }
+
+    #[test]
+    fn the_profile_decides_the_default_address() {
+        assert_eq!(read(&[]).expect("HOME").addr.to_string(), "127.0.0.1:8080");
+        let cloud = read(&[("ORCHD_PROFILE", "cloud")]).expect("CLOUD by its older name");
+        assert_eq!((cloud.addr.to_string().as_str(), cloud.cloud), ("0.0.0.0:8080", true));
+        assert!(cloud.notes.iter().any(|note| note.contains("use ORCHESTRATORD_CLOUD_PROFILE")));
+    }
+
+    #[test]
+    fn bad_values_name_themselves() {
+        for (name, value, part) in [
+            ("ORCHESTRATORD_ADDR", "localhost", "allowed is an address"),
+            ("ORCHESTRATORD_NODE_TIMEOUT_MS", "x", "from 1000 to 300000"),
+            ("ORCHESTRATORD_PLACEMENT_STRATEGY", "best", "least-loaded"),
+            ("ORCHD_ADMISSION_CAPACITY", "-1", "from 0 to 100000"),
+            ("ORCHESTRATORD_ALLOW_ENGINE_HOSTS", "10.0.0.0/99", "10.0.0.0/99"),
+        ] {
+            let exit = read(&[(name, value)]).expect_err(value);
+            assert!(exit.code == 78 && exit.message.contains(part) && exit.message.contains(name), "{exit}");
+        }
+    }
+}

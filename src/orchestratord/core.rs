@@ -1,0 +1,560 @@
+//! The control plane's decisions. Pure: inputs and the time in, effects out.
+//!
+//! ```text
+//!   Register, Heartbeat ─▶ service registry ─┐ a replica takes work, or has a free slot
+//!   Listing, Probed ─▶ local replicas (HOME) ┤
+//!                                            ▼
+//!   Ask ─▶ placement ──slot taken──▶ Effect::Dispatch ─▶ Answering ─▶ Ended ─▶ slot given back
+//!             └─ no slot ─▶ admission queue ──▲                        └─ failed unanswered: once more
+//! ```
+//!
+//! A request is placed, or put into the queue, in the turn in which it is asked for; a slot that
+//! becomes free goes to the first waiter that fits in the same turn. A slot is taken by exactly one
+//! grant and given back exactly once, when the exchange behind it has ended.
+
+use std::collections::BTreeMap;
+
+use crate::replicas::{self, Fault};
+use crate::service::events::{Events, Happening};
+use crate::time::{Mono, Now, earliest};
+use crate::wire::id::NodeId;
+
+use super::admission::{Admission, Waiter};
+pub use super::messages::{Asked, Counts, Dispatch, Effect, Ending, Input, Options, RequestId};
+use super::placement::{Ask, Choice, Strategy, StrategyState, choose, fits};
+use super::refusal::{RETRY_MS_DEFAULT, Refusal};
+use super::report::happening;
+use super::service_registry::{Change, Fenced, Grant, ReplicaRef, ServiceRegistry};
+
+/// Engines that one request is tried on before it is given up.
+pub const ATTEMPTS_MAX: u32 = 3;
+/// Weight of a new duration in the moving average: one in eight.
+const AVERAGE_SHIFT: u32 = 3;
+
+/// A request between its ask and its end.
+#[derive(Debug)]
+struct Request {
+    asked: Asked,
+    since: Mono,
+    attempts: u32,
+    tried: Vec<ReplicaRef>,
+    running: Option<Run>,
+    predicted_ms: u64,
+}
+
+#[derive(Debug)]
+struct Run {
+    grant: Grant,
+    since: Mono,
+    answering: bool,
+}
+
+/// The engines of this machine, in the HOME profile.
+#[derive(Debug)]
+struct Local {
+    node: NodeId,
+    replicas: replicas::Registry,
+    shown_revision: u64,
+}
+
+/// The control plane's state.
+#[derive(Debug)]
+pub struct Core {
+    registry: ServiceRegistry,
+    admission: Admission<Ask>,
+    requests: BTreeMap<RequestId, Request>,
+    local: Option<Local>,
+    strategy: Strategy,
+    strategy_state: StrategyState,
+    wait_ms_max: u64,
+    drain_timeout_ms: u64,
+    ends_at: Option<Mono>,
+    over: bool,
+    events: Events,
+    counts: Counts,
+    service_ms_average: u64,
+    watch_trouble: Option<String>,
+    listed: bool,
+}
+
+impl Core {
+    /// A core that knows nobody.
+    #[must_use]
+    pub fn new(options: Options, now: Now) -> Core {
+        let local = options.local.map(|(node, policy)| Local {
+            node,
+            replicas: replicas::Registry::new(policy, now.wall.unix_ms()),
+            shown_revision: 0,
+        });
+        Core {
+            registry: ServiceRegistry::new(options.limits, now.wall.unix_ms()),
+            admission: Admission::new(options.admission_capacity),
+            requests: BTreeMap::new(),
+            local,
+            strategy: options.strategy,
+            strategy_state: StrategyState::new(options.seed),
+            wait_ms_max: options.admission_timeout_ms,
+            drain_timeout_ms: options.drain_timeout_ms,
+            ends_at: None,
+            over: false,
+            events: Events::default(),
+            counts: Counts::default(),
+            service_ms_average: 0,
+            watch_trouble: None,
+            listed: false,
+        }
+    }
+
+    /// Takes one input and appends what it leads to.
+    pub fn handle(&mut self, input: Input, now: Now, effects: &mut Vec<Effect>) {
+        let mut changes = Vec::new();
+        let tick = matches!(input, Input::Tick);
+        match input {
+            Input::Register { reply, peer, body } => {
+                let done = self.registry.register(&body, &peer, now, &mut changes);
+                self.counts.registrations += u64::from(done.is_ok());
+                self.answer(reply, done.map(|ok| Effect::Registered(reply, ok)), effects);
+            }
+            Input::Heartbeat { reply, peer, node, body } => {
+                let done = self.registry.heartbeat(&node, &body, &peer, now, &mut changes);
+                self.counts.heartbeats += u64::from(done.is_ok());
+                self.answer(reply, done.map(|ok| Effect::Beaten(reply, ok)), effects);
+            }
+            Input::Deregister { reply, node, incarnation } => {
+                let done = self.registry.deregister(&node, incarnation, &mut changes);
+                self.answer(reply, done.map(|()| Effect::Removed(reply)), effects);
+            }
+            Input::Listing(files) => {
+                self.listed = true;
+                self.with_local(now, effects, |local, now, found| local.listing(&files, now, found));
+            }
+            Input::Probed(id, outcome) => {
+                self.with_local(now, effects, |local, now, found| local.probed(&id, outcome, now, found));
+            }
+            Input::WatchTrouble(trouble) => self.note_watch(trouble, now, effects),
+            Input::AgentSaid { node, pool, replicas } => {
+                self.registry.set_engine_url(&node, &pool, &replicas, now, &mut changes);
+            }
+            Input::Ask { request, asked } => self.ask(request, *asked, now, effects),
+            Input::Answering(request) => self.answering(request, now, &mut changes),
+            Input::Ended(request, ending) => self.ended(request, ending, now, &mut changes, effects),
+            Input::Withdraw(request) => self.withdraw(request),
+            Input::Shutdown => {
+                self.ends_at.get_or_insert(now.mono.plus_ms(self.drain_timeout_ms));
+            }
+            Input::Tick => {}
+        }
+        self.show_local(now, &mut changes);
+        // Time ends nothing while other inputs may wait: a heartbeat that arrived in time, but was not
+        // yet handled, must find its lease.
+        if tick {
+            self.registry.expire(now, &mut changes);
+        }
+        self.follow(changes, now, effects);
+        self.send_probes(now, effects);
+        if tick {
+            self.end_waits(now, effects);
+        }
+        self.end_shutdown(now, effects);
+    }
+
+    /// When [`Input::Tick`] is wanted next.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Mono> {
+        let local = self.local.as_ref().and_then(|local| local.replicas.deadline());
+        let queue = self.admission.deadline();
+        earliest(
+            earliest(self.registry.deadline(), queue),
+            earliest(local, self.ends_at.filter(|_| !self.over)),
+        )
+    }
+
+    /// Nodes and replicas.
+    #[must_use]
+    pub fn registry(&self) -> &ServiceRegistry {
+        &self.registry
+    }
+
+    /// The engines of this machine, in the HOME profile.
+    #[must_use]
+    pub fn local(&self) -> Option<&replicas::Registry> {
+        self.local.as_ref().map(|local| &local.replicas)
+    }
+
+    /// The last state changes.
+    #[must_use]
+    pub fn events(&self) -> &Events {
+        &self.events
+    }
+
+    /// Counters and durations for the metrics.
+    #[must_use]
+    pub fn counts(&self) -> &Counts {
+        &self.counts
+    }
+
+    /// Requests that wait for a slot.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.admission.len()
+    }
+
+    /// Requests that run on an engine.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.requests.values().filter(|request| request.running.is_some()).count()
+    }
+
+    /// Whether this process serves; `Err` says why not. A control plane without a single engine is
+    /// ready: requests may wait.
+    ///
+    /// # Errors
+    /// The first reason.
+    pub fn ready(&self) -> Result<(), String> {
+        if self.ends_at.is_some() {
+            return Err("shutting down".into());
+        }
+        if let Some(trouble) = &self.watch_trouble {
+            return Err(trouble.clone());
+        }
+        if self.local.is_some() && !self.listed {
+            return Err("the runtime directory has not been listed yet".into());
+        }
+        Ok(())
+    }
+
+    /// Panics where the state contradicts itself. For tests and simulations.
+    pub fn check_invariants(&self) {
+        self.registry.check_invariants();
+        self.admission.check_invariants();
+        if let Some(local) = &self.local {
+            local.replicas.check_invariants();
+        }
+        let waiting = self.requests.values().filter(|request| request.running.is_none()).count();
+        assert_eq!(waiting, self.admission.len(), "a request neither runs nor waits");
+        let mut granted: BTreeMap<ReplicaRef, u32> = BTreeMap::new();
+        for run in self.requests.values().filter_map(|request| request.running.as_ref()) {
+            *granted.entry(run.grant.replica()).or_default() += run.grant.slots();
+        }
+        for (replica, known) in self.registry.replicas() {
+            let ours = granted.get(&replica).copied().unwrap_or(0);
+            assert_eq!(known.in_flight, ours, "the ledger of {} differs from its grants", known.key);
+        }
+    }
+
+    // Nodes.
+
+    fn answer(&mut self, reply: RequestId, done: Result<Effect, Fenced>, effects: &mut Vec<Effect>) {
+        match done {
+            Ok(effect) => effects.push(effect),
+            Err(fenced) => {
+                self.counts.fenced += 1;
+                effects.push(Effect::Refuse(reply, Refusal::Fenced(fenced)));
+            }
+        }
+    }
+
+    /// What follows from changes of the registry: waiters are served, the log is told.
+    fn follow(&mut self, changes: Vec<Change>, now: Now, effects: &mut Vec<Effect>) {
+        for change in changes {
+            if let Some(happening) = happening(&change, &self.registry) {
+                self.happened(happening, now, effects);
+            }
+            match change {
+                Change::ReplicaReady(replica) | Change::ReplicaCapacity(replica) => {
+                    self.serve_waiters(replica, now, effects);
+                }
+                Change::AskNode { node, pool, agent } => effects.push(Effect::AskAgent { node, pool, agent }),
+                _ => {}
+            }
+        }
+    }
+
+    // This machine's engines.
+
+    fn with_local(
+        &mut self,
+        now: Now,
+        effects: &mut Vec<Effect>,
+        act: impl FnOnce(&mut replicas::Registry, Now, &mut Vec<replicas::Change>),
+    ) {
+        let Some(local) = &mut self.local else { return };
+        let mut found = Vec::new();
+        act(&mut local.replicas, now, &mut found);
+        for change in &found {
+            self.happened(change.happening(), now, effects);
+        }
+    }
+
+    /// Shows the registry what the local engines have become.
+    fn show_local(&mut self, now: Now, changes: &mut Vec<Change>) {
+        let Some(local) = &mut self.local else { return };
+        let revision = local.replicas.revision();
+        if local.shown_revision != revision {
+            local.shown_revision = revision;
+            // The limits of a listing are within those of the registry.
+            let _ = self.registry.set_local(&local.node, &local.replicas.pool_beats(), now, changes);
+        }
+    }
+
+    fn note_watch(&mut self, trouble: Option<String>, now: Now, effects: &mut Vec<Effect>) {
+        self.watch_trouble.clone_from(&trouble);
+        let (text, is_warning) = match trouble {
+            Some(trouble) => (trouble, true),
+            None => ("the runtime directory is watched again".into(), false),
+        };
+        let happening = Happening { kind: "daemon", subject: "watch".into(), state: "", text, is_warning };
+        self.happened(happening, now, effects);
+    }
+
+    // Requests.
+
+    fn ask(&mut self, id: RequestId, asked: Asked, now: Now, effects: &mut Vec<Effect>) {
+        if self.ends_at.is_some() {
+            return self.refuse(id, Refusal::ShuttingDown, effects);
+        }
+        let request = Request {
+            asked,
+            since: now.mono,
+            attempts: 0,
+            tried: Vec::new(),
+            running: None,
+            predicted_ms: 0,
+        };
+        self.requests.insert(id, request);
+        self.place(id, now, effects);
+    }
+
+    /// Gives a request a slot, or a place in the queue, or a refusal.
+    fn place(&mut self, id: RequestId, now: Now, effects: &mut Vec<Effect>) {
+        let Some(request) = self.requests.get(&id) else { return };
+        let (strategy, state) = (self.strategy, &mut self.strategy_state);
+        let placement = choose(&self.registry, &request.asked.ask, &request.tried, strategy, state);
+        let first = request.tried.is_empty();
+        match placement.choice {
+            Choice::Replica { replica, slots } => self.dispatch(id, replica, slots, now, effects),
+            Choice::UnknownModel if first => {
+                let model = request.asked.ask.model.clone().unwrap_or_default();
+                let known = self.registry.models().into_iter().map(|model| model.name).collect();
+                self.refuse(id, Refusal::UnknownModel { model, known }, effects);
+            }
+            Choice::UnknownPin if first => self.refuse(id, Refusal::UnknownPin, effects),
+            Choice::Busy
+            | Choice::NotReady { .. }
+            | Choice::Nothing
+            | Choice::UnknownModel
+            | Choice::UnknownPin => self.wait(id, effects),
+        }
+    }
+
+    fn wait(&mut self, id: RequestId, effects: &mut Vec<Effect>) {
+        let slots: u64 = self.registry.replicas().map(|(_, replica)| u64::from(replica.slots_total)).sum();
+        let Some(request) = self.requests.get_mut(&id) else { return };
+        // An engine that failed may be tried again when it comes back; its circuit says when.
+        request.tried.clear();
+        let wait_ms = self.wait_ms_max.min(request.asked.wait_ms_max);
+        let waiter = Waiter {
+            id,
+            ask: request.asked.ask.clone(),
+            priority: request.asked.priority,
+            client: request.asked.client.clone(),
+            since: request.since,
+            deadline: request.since.plus_ms(wait_ms),
+        };
+        match self.admission.push(waiter) {
+            Ok(position) => {
+                let ahead = position as u64 + 1;
+                request.predicted_ms = ahead.saturating_mul(self.service_ms_average) / slots.max(1);
+                let predicted_ms = request.predicted_ms;
+                effects.push(Effect::Waiting { request: id, position, predicted_ms });
+            }
+            Err(_) => {
+                let (capacity, waiting) = (self.admission.len(), self.admission.len() as u64);
+                let drained_ms = waiting.saturating_mul(self.service_ms_average) / slots.max(1);
+                let retry_ms = drained_ms.clamp(RETRY_MS_DEFAULT, 60_000);
+                self.refuse(id, Refusal::QueueFull { capacity, retry_ms }, effects);
+            }
+        }
+    }
+
+    fn dispatch(
+        &mut self,
+        id: RequestId,
+        replica: ReplicaRef,
+        slots: u32,
+        now: Now,
+        effects: &mut Vec<Effect>,
+    ) {
+        let Some(request) = self.requests.get_mut(&id) else { return };
+        let Some(grant) = self.registry.acquire(replica, slots) else { return self.wait(id, effects) };
+        let Some(known) = self.registry.replica(replica) else { return };
+        let auth_file =
+            self.local.as_ref().and_then(|local| local.replicas.handoff(&known.key)?.auth_file.clone());
+        let dispatch = Dispatch {
+            node: known.node.clone(),
+            key: known.key.clone(),
+            generation: known.generation,
+            target: known.target.clone(),
+            slots: grant.slots(),
+            auth_file,
+        };
+        if request.attempts == 0 {
+            self.counts.waited.observe_ns(now.mono.ns_since(request.since));
+        }
+        request.attempts += 1;
+        request.running = Some(Run { grant, since: now.mono, answering: false });
+        effects.push(Effect::Dispatch(id, dispatch));
+    }
+
+    /// Gives what `replica` has free to waiters, in their order.
+    fn serve_waiters(&mut self, replica: ReplicaRef, now: Now, effects: &mut Vec<Effect>) {
+        while let Some(waiter) = self.admission.next_fitting(|ask| fits(&self.registry, replica, ask)) {
+            let total = self.registry.replica(replica).map_or(1, |known| known.slots_total);
+            self.dispatch(waiter.id, replica, waiter.ask.slots.clamp(1, total.max(1)), now, effects);
+            // Judged to fit and yet not taken: it waits again, and so must this loop.
+            if self.requests.get(&waiter.id).is_some_and(|request| request.running.is_none()) {
+                return;
+            }
+        }
+    }
+
+    fn answering(&mut self, id: RequestId, now: Now, changes: &mut Vec<Change>) {
+        let Some(run) = self.requests.get_mut(&id).and_then(|request| request.running.as_mut()) else {
+            return;
+        };
+        if !std::mem::replace(&mut run.answering, true) {
+            self.counts.first_byte.observe_ns(now.mono.ns_since(run.since));
+            self.registry.data_path_worked(run.grant.replica(), now, changes);
+        }
+    }
+
+    fn ended(
+        &mut self,
+        id: RequestId,
+        ending: Ending,
+        now: Now,
+        changes: &mut Vec<Change>,
+        effects: &mut Vec<Effect>,
+    ) {
+        let Some(request) = self.requests.get_mut(&id) else { return };
+        let Some(run) = request.running.take() else { return };
+        let replica = run.grant.replica();
+        let (since, attempts) = (request.since, request.attempts);
+        match ending {
+            Ending::Complete => {
+                self.counts.answered += 1;
+                self.counts.duration.observe_ns(now.mono.ns_since(since));
+                self.learn_duration(now.mono.ms_since(run.since));
+                self.requests.remove(&id);
+                self.release(run.grant, now, effects);
+            }
+            Ending::Withdrawn => {
+                self.counts.withdrawn += 1;
+                self.requests.remove(&id);
+                self.release(run.grant, now, effects);
+            }
+            Ending::Failed { reason, connect, timeout, answered } => {
+                request.tried.push(replica);
+                self.engine_failed(replica, &reason, connect, timeout, now, changes, effects);
+                self.registry.release(run.grant);
+                if answered {
+                    self.counts.broken += 1;
+                    self.requests.remove(&id);
+                } else if timeout || attempts >= ATTEMPTS_MAX {
+                    self.refuse(id, Refusal::EngineFailed { reason, timeout }, effects);
+                } else {
+                    self.counts.retried += 1;
+                    self.place(id, now, effects);
+                }
+                self.serve_waiters(replica, now, effects);
+            }
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "they are one failure")]
+    fn engine_failed(
+        &mut self,
+        replica: ReplicaRef,
+        reason: &str,
+        connect: bool,
+        timeout: bool,
+        now: Now,
+        changes: &mut Vec<Change>,
+        effects: &mut Vec<Effect>,
+    ) {
+        let Some(known) = self.registry.replica(replica) else { return };
+        let (key, generation) = (known.key.clone(), known.generation);
+        // Slow is not broken: a long prompt must not take an engine out of rotation.
+        if !timeout {
+            self.registry.data_path_failed(replica, reason, now, changes);
+        }
+        let fault = if connect { Fault::ConnectFailed } else { Fault::Broken };
+        self.with_local(now, effects, |local, now, found| {
+            local.data_path_failed(&key, generation, fault, reason, now, found);
+        });
+    }
+
+    fn release(&mut self, grant: Grant, now: Now, effects: &mut Vec<Effect>) {
+        let replica = grant.replica();
+        self.registry.release(grant);
+        self.serve_waiters(replica, now, effects);
+    }
+
+    /// A request that waits is forgotten; one that runs ends by [`Input::Ended`].
+    fn withdraw(&mut self, id: RequestId) {
+        if self.admission.remove(id).is_some() {
+            self.counts.withdrawn += 1;
+            self.requests.remove(&id);
+        }
+    }
+
+    fn refuse(&mut self, id: RequestId, refusal: Refusal, effects: &mut Vec<Effect>) {
+        *self.counts.refused.entry(refusal.label()).or_default() += 1;
+        self.requests.remove(&id);
+        effects.push(Effect::Refuse(id, refusal));
+    }
+
+    fn learn_duration(&mut self, ms: u64) {
+        let average = self.service_ms_average;
+        self.service_ms_average = match average {
+            0 => ms,
+            _ => average - (average >> AVERAGE_SHIFT) + (ms >> AVERAGE_SHIFT),
+        };
+    }
+
+    fn send_probes(&mut self, now: Now, effects: &mut Vec<Effect>) {
+        let mut orders = Vec::new();
+        if let Some(local) = self.local.as_mut().filter(|_| self.ends_at.is_none()) {
+            local.replicas.due_probes(now, &mut orders);
+        }
+        effects.extend(orders.into_iter().map(Effect::Probe));
+    }
+
+    /// Refuses waiters whose time is over, with what they waited for.
+    fn end_waits(&mut self, now: Now, effects: &mut Vec<Effect>) {
+        for waiter in self.admission.expire(now.mono) {
+            let placement = choose(&self.registry, &waiter.ask, &[], self.strategy, &mut self.strategy_state);
+            let (reason, full) = match placement.choice {
+                Choice::Busy | Choice::Replica { .. } => ("every slot was busy".to_string(), true),
+                Choice::NotReady { reason } => (reason, false),
+                _ => ("no engine is known that could serve it".to_string(), false),
+            };
+            self.refuse(waiter.id, Refusal::Waited { reason, full }, effects);
+        }
+    }
+
+    fn end_shutdown(&mut self, now: Now, effects: &mut Vec<Effect>) {
+        if let Some(at) = self.ends_at
+            && !self.over
+            && (self.requests.is_empty() || now.mono >= at)
+        {
+            self.over = true;
+            effects.push(Effect::Exit);
+        }
+    }
+
+    fn happened(&mut self, happening: Happening, now: Now, effects: &mut Vec<Effect>) {
+        self.events.push(&happening, now.wall);
+        effects.push(Effect::Log(happening));
+    }
+}

@@ -1,0 +1,583 @@
+//! The control plane's shell: it owns the reactor, the sockets and the core, turns what happens into
+//! inputs, and carries out effects. The loop is in [`Daemon::run`].
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use crate::http::head::RequestHead;
+use crate::http::server::{Request, Response};
+use crate::net::buffer::HIGH_WATER_BYTES;
+use crate::net::{FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Sink, forwardable};
+use crate::reactor::signal::Signals;
+use crate::reactor::token::{Kind, Token};
+use crate::reactor::{Reactor, Registry, now};
+use crate::replicas::{EnginePolicy, ProbeId, ProbeKind, Watch, probe};
+use crate::service::auth::{self, Tokens};
+use crate::service::machine;
+use crate::service::shell::Shell;
+use crate::settings::Exit;
+use crate::time::{Now, earliest};
+use crate::wire::id::{NodeId, PoolId};
+use crate::wire::pool::PoolStatus;
+
+use super::api::{self, Action};
+use super::config::Config;
+use super::core::{Core, Dispatch, Effect, Ending, Input, Options, RequestId};
+use super::refusal::Refusal;
+use super::service_registry::Target;
+use super::tasks::{self, EVENTS_BYTES_MAX, NewTask, Tasks};
+
+/// What a request to an engine may take: prompts are read for minutes before the first token.
+const ENGINE_PATIENCE: Patience = Patience { connect_ms: 2_000, first_byte_ms: 900_000, idle_ms: 300_000 };
+/// What a question to a node's agent may take.
+const AGENT_PATIENCE: Patience = Patience { connect_ms: 2_000, first_byte_ms: 5_000, idle_ms: 5_000 };
+/// Largest answer of a node's agent, in bytes.
+const AGENT_ANSWER_BYTES_MAX: usize = 1024 * 1024;
+/// An engine that answers so did not take the request: another one may.
+const HOLD_BACK: &[u16] = &[502, 503, 504];
+/// An agent also answers 409 when another engine stands behind the name by now.
+const HOLD_BACK_FROM_AGENT: &[u16] = &[409, 502, 503, 504];
+/// Turns in a row that may end with sockets still to be read before clocks are looked at all the same.
+const TURNS_BEHIND_MAX: u32 = 64;
+/// Name of this machine's node in the HOME profile.
+const LOCAL_NODE: &str = "local";
+
+/// The process.
+pub struct Daemon {
+    reactor: Reactor,
+    registry: Registry,
+    signals: Signals,
+    watch: Option<Watch>,
+    net: Net,
+    core: Core,
+    tasks: Tasks,
+    jobs: BTreeMap<RequestId, Job>,
+    by_client: BTreeMap<Token, RequestId>,
+    exchanges: BTreeMap<Token, Running>,
+    next_request: RequestId,
+    tokens: Tokens,
+    config: Config,
+    started: u64,
+    effects: Vec<Effect>,
+    over: bool,
+}
+
+/// What a request is, until it is answered.
+struct Job {
+    front: Front,
+    body: Arc<Vec<u8>>,
+    exchange: Option<Token>,
+}
+
+enum Front {
+    /// A node, waiting for the core's answer.
+    Call(Token),
+    /// A client whose request goes to an engine as it came.
+    Engine { client: Token, head: Box<RequestHead> },
+    /// A task: `creator` waits for its admission, `reader` streams its events.
+    Task { creator: Option<Token>, reader: Option<Token> },
+}
+
+/// What an exchange is for.
+enum Running {
+    Probe(ProbeId, ProbeKind),
+    Agent(NodeId, PoolId),
+    Request(RequestId),
+}
+
+impl Daemon {
+    /// Binds and reads what is needed once.
+    ///
+    /// # Errors
+    /// [`Exit`] that says what could not be had and what to do.
+    pub fn start(config: Config) -> Result<Daemon, Exit> {
+        for note in &config.notes {
+            log::warn!("{note}");
+        }
+        let Shell { reactor, registry, signals, net, bound, .. } =
+            Shell::start(config.addr, "ORCHESTRATORD_ADDR")?;
+        let at = now();
+        let core = Core::new(options(&config, bound)?, at);
+        let watch = (!config.cloud).then(|| {
+            Watch::new(config.runtime_dir.clone(), config.watch_interval_ms, Token::only(Kind::DirWatch))
+        });
+        let profile = if config.cloud {
+            "CLOUD profile".to_string()
+        } else {
+            format!("HOME profile, watching {}", config.runtime_dir.display())
+        };
+        log::info!("orchestratord {} on http://{bound}, {profile}", env!("CARGO_PKG_VERSION"));
+        Ok(Daemon {
+            reactor,
+            registry,
+            signals,
+            watch,
+            net,
+            core,
+            tasks: Tasks::default(),
+            jobs: BTreeMap::new(),
+            by_client: BTreeMap::new(),
+            exchanges: BTreeMap::new(),
+            next_request: 1,
+            tokens: config.tokens.clone(),
+            config,
+            started: at.wall.unix_ms() / 1000,
+            effects: Vec::new(),
+            over: false,
+        })
+    }
+
+    /// The loop: wait, take what happened at one time, act, until the core says that it is over.
+    ///
+    /// # Errors
+    /// [`Exit`] if the reactor fails.
+    pub fn run(mut self) -> Result<(), Exit> {
+        let mut now = now();
+        let mut turns_behind = 0;
+        self.scan(false, now);
+        while !self.over {
+            self.perform(now);
+            let watch = self.watch.as_ref().map(Watch::deadline);
+            let deadline = earliest(earliest(self.core.deadline(), self.net.deadline()), watch);
+            let deadline = earliest(deadline, self.tasks.deadline());
+            now = self
+                .reactor
+                .wait(deadline, self.net.busy() || self.over)
+                .map_err(|error| Exit::runtime(format!("the event loop failed: {error}")))?;
+            let (mut changed, mut stops) = (false, 0);
+            for (token, edge) in self.reactor.events() {
+                match token.kind() {
+                    Kind::DirWatch => changed = true,
+                    Kind::Stop => stops += self.signals.stops(),
+                    Kind::Reload => {
+                        if self.signals.reloads() > 0 {
+                            auth::reload(self.config.token_file.as_deref(), &mut self.tokens);
+                        }
+                    }
+                    Kind::Waker => {}
+                    Kind::Listener | Kind::Client | Kind::Upstream | Kind::Exchange => {
+                        self.net.on_edge(token, edge);
+                    }
+                }
+            }
+            // Sockets before clocks: after a stall of this process, heartbeats that arrived during it
+            // must renew their leases before any lease is looked at.
+            self.scan(changed, now);
+            self.net.turn(now.mono);
+            self.take_net_events(now);
+            (0..stops).for_each(|_| self.stop(now));
+            for request in self.tasks.expire(now.mono) {
+                self.withdraw(request, now);
+            }
+            let caught_up = !self.net.busy() && !self.reactor.has_more();
+            turns_behind = if caught_up { 0 } else { turns_behind + 1 };
+            if caught_up || turns_behind >= TURNS_BEHIND_MAX {
+                self.core.handle(Input::Tick, now, &mut self.effects);
+            }
+        }
+        Ok(())
+    }
+
+    fn scan(&mut self, changed: bool, now: Now) {
+        let Some(watch) = &mut self.watch else { return };
+        let scan = watch.turn(changed, now.mono, &self.registry);
+        if let Some(trouble) = scan.trouble {
+            self.core.handle(Input::WatchTrouble(trouble), now, &mut self.effects);
+        }
+        if let Some(files) = scan.files {
+            self.core.handle(Input::Listing(files), now, &mut self.effects);
+            self.perform(now);
+        }
+    }
+
+    fn take_net_events(&mut self, now: Now) {
+        while let Some(event) = self.net.next_event() {
+            match event {
+                NetEvent::Request { client, request, peer } => self.serve(client, *request, peer, now),
+                NetEvent::ClientGone { client } => self.client_gone(client, now),
+                NetEvent::Drained { client } => self.resume_task(client),
+                NetEvent::Head { exchange, status } => self.head(exchange, status, now),
+                NetEvent::Data { exchange, bytes } => self.data(exchange, &bytes, now),
+                NetEvent::Finished { exchange, outcome, .. } => self.finished(exchange, outcome, now),
+            }
+            self.perform(now);
+        }
+    }
+
+    fn perform(&mut self, now: Now) {
+        while !self.effects.is_empty() {
+            for effect in std::mem::take(&mut self.effects) {
+                match effect {
+                    Effect::Registered(call, reply) => self.reply(call, &Response::json(200, &reply), now),
+                    Effect::Beaten(call, reply) => self.reply(call, &Response::json(200, &reply), now),
+                    Effect::Removed(call) => self.reply(call, &Response::empty(204), now),
+                    Effect::Refuse(request, refusal) => self.refuse(request, &refusal, now),
+                    // Tasks were told when they were created; other clients just wait.
+                    Effect::Waiting { .. } => {}
+                    Effect::Dispatch(request, dispatch) => self.dispatch(request, &dispatch, now),
+                    Effect::Probe(order) => {
+                        let exchange = self.net.start(probe::outbound(&order), now.mono);
+                        self.exchanges.insert(exchange, Running::Probe(order.id, order.kind));
+                    }
+                    Effect::AskAgent { node, pool, agent } => self.ask_agent(node, pool, agent, now),
+                    Effect::Log(happening) if happening.is_warning => log::warn!("{}", happening.text),
+                    Effect::Log(happening) => log::info!("{}", happening.text),
+                    Effect::Exit => self.over = true,
+                }
+            }
+        }
+    }
+
+    fn serve(&mut self, client: Token, request: Request, peer: SocketAddr, now: Now) {
+        let peer = peer.ip().to_string();
+        let facts = api::Facts {
+            tokens: &self.tokens,
+            cloud: self.config.cloud,
+            watch_mode: self.watch.as_ref().map(Watch::mode),
+            started: self.started,
+            peer: &peer,
+            resident_bytes: (request.head.path() == "/metrics").then(machine::resident_bytes).flatten(),
+            clients: self.net.clients(),
+        };
+        match api::route(&request, &self.core, &facts, now) {
+            Action::Respond(response) => self.net.respond(client, &response, now.mono),
+            Action::Refuse(refusal, openai) => self.net.respond(client, &refusal.response(openai), now.mono),
+            Action::Register(body) => {
+                let reply = self.open_job(Front::Call(client), Vec::new());
+                self.core.handle(Input::Register { reply, peer, body }, now, &mut self.effects);
+            }
+            Action::Heartbeat(node, body) => {
+                let reply = self.open_job(Front::Call(client), Vec::new());
+                self.core.handle(Input::Heartbeat { reply, peer, node, body }, now, &mut self.effects);
+            }
+            Action::Deregister(node, incarnation) => {
+                let reply = self.open_job(Front::Call(client), Vec::new());
+                self.core.handle(Input::Deregister { reply, node, incarnation }, now, &mut self.effects);
+            }
+            Action::Engine(asked) => {
+                let front = Front::Engine { client, head: Box::new(request.head) };
+                let job = self.open_job(front, request.body);
+                self.by_client.insert(client, job);
+                self.core.handle(Input::Ask { request: job, asked }, now, &mut self.effects);
+            }
+            Action::CreateTask(task) => self.create_task(client, *task, now),
+            Action::TaskEvents(id) => self.open_task(client, &id, now),
+            Action::CancelTask(id) => {
+                if let Some(request) = self.tasks.cancel(&id, now) {
+                    self.withdraw(request, now);
+                    self.push_task_events(request, now);
+                }
+                self.net.respond(client, &Response::empty(204), now.mono);
+            }
+        }
+    }
+
+    fn open_job(&mut self, front: Front, body: Vec<u8>) -> RequestId {
+        let request = self.next_request;
+        self.next_request += 1;
+        self.jobs.insert(request, Job { front, body: Arc::new(body), exchange: None });
+        request
+    }
+
+    fn close_job(&mut self, request: RequestId) -> Option<Job> {
+        let job = self.jobs.remove(&request)?;
+        let client = match &job.front {
+            Front::Call(_) => None,
+            Front::Engine { client, .. } => Some(*client),
+            Front::Task { reader, .. } => *reader,
+        };
+        if let Some(client) = client {
+            self.by_client.remove(&client);
+        }
+        Some(job)
+    }
+
+    fn reply(&mut self, call: RequestId, response: &Response, now: Now) {
+        if let Some(Job { front: Front::Call(client), .. }) = self.close_job(call) {
+            self.net.respond(client, response, now.mono);
+        }
+    }
+
+    fn refuse(&mut self, request: RequestId, refusal: &Refusal, now: Now) {
+        match self.jobs.get(&request).map(|job| &job.front) {
+            Some(Front::Call(client)) => {
+                let client = *client;
+                self.close_job(request);
+                self.net.respond(client, &refusal.response(false), now.mono);
+            }
+            Some(Front::Engine { client, .. }) => {
+                let client = *client;
+                self.close_job(request);
+                self.net.respond(client, &refusal.response(true), now.mono);
+            }
+            // Not admitted: its creator is told. Admitted before: its events say so.
+            Some(Front::Task { creator: Some(creator), .. }) => {
+                let creator = *creator;
+                self.close_job(request);
+                self.net.respond(creator, &refusal.response(false), now.mono);
+            }
+            Some(Front::Task { .. }) => {
+                self.tasks.failed(request, refusal.code(), &refusal.message(), refusal.retry_ms());
+                self.push_task_events(request, now);
+            }
+            None => {}
+        }
+    }
+
+    fn dispatch(&mut self, request: RequestId, dispatch: &Dispatch, now: Now) {
+        let Some(job) = self.jobs.get(&request) else {
+            // Its client left in the same turn.
+            return self.core.handle(Input::Ended(request, Ending::Withdrawn), now, &mut self.effects);
+        };
+        let (mut fields, method, path) = match &job.front {
+            Front::Engine { head, .. } => (forwardable(head), head.method(), head.target()),
+            _ => (vec![("Content-Type".into(), b"application/json".to_vec())], "POST", "/v1/completions"),
+        };
+        let (to, target, hold_back) = match &dispatch.target {
+            Target::Direct(engine) => (engine.clone(), path.to_string(), HOLD_BACK),
+            Target::Relay { agent, .. } => {
+                let (pool, replica) = (&dispatch.key.pool, &dispatch.key.replica);
+                fields.push(("X-Llorch-Generation".into(), dispatch.generation.to_string().into_bytes()));
+                fields.push(("X-Llorch-Slots".into(), dispatch.slots.to_string().into_bytes()));
+                let target = format!("/v2/pools/{pool}/replicas/{replica}/engine{path}");
+                (agent.clone(), target, HOLD_BACK_FROM_AGENT)
+            }
+            Target::AskNode => return self.undeliverable(request, now),
+        };
+        let bearer = match &dispatch.target {
+            Target::Relay { .. } => self.tokens.bearer(),
+            _ => dispatch.auth_file.as_deref().and_then(probe::read_key).map(|key| format!("Bearer {key}")),
+        };
+        fields.extend(bearer.map(|bearer| ("Authorization".to_string(), bearer.into_bytes())));
+        let sink = match &job.front {
+            Front::Engine { client, .. } => Sink::Client { client: *client, hold_back, fields: Vec::new() },
+            _ => Sink::Owner,
+        };
+        let method = method.to_string();
+        let body = job.body.clone();
+        let outbound = Outbound { to, method, target, fields, body, sink, patience: ENGINE_PATIENCE };
+        let exchange = self.net.start(outbound, now.mono);
+        self.exchanges.insert(exchange, Running::Request(request));
+        if let Some(job) = self.jobs.get_mut(&request) {
+            job.exchange = Some(exchange);
+        }
+    }
+
+    fn undeliverable(&mut self, request: RequestId, now: Now) {
+        let reason = "the engine's address is not known yet".to_string();
+        let ending = Ending::Failed { reason, connect: true, timeout: false, answered: false };
+        self.core.handle(Input::Ended(request, ending), now, &mut self.effects);
+    }
+
+    fn ask_agent(&mut self, node: NodeId, pool: PoolId, agent: crate::wire::url::BaseUrl, now: Now) {
+        let mut fields = vec![("Accept".to_string(), b"application/json".to_vec())];
+        fields.extend(self.tokens.bearer().map(|bearer| ("Authorization".to_string(), bearer.into_bytes())));
+        let outbound = Outbound {
+            to: agent,
+            method: "GET".into(),
+            target: format!("/v2/pools/{pool}/status"),
+            fields,
+            body: Arc::default(),
+            sink: Sink::Collect { bytes_max: AGENT_ANSWER_BYTES_MAX },
+            patience: AGENT_PATIENCE,
+        };
+        let exchange = self.net.start(outbound, now.mono);
+        self.exchanges.insert(exchange, Running::Agent(node, pool));
+    }
+
+    fn head(&mut self, exchange: Token, status: u16, now: Now) {
+        if let Some(Running::Request(request)) = self.exchanges.get(&exchange) {
+            self.tasks.answering(*request, status);
+            self.core.handle(Input::Answering(*request), now, &mut self.effects);
+        }
+    }
+
+    fn finished(&mut self, exchange: Token, outcome: Outcome, now: Now) {
+        match self.exchanges.remove(&exchange) {
+            Some(Running::Probe(id, kind)) => {
+                let input = Input::Probed(id, probe::outcome(kind, outcome));
+                self.core.handle(input, now, &mut self.effects);
+            }
+            Some(Running::Agent(node, pool)) => {
+                if let Outcome::Complete { status: 200, body } = outcome
+                    && let Ok(status) = serde_json::from_slice::<PoolStatus>(&body)
+                {
+                    let replicas = status.replicas;
+                    self.core.handle(Input::AgentSaid { node, pool, replicas }, now, &mut self.effects);
+                }
+            }
+            Some(Running::Request(request)) => self.request_ended(request, outcome, now),
+            None => {}
+        }
+    }
+
+    fn request_ended(&mut self, request: RequestId, outcome: Outcome, now: Now) {
+        let is_task = matches!(self.jobs.get(&request), Some(Job { front: Front::Task { .. }, .. }));
+        if let Some(job) = self.jobs.get_mut(&request) {
+            job.exchange = None;
+        }
+        let (ending, over) = match outcome {
+            Outcome::Complete { .. } => {
+                self.tasks.completed(request, now);
+                (Ending::Complete, true)
+            }
+            Outcome::ClientGone | Outcome::Cancelled => (Ending::Withdrawn, true),
+            Outcome::Failed(fault) => {
+                let timeout = fault.kind == FaultKind::Timeout;
+                if is_task && fault.answered {
+                    let code = if timeout { "DECODE_TIMEOUT" } else { "WORKER_RESET" };
+                    self.tasks.failed(request, code, &fault.reason, Some(super::refusal::RETRY_MS_DEFAULT));
+                }
+                let connect = fault.kind == FaultKind::Connect;
+                let answered = fault.answered;
+                (Ending::Failed { reason: fault.reason, connect, timeout, answered }, answered)
+            }
+        };
+        self.core.handle(Input::Ended(request, ending), now, &mut self.effects);
+        if is_task {
+            self.push_task_events(request, now);
+        } else if over {
+            self.close_job(request);
+        }
+    }
+
+    fn client_gone(&mut self, client: Token, now: Now) {
+        let Some(request) = self.by_client.remove(&client) else { return };
+        self.tasks.abandon(request);
+        self.withdraw(request, now);
+    }
+
+    /// A request is not wanted any more, wherever it is.
+    fn withdraw(&mut self, request: RequestId, now: Now) {
+        let exchange = self.jobs.get(&request).and_then(|job| job.exchange);
+        match exchange {
+            Some(exchange) => self.net.cancel(exchange, now.mono),
+            None => self.core.handle(Input::Withdraw(request), now, &mut self.effects),
+        }
+        if !self.tasks.is_opened(request) {
+            self.close_job(request);
+        }
+    }
+
+    // Tasks: their events go to whoever opened them.
+
+    fn create_task(&mut self, client: Token, task: NewTask, now: Now) {
+        if let Err(refusal) = self.tasks.check_new(&task.id) {
+            return self.net.respond(client, &refusal.response(false), now.mono);
+        }
+        let front = Front::Task { creator: Some(client), reader: None };
+        let request = self.open_job(front, task.body);
+        self.core.handle(Input::Ask { request, asked: Box::new(task.asked) }, now, &mut self.effects);
+        // The core has decided in this call: placed, waiting or refused.
+        let (mut position, mut predicted_ms) = (0, 0);
+        for effect in &self.effects {
+            match effect {
+                // Carrying it out tells the creator.
+                Effect::Refuse(id, _) if *id == request => return,
+                Effect::Waiting { request: id, position: at, predicted_ms: ms } if *id == request => {
+                    (position, predicted_ms) = (*at, *ms);
+                }
+                _ => {}
+            }
+        }
+        if let Some(Job { front: Front::Task { creator, .. }, .. }) = self.jobs.get_mut(&request) {
+            *creator = None;
+        }
+        let created = self.tasks.create(&task.id, request, position, predicted_ms, now);
+        debug_assert!(created.is_ok(), "checked above");
+        let body = tasks::admission_body(&task.id, position, predicted_ms);
+        self.net.respond(client, &Response::json(202, &body), now.mono);
+    }
+
+    fn open_task(&mut self, client: Token, id: &str, now: Now) {
+        let request = match self.tasks.open(id) {
+            Ok(request) => request,
+            Err(refusal) => return self.net.respond(client, &refusal.response(false), now.mono),
+        };
+        self.by_client.insert(client, request);
+        match self.jobs.get_mut(&request) {
+            Some(Job { front: Front::Task { reader, .. }, .. }) => *reader = Some(client),
+            _ => {
+                // It is over already; what is left are its events.
+                let front = Front::Task { creator: None, reader: Some(client) };
+                self.jobs.insert(request, Job { front, body: Arc::default(), exchange: None });
+            }
+        }
+        let fields = [("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no")];
+        self.net.stream_begin(client, "text/event-stream", &fields, now.mono);
+        self.push_task_events(request, now);
+    }
+
+    fn data(&mut self, exchange: Token, bytes: &[u8], now: Now) {
+        let Some(Running::Request(request)) = self.exchanges.get(&exchange) else { return };
+        let request = *request;
+        self.tasks.received(request, bytes, now);
+        self.push_task_events(request, now);
+        if !self.tasks.is_opened(request) && self.tasks.unread_bytes(request) > EVENTS_BYTES_MAX {
+            self.net.pause(exchange, true);
+        }
+    }
+
+    /// Gives a task's reader what is new; ends the stream behind the last event.
+    fn push_task_events(&mut self, request: RequestId, now: Now) {
+        let Some(Job { front: Front::Task { reader, .. }, exchange, .. }) = self.jobs.get(&request) else {
+            return;
+        };
+        let exchange = *exchange;
+        let Some(reader) = *reader else { return };
+        let (events, over) = self.tasks.take_events(request);
+        let mut backlog = 0;
+        if !events.is_empty() {
+            backlog = self.net.stream_push(reader, &events, now.mono);
+        }
+        if over {
+            self.net.stream_end(reader, now.mono);
+            self.close_job(request);
+        } else if let Some(exchange) = exchange {
+            self.net.pause(exchange, backlog > HIGH_WATER_BYTES);
+        }
+    }
+
+    fn resume_task(&mut self, client: Token) {
+        let request = self.by_client.get(&client);
+        if let Some(exchange) = request.and_then(|id| self.jobs.get(id)).and_then(|job| job.exchange) {
+            self.net.pause(exchange, false);
+        }
+    }
+
+    fn stop(&mut self, now: Now) {
+        if self.core.ready().is_err_and(|reason| reason == "shutting down") {
+            log::warn!("a second signal: ending at once");
+            self.over = true;
+            return;
+        }
+        log::info!("signal: no new requests, {} may finish", self.core.in_flight() + self.core.waiting());
+        self.net.stop_listening();
+        self.core.handle(Input::Shutdown, now, &mut self.effects);
+    }
+}
+
+fn options(config: &Config, bound: SocketAddr) -> Result<Options, Exit> {
+    let local = if config.cloud {
+        None
+    } else {
+        let node = NodeId::new(LOCAL_NODE).map_err(|error| Exit::runtime(error.to_string()))?;
+        let policy = EnginePolicy::new(
+            machine::own_addresses(),
+            Some(bound.port()),
+            config.allow_engine_hosts.clone(),
+            "ORCHESTRATORD_ALLOW_ENGINE_HOSTS",
+        );
+        Some((node, policy))
+    };
+    Ok(Options {
+        limits: config.registry,
+        strategy: config.strategy,
+        admission_capacity: config.admission_capacity,
+        admission_timeout_ms: config.admission_timeout_ms,
+        drain_timeout_ms: config.drain_timeout_ms,
+        local,
+        seed: fastrand::u64(..),
+    })
+}

@@ -1,0 +1,221 @@
+//! What goes into the control plane's core and what comes out of it. Pure: values only.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::metrics::Histogram;
+use crate::replicas::{EnginePolicy, ListedFile, ProbeId, ProbeOrder, ProbeOutcome};
+use crate::service::events::Happening;
+use crate::wire::id::{NodeId, PoolId, ReplicaKey};
+use crate::wire::node::{Heartbeat, HeartbeatReply, RegisterReply, RegisterRequest};
+use crate::wire::pool::ReplicaStatus;
+use crate::wire::url::BaseUrl;
+
+use super::admission::Priority;
+use super::placement::{Ask, Strategy};
+use super::refusal::Refusal;
+use super::service_registry::{Limits, Target};
+
+/// Names a request, or a call of a node, until it is answered.
+pub type RequestId = u64;
+
+/// What a client wants placed.
+#[derive(Clone, Debug)]
+pub struct Asked {
+    /// What it needs.
+    pub ask: Ask,
+    /// How urgent it is.
+    pub priority: Priority,
+    /// With whom it shares a turn in the queue.
+    pub client: Arc<str>,
+    /// Longest wait, in milliseconds; the configured limit if that is shorter.
+    pub wait_ms_max: u64,
+}
+
+/// How an exchange with an engine ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The answer is complete.
+    Complete,
+    /// The client left, or the request was cancelled.
+    Withdrawn,
+    /// The engine failed.
+    Failed {
+        /// Why, for people.
+        reason: String,
+        /// No connection.
+        connect: bool,
+        /// It was too slow.
+        timeout: bool,
+        /// The client has seen a part of the answer.
+        answered: bool,
+    },
+}
+
+/// What happened.
+#[derive(Debug)]
+pub enum Input {
+    /// A node registers.
+    Register {
+        /// Whom to answer.
+        reply: RequestId,
+        /// Where it came from.
+        peer: String,
+        /// What it says.
+        body: Box<RegisterRequest>,
+    },
+    /// A node beats.
+    Heartbeat {
+        /// Whom to answer.
+        reply: RequestId,
+        /// Where it came from.
+        peer: String,
+        /// Which node.
+        node: NodeId,
+        /// What it says.
+        body: Box<Heartbeat>,
+    },
+    /// A node leaves.
+    Deregister {
+        /// Whom to answer.
+        reply: RequestId,
+        /// Which node.
+        node: NodeId,
+        /// Which start of it.
+        incarnation: Option<u64>,
+    },
+    /// The local runtime directory's full listing.
+    Listing(Vec<ListedFile>),
+    /// The local runtime directory cannot be watched or listed (a reason), or can again.
+    WatchTrouble(Option<String>),
+    /// A probe of a local engine ended.
+    Probed(ProbeId, ProbeOutcome),
+    /// A node's agent told about a pool.
+    AgentSaid {
+        /// The node.
+        node: NodeId,
+        /// The pool.
+        pool: PoolId,
+        /// Its replicas.
+        replicas: Vec<ReplicaStatus>,
+    },
+    /// A request wants a slot.
+    Ask {
+        /// The request.
+        request: RequestId,
+        /// What it wants.
+        asked: Box<Asked>,
+    },
+    /// The head of an engine's answer came.
+    Answering(RequestId),
+    /// An exchange ended.
+    Ended(RequestId, Ending),
+    /// A waiting request is no longer wanted.
+    Withdraw(RequestId),
+    /// End gracefully.
+    Shutdown,
+    /// The deadline has passed.
+    Tick,
+}
+
+/// What to do about it.
+#[derive(Debug)]
+pub enum Effect {
+    /// Answer a registration.
+    Registered(RequestId, RegisterReply),
+    /// Answer a heartbeat.
+    Beaten(RequestId, HeartbeatReply),
+    /// Answer a deregistration.
+    Removed(RequestId),
+    /// Refuse a request or a call.
+    Refuse(RequestId, Refusal),
+    /// A request waits.
+    Waiting {
+        /// The request.
+        request: RequestId,
+        /// So many of its class go first.
+        position: usize,
+        /// When it may be its turn, in milliseconds from now.
+        predicted_ms: u64,
+    },
+    /// Send a request to an engine.
+    Dispatch(RequestId, Dispatch),
+    /// Send a probe.
+    Probe(ProbeOrder),
+    /// Ask a node's agent for a pool's status.
+    AskAgent {
+        /// The node.
+        node: NodeId,
+        /// The pool.
+        pool: PoolId,
+        /// The agent.
+        agent: BaseUrl,
+    },
+    /// Tell the log.
+    Log(Happening),
+    /// Everything has been finished or given up: end the process.
+    Exit,
+}
+
+/// Where a request goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dispatch {
+    /// The node.
+    pub node: NodeId,
+    /// The replica there.
+    pub key: ReplicaKey,
+    /// The engine process behind the name.
+    pub generation: u64,
+    /// How it is reached.
+    pub target: Target,
+    /// Slots that were taken.
+    pub slots: u32,
+    /// File with the engine's own key, where this process can read it.
+    pub auth_file: Option<String>,
+}
+
+/// What the core is told at start.
+#[derive(Debug)]
+pub struct Options {
+    /// Times of the registry.
+    pub limits: Limits,
+    /// How replicas are chosen.
+    pub strategy: Strategy,
+    /// Requests that may wait.
+    pub admission_capacity: usize,
+    /// How long one waits.
+    pub admission_timeout_ms: u64,
+    /// Limit of a graceful shutdown.
+    pub drain_timeout_ms: u64,
+    /// In the HOME profile: this machine's name, and where its engines may be.
+    pub local: Option<(NodeId, EnginePolicy)>,
+    /// Decides the random strategy.
+    pub seed: u64,
+}
+
+/// Counters and durations for the metrics.
+#[derive(Clone, Debug, Default)]
+pub struct Counts {
+    /// Requests that an engine answered.
+    pub answered: u64,
+    /// Requests whose client left.
+    pub withdrawn: u64,
+    /// Requests whose engine failed after part of the answer had been forwarded.
+    pub broken: u64,
+    /// Requests sent to another engine after a failure.
+    pub retried: u64,
+    /// Refusals by their label.
+    pub refused: BTreeMap<&'static str, u64>,
+    /// Registrations accepted.
+    pub registrations: u64,
+    /// Heartbeats accepted.
+    pub heartbeats: u64,
+    /// Messages of nodes that were refused.
+    pub fenced: u64,
+    /// From ask to dispatch.
+    pub waited: Histogram,
+    /// From dispatch to the answer's head.
+    pub first_byte: Histogram,
+    /// From ask to end, answered requests only.
+    pub duration: Histogram,
+}

@@ -1,0 +1,268 @@
+//! Every refusal of the control plane in one table: what a client is told, and how.
+//!
+//! A refusal knows its status, its code in either dialect, whether trying again makes sense and when.
+//! The two renderings are OpenAI's error object under `/v1/` and the flat envelope everywhere else.
+
+use serde_json::json;
+
+use crate::http::server::Response;
+use crate::service::auth::Denied;
+
+use super::service_registry::Fenced;
+
+/// Pause that a client is advised to make when nothing better is known, in milliseconds.
+pub const RETRY_MS_DEFAULT: u64 = 1_000;
+/// Longest `Retry-After`, in seconds: clients ignore much longer ones.
+const RETRY_AFTER_SECONDS_MAX: u64 = 60;
+
+/// Why a request is not served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// The request makes no sense; the text says what is wrong.
+    Invalid(String),
+    /// Nothing is at this path.
+    NoSuchPath,
+    /// Something is at this path, for other methods.
+    Method(&'static str),
+    /// What the path names does not exist.
+    NotFound(String),
+    /// No or a bad token.
+    Denied(Denied),
+    /// Nobody serves the model.
+    UnknownModel {
+        /// As asked for.
+        model: String,
+        /// What there is.
+        known: Vec<String>,
+    },
+    /// No replica passes the request's pins.
+    UnknownPin,
+    /// The deadline cannot be met.
+    Deadline,
+    /// As many requests wait as may.
+    QueueFull {
+        /// The limit.
+        capacity: usize,
+        /// When a place is likely, in milliseconds.
+        retry_ms: u64,
+    },
+    /// It waited as long as it may.
+    Waited {
+        /// What it waited for.
+        reason: String,
+        /// Whether replicas that fit were full, rather than not there.
+        full: bool,
+    },
+    /// The engines that were tried failed before they answered.
+    EngineFailed {
+        /// The last failure.
+        reason: String,
+        /// It was too slow, rather than broken.
+        timeout: bool,
+    },
+    /// This process is about to end.
+    ShuttingDown,
+    /// The node routes exist in the CLOUD profile only.
+    CloudDisabled,
+    /// A node's message was refused.
+    Fenced(Fenced),
+    /// Something with this name exists already.
+    Conflict(String),
+    /// Too many of something that a client creates.
+    TooMany(String),
+}
+
+/// A row of the table.
+struct Row {
+    status: u16,
+    code: &'static str,
+    /// `type` and `code` in OpenAI's dialect.
+    openai: (&'static str, &'static str),
+    retry_ms: Option<u64>,
+    label: &'static str,
+}
+
+impl Refusal {
+    fn row(&self) -> Row {
+        let row = |status, code, openai, retry_ms, label| Row { status, code, openai, retry_ms, label };
+        const BAD: (&str, &str) = ("invalid_request_error", "invalid_request");
+        const AWAY: (&str, &str) = ("service_unavailable", "service_unavailable");
+        let soon = Some(RETRY_MS_DEFAULT);
+        match self {
+            Refusal::Invalid(_) => row(400, "INVALID_PARAMS", BAD, None, "invalid"),
+            Refusal::NoSuchPath => {
+                row(404, "NOT_FOUND", ("invalid_request_error", "unknown_url"), None, "not_found")
+            }
+            Refusal::Method(_) => row(
+                405,
+                "METHOD_NOT_ALLOWED",
+                ("invalid_request_error", "method_not_allowed"),
+                None,
+                "method",
+            ),
+            Refusal::NotFound(_) => {
+                row(404, "NOT_FOUND", ("invalid_request_error", "not_found"), None, "not_found")
+            }
+            Refusal::Denied(_) => {
+                row(401, "UNAUTHORIZED", ("authentication_error", "invalid_api_key"), None, "denied")
+            }
+            Refusal::UnknownModel { .. } => row(
+                404,
+                "MODEL_NOT_AVAILABLE",
+                ("invalid_request_error", "model_not_found"),
+                None,
+                "unknown_model",
+            ),
+            Refusal::UnknownPin => row(400, "INVALID_PARAMS", BAD, None, "unknown_pin"),
+            Refusal::Deadline => row(400, "DEADLINE_UNMET", BAD, None, "deadline"),
+            Refusal::QueueFull { retry_ms, .. } => row(
+                429,
+                "ADMISSION_REJECT",
+                ("rate_limit_error", "queue_full"),
+                Some(*retry_ms),
+                "queue_full",
+            ),
+            Refusal::Waited { full: true, .. } => {
+                row(503, "REPLICA_EXHAUSTED", ("service_unavailable", "slots_busy"), soon, "waited_full")
+            }
+            Refusal::Waited { full: false, .. } => {
+                row(503, "POOL_UNAVAILABLE", ("service_unavailable", "no_replica"), soon, "waited_none")
+            }
+            Refusal::EngineFailed { timeout: false, .. } => {
+                row(502, "POOL_UNAVAILABLE", ("upstream_error", "engine_failed"), soon, "engine_failed")
+            }
+            Refusal::EngineFailed { timeout: true, .. } => {
+                row(504, "DECODE_TIMEOUT", ("upstream_error", "engine_timeout"), None, "engine_timeout")
+            }
+            Refusal::ShuttingDown => row(503, "SHUTTING_DOWN", AWAY, soon, "shutting_down"),
+            Refusal::CloudDisabled => row(503, "CLOUD_DISABLED", AWAY, None, "cloud_disabled"),
+            Refusal::Fenced(Fenced::UnknownNode) => row(404, "NODE_UNKNOWN", BAD, None, "fenced"),
+            Refusal::Fenced(Fenced::TooMany { .. }) => row(503, "TOO_MANY", AWAY, soon, "fenced"),
+            Refusal::Fenced(Fenced::TooLarge { .. }) => row(413, "TOO_LARGE", BAD, None, "fenced"),
+            Refusal::Fenced(_) => row(409, "NODE_CONFLICT", BAD, None, "fenced"),
+            Refusal::Conflict(_) => row(409, "CONFLICT", BAD, None, "conflict"),
+            Refusal::TooMany(_) => {
+                row(429, "ADMISSION_REJECT", ("rate_limit_error", "too_many"), soon, "too_many")
+            }
+        }
+    }
+
+    /// HTTP status.
+    #[must_use]
+    pub fn status(&self) -> u16 {
+        self.row().status
+    }
+
+    /// Code in the flat envelope, and in task events.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        self.row().code
+    }
+
+    /// Label in the metrics: one of a fixed set.
+    #[must_use]
+    pub fn label(&self) -> &'static str {
+        self.row().label
+    }
+
+    /// When to try again, if that makes sense, in milliseconds.
+    #[must_use]
+    pub fn retry_ms(&self) -> Option<u64> {
+        self.row().retry_ms
+    }
+
+    /// What the client is told.
+    #[must_use]
+    pub fn message(&self) -> String {
+        match self {
+            Refusal::Invalid(what) | Refusal::NotFound(what) | Refusal::Conflict(what) | Refusal::TooMany(what) => {
+                what.clone()
+            }
+            Refusal::NoSuchPath => "there is nothing at this path".into(),
+            Refusal::Method(allow) => format!("this path serves {allow}"),
+            Refusal::Denied(Denied::Missing) => "MISSING_TOKEN".into(),
+            Refusal::Denied(Denied::Bad) => "BAD_TOKEN".into(),
+            Refusal::UnknownModel { model, known } if known.is_empty() => {
+                format!("no engine serves the model {model:?}, or any other at the moment")
+            }
+            Refusal::UnknownModel { model, known } => {
+                format!("no engine serves the model {model:?}; available: {}", known.join(", "))
+            }
+            Refusal::UnknownPin => "no replica matches the pool, node or device that the request asks for".into(),
+            Refusal::Deadline => "deadline_ms must be above 0".into(),
+            Refusal::QueueFull { capacity, .. } => format!("{capacity} requests are waiting already"),
+            Refusal::Waited { reason, .. } => format!("no slot became free in time: {reason}"),
+            Refusal::EngineFailed { reason, .. } => format!("the engine failed before it answered: {reason}"),
+            Refusal::ShuttingDown => "this control plane is shutting down".into(),
+            Refusal::CloudDisabled => {
+                "nodes are served in the CLOUD profile only: start orchestratord with ORCHESTRATORD_CLOUD_PROFILE=true"
+                    .into()
+            }
+            Refusal::Fenced(fenced) => fenced.to_string(),
+        }
+    }
+
+    /// The answer. `openai`: in OpenAI's dialect.
+    #[must_use]
+    pub fn response(&self, openai: bool) -> Response {
+        let row = self.row();
+        let (message, retriable) = (self.message(), row.retry_ms.is_some());
+        let mut response = if openai {
+            let (kind, code) = row.openai;
+            let error = json!({"message": message, "type": kind, "param": null, "code": code});
+            let retry = if retriable { "true" } else { "false" };
+            Response::json(row.status, &json!({"error": error})).with("x-should-retry", retry)
+        } else {
+            let mut body =
+                json!({"code": row.code, "message": message, "error": message, "retriable": retriable});
+            match self {
+                Refusal::Denied(Denied::Missing) => body["code"] = json!(40101),
+                Refusal::Denied(Denied::Bad) => body["code"] = json!(40102),
+                Refusal::QueueFull { .. } => body["policy_label"] = json!("reject"),
+                _ => {}
+            }
+            if let Some(retry_ms) = row.retry_ms {
+                body["retry_after_ms"] = json!(retry_ms);
+            }
+            Response::json(row.status, &body)
+        };
+        if let Some(retry_ms) = row.retry_ms {
+            let seconds = retry_ms.div_ceil(1000).clamp(1, RETRY_AFTER_SECONDS_MAX);
+            response =
+                response.with("Retry-After", seconds.to_string()).with("X-Backoff-Ms", retry_ms.to_string());
+        }
+        match self {
+            Refusal::Method(allow) => response.with("Allow", *allow),
+            Refusal::Denied(_) => response.with("WWW-Authenticate", "Bearer"),
+            _ => response,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_can_be_tried_again_says_when_in_every_way() {
+        let full = Refusal::QueueFull { capacity: 5, retry_ms: 2_500 };
+        for openai in [true, false] {
+            let response = full.response(openai);
+            let field = |name| response.fields.iter().find(|(n, _)| *n == name).map(|(_, v)| v.as_str());
+            assert_eq!(
+                (response.status, field("Retry-After"), field("X-Backoff-Ms")),
+                (429, Some("3"), Some("2500"))
+            );
+        }
+        let body: serde_json::Value = serde_json::from_slice(&full.response(false).body).expect("JSON");
+        assert_eq!((body["retry_after_ms"].as_u64(), body["retriable"].as_bool()), (Some(2500), Some(true)));
+    }
+
+    #[test]
+    fn an_unknown_model_names_what_is_there() {
+        let refusal = Refusal::UnknownModel { model: "x".into(), known: vec!["a".into(), "b".into()] };
+        let body: serde_json::Value = serde_json::from_slice(&refusal.response(true).body).expect("JSON");
+        assert_eq!(body["error"]["code"], "model_not_found");
+        assert!(body["error"]["message"].as_str().is_some_and(|m| m.ends_with("available: a, b")));
+    }
+}

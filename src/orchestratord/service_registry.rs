@@ -1,0 +1,798 @@
+//! Which nodes exist, and which of them are alive.
+//!
+//! A node registers, then sends heartbeats. Each one is a full snapshot of its replicas and renews
+//! its lease, by arrival, on this machine's monotonic clock; no timestamp from a peer is looked at.
+//!
+//! ```text
+//!              register                heartbeat                 heartbeat says so
+//!   (unknown) ─────────▶ Registering ────────────▶ Online ◀──────────────────────▶ Draining
+//!       ▲                     │                    ▲  │                                │
+//!       │                     │ node_timeout       │  │ node_timeout                   │
+//!       │                     ▼                    │  ▼                                │
+//!       │                  Suspect ◀───────────────┼────────────────────────────────── ┘
+//!       │                     │ offline_grace      │ heartbeat
+//!       │ forget, deregister  ▼                    │
+//!       └────────────────  Offline ────────────────┘
+//! ```
+//!
+//! Two messages are ordered by `(incarnation, seq)`. What is older than what is known is refused and
+//! changes nothing. An incarnation that is newer than the registered one must register first.
+//!
+//! **Mass expiry.** When most nodes fall silent together, the fault is likelier here than there.
+//! Leases then do not end for up to [`EXPIRY_HOLD_MS`]; replicas that really are gone leave the
+//! rotation through their failing data path.
+//!
+//! **After a start** of the control plane nobody can expire for one `node_timeout`: no lease is older
+//! than the process.
+//!
+//! The cost of a heartbeat depends on its own replicas, that of [`ServiceRegistry::expire`] on what
+//! is due. Nothing walks over all nodes except [`ServiceRegistry::nodes`]. Every mutation reports
+//! what it changed as a list of [`Change`]; the caller admits waiters, logs and counts from it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use slab::Slab;
+
+use crate::time::{Mono, Now, Wall, earliest};
+use crate::wire::id::{NodeId, ReplicaKey};
+use crate::wire::node::{
+    Capabilities, Heartbeat, HeartbeatReply, POOLS_MAX, PoolBeat, RegisterReply, RegisterRequest,
+};
+use crate::wire::url::BaseUrl;
+
+mod change;
+mod snapshot;
+#[cfg(test)]
+mod tests;
+
+pub use self::change::{Change, Fenced};
+pub use self::snapshot::{
+    MODEL_BYTES_MAX, MODELS_MAX, NODE_REPLICAS_MAX, REPLICAS_TOTAL_MAX, TEXT_BYTES_MAX,
+};
+use self::snapshot::{announced, cut, target_of, too_large};
+use super::replica_table::{BACKOFF_FIRST_MS, BACKOFF_MAX_MS};
+pub use super::replica_table::{Circuit, Grant, Obstacle, Replica, ReplicaRef, ReplicaTable, Target};
+
+/// Longest time for which leases are kept from ending because most nodes are silent at once: longer
+/// than a switch needs to restart, shorter than an operator needs to be called.
+pub const EXPIRY_HOLD_MS: u64 = 300_000;
+/// How often a held expiry looks again.
+pub const EXPIRY_HOLD_RECHECK_MS: u64 = 1_000;
+/// Fewest nodes of which a silent majority is taken for a fault of our own.
+pub const EXPIRY_HOLD_NODES_MIN: usize = 3;
+/// Most GPUs of a node; machines have up to 16, partitioned ones seven times as many.
+pub const GPUS_MAX: usize = 256;
+/// Foreign boot ids remembered per node, so that each is reported once.
+pub const TWINS_MAX: usize = 8;
+
+/// Times and sizes that an operator may set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// A lease lasts this long after the last sign of life.
+    pub node_timeout_ms: u64,
+    /// A suspect node counts as offline this much later.
+    pub offline_grace_ms: u64,
+    /// An offline node is forgotten this much later.
+    pub forget_ms: u64,
+    /// Most nodes, offline ones included.
+    pub nodes_max: usize,
+    /// The interval that nodes are told.
+    pub heartbeat_interval_ms: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            node_timeout_ms: 30_000,
+            offline_grace_ms: 10_000,
+            forget_ms: 24 * 3_600_000,
+            nodes_max: 10_000,
+            heartbeat_interval_ms: 10_000,
+        }
+    }
+}
+
+/// Where a node is in its life. Written on the wire as spelt here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum NodeStatus {
+    /// Registered; its first heartbeat is awaited.
+    Registering,
+    /// It beats.
+    Online,
+    /// It beats, and asks for no new work.
+    Draining,
+    /// Its lease has ended: no new work.
+    Suspect,
+    /// It has been silent for longer than the grace.
+    Offline,
+}
+
+impl NodeStatus {
+    /// The name on the wire.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            NodeStatus::Registering => "Registering",
+            NodeStatus::Online => "Online",
+            NodeStatus::Draining => "Draining",
+            NodeStatus::Suspect => "Suspect",
+            NodeStatus::Offline => "Offline",
+        }
+    }
+
+    /// Whether its replicas, where any are known, may be given work.
+    #[must_use]
+    pub fn takes_work(self) -> bool {
+        matches!(self, NodeStatus::Online | NodeStatus::Registering)
+    }
+
+    fn leased(self) -> bool {
+        matches!(self, NodeStatus::Online | NodeStatus::Registering | NodeStatus::Draining)
+    }
+}
+
+impl fmt::Display for NodeStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// One node as the control plane sees it.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// Its name.
+    pub id: NodeId,
+    /// Its machine's name.
+    pub machine_id: String,
+    /// Where its agent is reached; `None` for this machine itself.
+    pub address: Option<BaseUrl>,
+    /// Version of its agent.
+    pub version: Option<String>,
+    /// What its machine has.
+    pub capabilities: Capabilities,
+    /// Where its last message came from.
+    pub peer: String,
+    /// Start of its agent; `None` from older agents.
+    pub incarnation: Option<u64>,
+    /// Boot of its machine; `None` from older agents.
+    pub boot_id: Option<String>,
+    /// Its present status.
+    pub status: NodeStatus,
+    /// Since when.
+    pub since: Wall,
+    /// Why.
+    pub reason: String,
+    /// When it last registered.
+    pub registered_at: Wall,
+    /// When it last sent a heartbeat.
+    pub last_heartbeat_at: Option<Wall>,
+    /// Its pools as last reported. `replicas` is empty here: see [`ServiceRegistry::replicas_of`].
+    pub pools: Vec<PoolBeat>,
+    seq: Option<u64>,
+    /// Heartbeats so far, to tell replicas that the newest one names from others.
+    beats: u64,
+    last_contact: Mono,
+    /// When its status changes if it stays silent; `None` for this machine itself.
+    due: Option<Mono>,
+    replicas: BTreeMap<ReplicaKey, ReplicaRef>,
+    twins: Vec<String>,
+}
+
+impl Node {
+    /// Milliseconds until its lease ends; 0 once it has, `None` for this machine itself.
+    #[must_use]
+    pub fn lease_left_ms(&self, now: Now) -> Option<u64> {
+        let due = self.due?;
+        Some(if self.status.leased() { due.ms_since(now.mono) } else { 0 })
+    }
+}
+
+/// Nodes, leases and replicas. See the introduction of this file.
+#[derive(Debug)]
+pub struct ServiceRegistry {
+    limits: Limits,
+    epoch: u64,
+    nodes: Slab<Node>,
+    by_id: BTreeMap<NodeId, usize>,
+    /// Ends of leases: exactly the nodes that hold one.
+    leases: BTreeSet<(Mono, usize)>,
+    /// Nodes without a lease, by the time at which they turn Offline or are forgotten.
+    lapsed: BTreeSet<(Mono, usize)>,
+    /// Ends of backoffs.
+    retries: BTreeSet<(Mono, ReplicaRef)>,
+    table: ReplicaTable,
+    hold: Option<Hold>,
+}
+
+/// A mass expiry in progress.
+#[derive(Clone, Copy, Debug)]
+struct Hold {
+    until: Mono,
+    recheck: Mono,
+}
+
+impl ServiceRegistry {
+    /// An empty registry. `epoch` differs after every start of the control plane.
+    #[must_use]
+    pub fn new(limits: Limits, epoch: u64) -> Self {
+        ServiceRegistry {
+            limits,
+            epoch,
+            nodes: Slab::new(),
+            by_id: BTreeMap::new(),
+            leases: BTreeSet::new(),
+            lapsed: BTreeSet::new(),
+            retries: BTreeSet::new(),
+            table: ReplicaTable::default(),
+            hold: None,
+        }
+    }
+
+    /// Registers a node, or registers it again. The same incarnation twice is one registration whose
+    /// answer was lost. A newer incarnation keeps the replicas, unplaceable, until its first
+    /// heartbeat says which of them still are what they were.
+    ///
+    /// # Errors
+    /// [`Fenced`]. An older incarnation is let in only where the newer one's lease has ended: a
+    /// machine may have lost its state directory.
+    pub fn register(
+        &mut self,
+        request: &RegisterRequest,
+        peer: &str,
+        now: Now,
+        changes: &mut Vec<Change>,
+    ) -> Result<RegisterReply, Fenced> {
+        too_large("pools", request.pools.len(), POOLS_MAX)?;
+        too_large("GPUs", request.capabilities.gpus.len(), GPUS_MAX)?;
+        let known = self.by_id.get(&request.node_id).copied();
+        let fresh = match known {
+            None if self.nodes.len() >= self.limits.nodes_max => {
+                return Err(Fenced::TooMany { what: "nodes", limit: self.limits.nodes_max });
+            }
+            None => true,
+            Some(index) => {
+                self.fence_twin(index, request, peer, now, changes)?;
+                let node = &self.nodes[index];
+                if let (Some(new), Some(known)) = (request.incarnation, node.incarnation)
+                    && new < known
+                    && node.status.leased()
+                {
+                    return Err(Fenced::OldIncarnation { known });
+                }
+                request.incarnation != node.incarnation
+            }
+        };
+        let index = match known {
+            Some(index) => index,
+            None => self.add_node(&request.node_id, now),
+        };
+        let node = &mut self.nodes[index];
+        node.machine_id = cut(request.machine_id.as_deref().unwrap_or(request.node_id.as_str()));
+        node.version = request.version.as_deref().map(cut);
+        node.capabilities = request.capabilities.clone();
+        for gpu in &mut node.capabilities.gpus {
+            gpu.name = cut(&gpu.name);
+            gpu.compute_capability = cut(&gpu.compute_capability);
+        }
+        node.incarnation = request.incarnation;
+        let boot_id = request.boot_id.as_deref().map(cut);
+        if node.boot_id != boot_id {
+            node.boot_id = boot_id;
+            node.twins.clear();
+        }
+        node.registered_at = now.wall;
+        if fresh || request.incarnation.is_none() {
+            node.seq = None;
+        }
+        let moved = node.address.as_ref() != Some(&request.address);
+        node.address = Some(request.address.clone());
+        if fresh {
+            node.pools = request.pools.iter().map(announced).collect();
+        }
+        changes.push(Change::NodeRegistered {
+            node: request.node_id.clone(),
+            incarnation: request.incarnation,
+            again: known.is_some(),
+        });
+        for replica in self.refs_of(index) {
+            self.table.update(replica, now, changes, |r| {
+                r.confirmed &= !fresh;
+                if moved && let Some(engine) = r.target.engine() {
+                    r.target = target_of(engine, Some(&request.address));
+                }
+            });
+        }
+        self.contact(index, peer, now);
+        // A registration does not make a node Online, but must not hide one that is.
+        if fresh || !self.nodes[index].status.leased() {
+            self.set_status(
+                index,
+                NodeStatus::Registering,
+                "registered, first heartbeat awaited",
+                now,
+                changes,
+            );
+        }
+        Ok(RegisterReply {
+            success: true,
+            message: "registered".into(),
+            node_id: request.node_id.clone(),
+            ttl_ms: Some(self.limits.node_timeout_ms),
+            next_heartbeat_ms: Some(self.limits.heartbeat_interval_ms),
+            registry_epoch: Some(self.epoch),
+        })
+    }
+
+    /// Takes a node's snapshot and renews its lease.
+    ///
+    /// # Errors
+    /// [`Fenced`]; [`Fenced::UnknownNode`] asks the node to register.
+    pub fn heartbeat(
+        &mut self,
+        node: &NodeId,
+        beat: &Heartbeat,
+        peer: &str,
+        now: Now,
+        changes: &mut Vec<Change>,
+    ) -> Result<HeartbeatReply, Fenced> {
+        let index = *self.by_id.get(node).ok_or(Fenced::UnknownNode)?;
+        let known = &self.nodes[index];
+        if known.address.is_none() {
+            return Err(Fenced::Local);
+        }
+        if let (Some(new), Some(old)) = (beat.incarnation, known.incarnation) {
+            if new < old {
+                return Err(Fenced::OldIncarnation { known: old });
+            }
+            if new > old {
+                return Err(Fenced::UnknownNode);
+            }
+            if let (Some(seq), Some(last)) = (beat.seq, known.seq)
+                && seq <= last
+            {
+                return Err(Fenced::OldSequence { known: last });
+            }
+        }
+        self.check_size(index, &beat.pools)?;
+        let known = &mut self.nodes[index];
+        known.incarnation = known.incarnation.or(beat.incarnation);
+        known.seq = beat.seq.or(known.seq);
+        known.last_heartbeat_at = Some(now.wall);
+        self.contact(index, peer, now);
+        // Replicas first: when the node turns Online, they are already what it says they are.
+        self.take_snapshot(index, &beat.pools, now, changes);
+        let (status, reason) = if beat.draining {
+            (NodeStatus::Draining, "the node asks for no new work")
+        } else {
+            (NodeStatus::Online, "it sends heartbeats")
+        };
+        self.set_status(index, status, reason, now, changes);
+        Ok(HeartbeatReply { success: true, next_heartbeat_ms: Some(self.limits.heartbeat_interval_ms) })
+    }
+
+    /// Removes a node. A late message of an earlier incarnation cannot remove its successor.
+    ///
+    /// # Errors
+    /// [`Fenced::UnknownNode`], [`Fenced::OldIncarnation`] or [`Fenced::Local`].
+    pub fn deregister(
+        &mut self,
+        node: &NodeId,
+        incarnation: Option<u64>,
+        changes: &mut Vec<Change>,
+    ) -> Result<(), Fenced> {
+        let index = *self.by_id.get(node).ok_or(Fenced::UnknownNode)?;
+        if self.nodes[index].address.is_none() {
+            return Err(Fenced::Local);
+        }
+        if let (Some(new), Some(known)) = (incarnation, self.nodes[index].incarnation)
+            && new < known
+        {
+            return Err(Fenced::OldIncarnation { known });
+        }
+        self.drop_node(index, "deregistered", changes);
+        Ok(())
+    }
+
+    /// Takes the snapshot of a node that needs no lease because this process watches it itself; its
+    /// engines are dialled directly.
+    ///
+    /// # Errors
+    /// [`Fenced::TooLarge`] and [`Fenced::TooMany`].
+    pub fn set_local(
+        &mut self,
+        node: &NodeId,
+        pools: &[PoolBeat],
+        now: Now,
+        changes: &mut Vec<Change>,
+    ) -> Result<(), Fenced> {
+        let index = match self.by_id.get(node) {
+            Some(index) => *index,
+            None if self.nodes.len() >= self.limits.nodes_max => {
+                return Err(Fenced::TooMany { what: "nodes", limit: self.limits.nodes_max });
+            }
+            None => self.add_node(node, now),
+        };
+        self.check_size(index, pools)?;
+        self.unschedule(index);
+        let known = &mut self.nodes[index];
+        known.address = None;
+        known.last_heartbeat_at = Some(now.wall);
+        known.last_contact = now.mono;
+        self.take_snapshot(index, pools, now, changes);
+        self.set_status(index, NodeStatus::Online, "on this machine", now, changes);
+        Ok(())
+    }
+
+    /// Ends leases, grace periods and backoffs that are due.
+    pub fn expire(&mut self, now: Now, changes: &mut Vec<Change>) {
+        while let Some(&(due, replica)) = self.retries.first()
+            && due <= now.mono
+        {
+            self.retries.pop_first();
+            self.table.update(replica, now, changes, |r| {
+                if let Circuit::Open { failures, reason, .. } = &r.circuit {
+                    let (failures, reason) = (*failures, reason.clone());
+                    r.circuit = Circuit::HalfOpen { failures, reason, trying: false };
+                }
+            });
+        }
+        if self.leases_may_end(now, changes) {
+            while let Some(&(due, index)) = self.leases.first()
+                && due <= now.mono
+            {
+                let silent_s = now.mono.ms_since(self.nodes[index].last_contact) / 1000;
+                let reason = format!("no heartbeat for {silent_s} s");
+                self.set_status(index, NodeStatus::Suspect, &reason, now, changes);
+            }
+        }
+        while let Some(&(due, index)) = self.lapsed.first()
+            && due <= now.mono
+        {
+            let silent_s = now.mono.ms_since(self.nodes[index].last_contact) / 1000;
+            let reason = format!("no heartbeat for {silent_s} s");
+            if self.nodes[index].status == NodeStatus::Suspect {
+                self.set_status(index, NodeStatus::Offline, &reason, now, changes);
+            } else {
+                self.drop_node(index, &reason, changes);
+            }
+        }
+    }
+
+    /// When [`ServiceRegistry::expire`] is wanted next.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Mono> {
+        let lease = match self.hold {
+            Some(hold) => Some(hold.recheck.min(hold.until)),
+            None => self.leases.first().map(|(due, _)| *due),
+        };
+        let lapsed = self.lapsed.first().map(|(due, _)| *due);
+        let retry = self.retries.first().map(|(due, _)| *due);
+        earliest(lease, earliest(lapsed, retry))
+    }
+
+    /// Takes `slots` of a replica for a request; `None` if it does not take work or has fewer.
+    pub fn acquire(&mut self, replica: ReplicaRef, slots: u32) -> Option<Grant> {
+        self.table.acquire(replica, slots)
+    }
+
+    /// Gives the slots back when the request has ended. If the replica still takes work, waiters may
+    /// be admitted.
+    pub fn release(&mut self, grant: Grant) {
+        self.table.release(grant);
+    }
+
+    /// A request could not be delivered (no connection, or closed before the answer began). The
+    /// replica leaves the rotation at once, for 250 ms at first and up to 10 s after more failures
+    /// in a row. Failures while it is out count once.
+    pub fn data_path_failed(
+        &mut self,
+        replica: ReplicaRef,
+        reason: &str,
+        now: Now,
+        changes: &mut Vec<Change>,
+    ) {
+        let Some(known) = self.table.get(replica) else { return };
+        let failures = match &known.circuit {
+            Circuit::Open { .. } => return,
+            Circuit::Closed => 1,
+            Circuit::HalfOpen { failures, .. } => failures.saturating_add(1),
+        };
+        let doublings = (failures - 1).min(16);
+        let until = now.mono.plus_ms((BACKOFF_FIRST_MS << doublings).min(BACKOFF_MAX_MS));
+        self.retries.insert((until, replica));
+        let reason = cut(reason);
+        self.table.update(replica, now, changes, |r| r.circuit = Circuit::Open { until, failures, reason });
+    }
+
+    /// A replica answered a request: its data path is trusted again. To be called when the head of
+    /// an answer arrives, for until then a replica in doubt is given one request at a time.
+    pub fn data_path_worked(&mut self, replica: ReplicaRef, now: Now, changes: &mut Vec<Change>) {
+        let Some(known) = self.table.get(replica) else { return };
+        match known.circuit {
+            Circuit::Closed => return,
+            Circuit::Open { until, .. } => {
+                self.retries.remove(&(until, replica));
+            }
+            Circuit::HalfOpen { .. } => {}
+        }
+        self.table.update(replica, now, changes, |r| r.circuit = Circuit::Closed);
+    }
+
+    /// Every node, by name.
+    pub fn nodes(&self) -> impl Iterator<Item = &Node> {
+        self.by_id.values().map(|index| &self.nodes[*index])
+    }
+
+    /// How many nodes are known, offline ones included.
+    #[must_use]
+    pub fn nodes_len(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// One node.
+    #[must_use]
+    pub fn node(&self, node: &NodeId) -> Option<&Node> {
+        self.by_id.get(node).map(|index| &self.nodes[*index])
+    }
+
+    /// Handles of a node's replicas, by pool and name.
+    pub fn replicas_of<'a>(&self, node: &'a Node) -> impl Iterator<Item = ReplicaRef> + 'a {
+        node.replicas.values().copied()
+    }
+
+    /// One replica, if the handle is current.
+    #[must_use]
+    pub fn replica(&self, replica: ReplicaRef) -> Option<&Replica> {
+        self.table.get(replica)
+    }
+
+    /// Every replica, by node, pool and name.
+    pub fn replicas(&self) -> impl Iterator<Item = (ReplicaRef, &Replica)> {
+        self.table.iter()
+    }
+
+    /// The table that placement reads.
+    #[must_use]
+    pub fn table(&self) -> &ReplicaTable {
+        &self.table
+    }
+
+    /// Every known model by name.
+    #[must_use]
+    pub fn models(&self) -> Vec<ModelSummary> {
+        let mut per_set = vec![(0u32, 0u32); self.table.sets_len()];
+        for hot in self.table.hot().iter().filter(|hot| hot.exists) {
+            let (known, placeable) = &mut per_set[hot.model_set as usize];
+            *known += 1;
+            *placeable += u32::from(hot.placeable);
+        }
+        self.table
+            .models()
+            .map(|(name, sets)| {
+                let count =
+                    |pick: fn((u32, u32)) -> u32| sets.iter().map(|s| pick(per_set[*s as usize])).sum();
+                ModelSummary { name: name.to_string(), replicas: count(|p| p.0), placeable: count(|p| p.1) }
+            })
+            .collect()
+    }
+
+    /// Panics where the registry contradicts itself. For tests and simulations; linear.
+    pub fn check_invariants(&self) {
+        self.table.check_invariants();
+        assert_eq!(self.by_id.len(), self.nodes.len(), "a node without a name");
+        let mut replicas = 0;
+        for (id, &index) in &self.by_id {
+            let node = &self.nodes[index];
+            assert_eq!(&node.id, id, "a node under another name");
+            assert_eq!(node.due.is_none(), node.address.is_none(), "{id}: exactly local nodes have no lease");
+            if let Some(due) = node.due {
+                let leased = node.status.leased();
+                assert_eq!(self.leases.contains(&(due, index)), leased, "{id}: lease while {}", node.status);
+                assert_eq!(
+                    self.lapsed.contains(&(due, index)),
+                    !leased,
+                    "{id}: lapsed while {}",
+                    node.status
+                );
+            }
+            for (key, replica) in &node.replicas {
+                let known = self.table.get(*replica).expect("a node's replica exists");
+                assert_eq!((&known.node, &known.key), (id, key), "a replica of another node");
+                assert_eq!(known.node_status, node.status, "{id} {key}: outdated status");
+                if let Circuit::Open { until, .. } = known.circuit {
+                    assert!(self.retries.contains(&(until, *replica)), "{id} {key}: never tried again");
+                }
+            }
+            replicas += node.replicas.len();
+        }
+        assert_eq!(replicas, self.table.len(), "a replica without a node");
+        let timers = self.leases.len() + self.lapsed.len();
+        assert_eq!(timers, self.nodes.iter().filter(|(_, n)| n.due.is_some()).count(), "a stray timer");
+        assert!(self.retries.iter().all(|(_, r)| self.table.get(*r).is_some()), "a stray retry");
+    }
+
+    /// Refuses another machine that claims the name of one that is alive.
+    fn fence_twin(
+        &mut self,
+        index: usize,
+        request: &RegisterRequest,
+        peer: &str,
+        now: Now,
+        changes: &mut Vec<Change>,
+    ) -> Result<(), Fenced> {
+        let late_ms = self.limits.heartbeat_interval_ms.saturating_mul(3) / 2;
+        let node = &mut self.nodes[index];
+        if node.address.is_none() {
+            return Err(Fenced::Local);
+        }
+        let (Some(theirs), Some(ours)) = (request.boot_id.as_deref().map(cut), &node.boot_id) else {
+            return Ok(());
+        };
+        if theirs == *ours || now.mono.ms_since(node.last_contact) >= late_ms {
+            return Ok(());
+        }
+        let holder = node.peer.clone();
+        if !node.twins.contains(&theirs) && node.twins.len() < TWINS_MAX {
+            node.twins.push(theirs.clone());
+            changes.push(Change::TwinRefused {
+                node: node.id.clone(),
+                boot_id: theirs,
+                peer: cut(peer),
+                holder: holder.clone(),
+            });
+        }
+        Err(Fenced::Twin { holder })
+    }
+
+    /// Whether leases may end now: not while most nodes are silent at once, unless for too long.
+    fn leases_may_end(&mut self, now: Now, changes: &mut Vec<Change>) -> bool {
+        let is_due = self.leases.first().is_some_and(|(due, _)| *due <= now.mono);
+        if !is_due {
+            if self.hold.take().is_some() {
+                changes.push(Change::ExpiryResumed);
+            }
+            return false;
+        }
+        // Late is who missed a heartbeat: the others of a common fault follow within one interval.
+        let timeout_ms = self.limits.node_timeout_ms;
+        let late_ms = (self.limits.heartbeat_interval_ms.saturating_mul(3) / 2).min(timeout_ms);
+        let horizon = now.mono.plus_ms(timeout_ms - late_ms);
+        let of = self.leases.len();
+        let late = self.leases.iter().take_while(|(due, _)| *due <= horizon).take(of / 2 + 1).count();
+        let mass = of >= EXPIRY_HOLD_NODES_MIN && late > of / 2;
+        match (&mut self.hold, mass) {
+            (None, false) => true,
+            (None, true) => {
+                let recheck = now.mono.plus_ms(EXPIRY_HOLD_RECHECK_MS);
+                self.hold = Some(Hold { until: now.mono.plus_ms(EXPIRY_HOLD_MS), recheck });
+                changes.push(Change::ExpiryHeld { late, of });
+                false
+            }
+            (Some(hold), true) if now.mono < hold.until => {
+                hold.recheck = now.mono.plus_ms(EXPIRY_HOLD_RECHECK_MS);
+                false
+            }
+            (Some(_), _) => {
+                self.hold = None;
+                changes.push(Change::ExpiryResumed);
+                true
+            }
+        }
+    }
+
+    fn add_node(&mut self, id: &NodeId, now: Now) -> usize {
+        let index = self.nodes.insert(Node {
+            id: id.clone(),
+            machine_id: id.to_string(),
+            address: None,
+            version: None,
+            capabilities: Capabilities::default(),
+            peer: String::new(),
+            incarnation: None,
+            boot_id: None,
+            status: NodeStatus::Registering,
+            since: now.wall,
+            reason: "registered, first heartbeat awaited".into(),
+            registered_at: now.wall,
+            last_heartbeat_at: None,
+            pools: Vec::new(),
+            seq: None,
+            beats: 0,
+            last_contact: now.mono,
+            due: None,
+            replicas: BTreeMap::new(),
+            twins: Vec::new(),
+        });
+        self.by_id.insert(id.clone(), index);
+        index
+    }
+
+    fn drop_node(&mut self, index: usize, reason: &str, changes: &mut Vec<Change>) {
+        self.unschedule(index);
+        let replicas = std::mem::take(&mut self.nodes[index].replicas);
+        for (key, replica) in replicas {
+            self.drop_replica(index, &key, replica, reason, changes);
+        }
+        let node = self.nodes.remove(index);
+        self.by_id.remove(&node.id);
+        changes.push(Change::NodeGone { node: node.id, reason: reason.to_string() });
+    }
+
+    fn refs_of(&self, index: usize) -> Vec<ReplicaRef> {
+        self.nodes[index].replicas.values().copied().collect()
+    }
+
+    /// A sign of life: a node that holds a lease has it renewed.
+    fn contact(&mut self, index: usize, peer: &str, now: Now) {
+        let node = &mut self.nodes[index];
+        if node.peer != peer {
+            node.peer = cut(peer);
+        }
+        node.last_contact = now.mono;
+        if node.status.leased() {
+            self.schedule(index, now.mono.plus_ms(self.limits.node_timeout_ms));
+        }
+    }
+
+    fn set_status(
+        &mut self,
+        index: usize,
+        status: NodeStatus,
+        reason: &str,
+        now: Now,
+        changes: &mut Vec<Change>,
+    ) {
+        let node = &mut self.nodes[index];
+        if node.status == status {
+            return;
+        }
+        let from = std::mem::replace(&mut node.status, status);
+        node.since = now.wall;
+        node.reason = reason.to_string();
+        changes.push(Change::NodeStatus {
+            node: node.id.clone(),
+            from,
+            to: status,
+            reason: reason.to_string(),
+        });
+        let silence_ms = match status {
+            NodeStatus::Suspect => self.limits.offline_grace_ms,
+            NodeStatus::Offline => self.limits.forget_ms,
+            _ => self.limits.node_timeout_ms,
+        };
+        self.schedule(index, now.mono.plus_ms(silence_ms));
+        for replica in self.refs_of(index) {
+            self.table.update(replica, now, changes, |r| r.node_status = status);
+        }
+    }
+
+    fn schedule(&mut self, index: usize, due: Mono) {
+        self.unschedule(index);
+        let node = &mut self.nodes[index];
+        if node.address.is_none() {
+            return;
+        }
+        node.due = Some(due);
+        let timers = if node.status.leased() { &mut self.leases } else { &mut self.lapsed };
+        timers.insert((due, index));
+    }
+
+    fn unschedule(&mut self, index: usize) {
+        if let Some(due) = self.nodes[index].due.take() {
+            self.leases.remove(&(due, index));
+            self.lapsed.remove(&(due, index));
+        }
+    }
+}
+
+/// A model and how many replicas serve it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelSummary {
+    /// Its name.
+    pub name: String,
+    /// Replicas that have it.
+    pub replicas: u32,
+    /// Of these, the ones that take work.
+    pub placeable: u32,
+}

@@ -1,0 +1,381 @@
+//! A node's snapshot becomes its replicas: the same engine process keeps its handle, and with it its
+//! ledger; what is new is added, what is not named any more is dropped. Everything that a snapshot
+//! may be too large in is limited here.
+//!
+//! Nodes of older releases name no replicas, only sums per pool. Such a pool is held as one replica
+//! of unknown address until [`ServiceRegistry::set_engine_url`] brings what the node's status says.
+
+use std::sync::Arc;
+
+use crate::time::Now;
+use crate::wire::id::{NodeId, PoolId, ReplicaId, ReplicaKey};
+use crate::wire::node::{POOLS_MAX, PoolBeat, REPLICAS_MAX, ReplicaBeat};
+use crate::wire::pool::ReplicaStatus;
+use crate::wire::url::BaseUrl;
+
+use super::{Change, Circuit, Fenced, Replica, ReplicaRef, ServiceRegistry, Target};
+
+/// Most replicas of one node: far above what GPUs allow, low enough to bound one heartbeat's work.
+pub const NODE_REPLICAS_MAX: usize = 4096;
+/// Most replicas of all nodes: ten a node at the default limit of nodes, some 50 MB.
+pub const REPLICAS_TOTAL_MAX: usize = 100_000;
+/// Most models of one replica or pool.
+pub const MODELS_MAX: usize = 256;
+/// Longest name of a model: paths within model repositories are long.
+pub const MODEL_BYTES_MAX: usize = 512;
+/// Texts that are only shown (versions, reasons, names of machines) are cut at this length.
+pub const TEXT_BYTES_MAX: usize = 256;
+
+/// Name of the one replica of a pool whose sender lists none.
+const ONLY_REPLICA: &str = "r0";
+
+impl ServiceRegistry {
+    /// Takes what a node's status answer said about a pool whose heartbeat lists no replicas.
+    /// Ignored where the node is gone or lists them by now.
+    pub fn set_engine_url(
+        &mut self,
+        node: &NodeId,
+        pool: &PoolId,
+        replicas: &[ReplicaStatus],
+        now: Now,
+        changes: &mut Vec<Change>,
+    ) {
+        let Some(&index) = self.by_id.get(node) else { return };
+        let Some(beat) = self.nodes[index].pools.iter().find(|p| p.pool_id == *pool).cloned() else { return };
+        if beat.replicas.is_some() || replicas.is_empty() {
+            return;
+        }
+        let list: Vec<ReplicaBeat> = replicas.iter().map(asked).collect();
+        let mut with_replicas = beat;
+        with_replicas.replicas = Some(list);
+        if self.check_size(index, std::slice::from_ref(&with_replicas)).is_err() {
+            return;
+        }
+        self.nodes[index].beats += 1;
+        let beats = self.nodes[index].beats;
+        // What this pool had before and the answer does not name is gone; other pools are untouched.
+        let old: Vec<(ReplicaKey, ReplicaRef)> = self.nodes[index]
+            .replicas
+            .iter()
+            .filter(|(k, _)| k.pool == *pool)
+            .map(|(k, r)| (k.clone(), *r))
+            .collect();
+        for (key, replica) in old {
+            if !replicas.iter().any(|r| r.replica_id == key.replica) {
+                self.drop_replica(index, &key, replica, "its node does not name it", changes);
+            }
+        }
+        for replica in with_replicas.replicas.iter().flatten() {
+            self.take_replica(index, &with_replicas, replica, beats, now, changes);
+        }
+    }
+
+    pub(super) fn check_size(&self, index: usize, pools: &[PoolBeat]) -> Result<(), Fenced> {
+        too_large("pools", pools.len(), POOLS_MAX)?;
+        let mut replicas = 0;
+        for pool in pools {
+            check_models(&pool.models_available)?;
+            let list = pool.replicas.as_deref().unwrap_or_default();
+            too_large("replicas in a pool", list.len(), REPLICAS_MAX)?;
+            replicas += list.len().max(1);
+            for replica in list {
+                check_models(&replica.models)?;
+            }
+        }
+        too_large("replicas of a node", replicas, NODE_REPLICAS_MAX)?;
+        let own = self.nodes[index].replicas.len();
+        if self.table.len() - own + replicas > REPLICAS_TOTAL_MAX && replicas > own {
+            return Err(Fenced::TooMany { what: "replicas", limit: REPLICAS_TOTAL_MAX });
+        }
+        Ok(())
+    }
+
+    /// Makes a node's replicas what its snapshot says.
+    pub(super) fn take_snapshot(
+        &mut self,
+        index: usize,
+        pools: &[PoolBeat],
+        now: Now,
+        changes: &mut Vec<Change>,
+    ) {
+        self.nodes[index].beats += 1;
+        let beats = self.nodes[index].beats;
+        for pool in pools {
+            match &pool.replicas {
+                Some(list) => {
+                    for replica in list {
+                        self.take_replica(index, pool, replica, beats, now, changes);
+                    }
+                }
+                None => self.take_unlisted(index, pool, beats, now, changes),
+            }
+        }
+        let table = &self.table;
+        let gone: Vec<(ReplicaKey, ReplicaRef)> = self.nodes[index]
+            .replicas
+            .iter()
+            .filter(|(_, r)| table.get(**r).is_none_or(|r| r.seen_in_beat != beats))
+            .map(|(key, r)| (key.clone(), *r))
+            .collect();
+        for (key, replica) in gone {
+            self.drop_replica(index, &key, replica, "its node does not name it", changes);
+        }
+        let shown = &mut self.nodes[index].pools;
+        shown.truncate(pools.len());
+        for (at, pool) in pools.iter().enumerate() {
+            match shown.get_mut(at) {
+                Some(old) if same_pool(old, pool) => {
+                    old.slots_free = pool.slots_free;
+                    old.vram_free_bytes = pool.vram_free_bytes;
+                }
+                Some(old) => *old = without_replicas(pool),
+                None => shown.push(without_replicas(pool)),
+            }
+        }
+    }
+
+    /// One replica that a snapshot names. Named twice, the first mention counts.
+    fn take_replica(
+        &mut self,
+        index: usize,
+        pool: &PoolBeat,
+        beat: &ReplicaBeat,
+        beats: u64,
+        now: Now,
+        changes: &mut Vec<Change>,
+    ) {
+        let node = &self.nodes[index];
+        let key = ReplicaKey { pool: pool.pool_id.clone(), replica: beat.replica_id.clone() };
+        let address = node.address.clone();
+        let mut known = node.replicas.get(&key).copied();
+        if let Some(replica) = known
+            && let Some(old) = self.table.get(replica)
+        {
+            if old.seen_in_beat == beats {
+                return;
+            }
+            if old.generation != beat.generation || old.target.engine() != Some(&beat.url) {
+                self.drop_replica(index, &key, replica, "another engine process took its place", changes);
+                known = None;
+            }
+        }
+        let replica = known.unwrap_or_else(|| {
+            let target = target_of(&beat.url, address.as_ref());
+            self.add_replica(index, key, beat.generation, target, now, changes)
+        });
+        let models = if beat.models.is_empty() && pool.replicas.as_ref().is_some_and(|l| l.len() == 1) {
+            &pool.models_available
+        } else {
+            &beat.models
+        };
+        self.table.set_models(replica, models);
+        self.table.update(replica, now, changes, |r| {
+            r.seen_in_beat = beats;
+            r.confirmed = true;
+            r.ready = beat.ready;
+            r.draining = beat.draining || pool.draining;
+            r.vram_free_bytes = pool.vram_free_bytes;
+            set_text(&mut r.reason, beat.reason.as_deref());
+            set_text(&mut r.device_mask, beat.device_mask.as_deref());
+            set_text(&mut r.engine, beat.engine.as_deref().or(pool.engine.as_deref()));
+            set_text(
+                &mut r.engine_version,
+                beat.engine_version.as_deref().or(pool.engine_version.as_deref()),
+            );
+            r.report_slots(beat.slots_free, beat.slots_total.max(beat.slots_free));
+        });
+    }
+
+    /// A pool of which only sums are reported. Its replicas are those that the node's status
+    /// answer named, or until then one whose address is not known.
+    fn take_unlisted(
+        &mut self,
+        index: usize,
+        pool: &PoolBeat,
+        beats: u64,
+        now: Now,
+        changes: &mut Vec<Change>,
+    ) {
+        let node = &self.nodes[index];
+        let of_pool = |(k, r): (&ReplicaKey, &ReplicaRef)| (k.pool == pool.pool_id).then_some(*r);
+        let mut own: Vec<ReplicaRef> = node.replicas.iter().filter_map(of_pool).collect();
+        if own.is_empty() {
+            let Ok(replica) = ReplicaId::new(ONLY_REPLICA) else { return };
+            let key = ReplicaKey { pool: pool.pool_id.clone(), replica };
+            own.push(self.add_replica(index, key, 0, Target::AskNode, now, changes));
+        }
+        let alone = own.len() == 1;
+        let mut ask = false;
+        for replica in own {
+            let Some(old) = self.table.get(replica) else { continue };
+            // A pool that comes back, or cannot be reached, may have moved to another port.
+            let doubtful = old.target == Target::AskNode || !old.ready || old.circuit != Circuit::Closed;
+            ask |= pool.ready && doubtful;
+            if !pool.models_available.is_empty() && (alone || old.models.is_empty()) {
+                self.table.set_models(replica, &pool.models_available);
+            }
+            self.table.update(replica, now, changes, |r| {
+                r.seen_in_beat = beats;
+                r.confirmed = true;
+                r.ready = pool.ready;
+                r.draining = pool.draining;
+                r.vram_free_bytes = pool.vram_free_bytes;
+                set_text(&mut r.engine, pool.engine.as_deref());
+                set_text(&mut r.engine_version, pool.engine_version.as_deref());
+                if alone {
+                    r.report_slots(pool.slots_free, pool.slots_total());
+                }
+            });
+        }
+        if ask && let Some(agent) = self.nodes[index].address.clone() {
+            changes.push(Change::AskNode {
+                node: self.nodes[index].id.clone(),
+                pool: pool.pool_id.clone(),
+                agent,
+            });
+        }
+    }
+
+    fn add_replica(
+        &mut self,
+        index: usize,
+        key: ReplicaKey,
+        generation: u64,
+        target: Target,
+        now: Now,
+        changes: &mut Vec<Change>,
+    ) -> ReplicaRef {
+        let node = &mut self.nodes[index];
+        let replica = Replica {
+            node: node.id.clone(),
+            key: key.clone(),
+            node_status: node.status,
+            confirmed: true,
+            generation,
+            target,
+            ready: false,
+            draining: false,
+            slots_total: 0,
+            slots_reported_free: 0,
+            in_flight: 0,
+            others: 0,
+            models: Arc::default(),
+            engine: None,
+            engine_version: None,
+            device_mask: None,
+            vram_free_bytes: 0,
+            reason: None,
+            since: now.wall,
+            circuit: Circuit::Closed,
+            ours_since_report: false,
+            seen_in_beat: 0,
+        };
+        let reference = self.table.insert(replica, now, changes);
+        node.replicas.insert(key, reference);
+        reference
+    }
+
+    pub(super) fn drop_replica(
+        &mut self,
+        index: usize,
+        key: &ReplicaKey,
+        replica: ReplicaRef,
+        reason: &str,
+        changes: &mut Vec<Change>,
+    ) {
+        if let Some(Replica { circuit: Circuit::Open { until, .. }, .. }) = self.table.get(replica) {
+            self.retries.remove(&(*until, replica));
+        }
+        self.table.remove(replica, reason, changes);
+        self.nodes[index].replicas.remove(key);
+    }
+}
+
+pub(super) fn too_large(what: &'static str, count: usize, limit: usize) -> Result<(), Fenced> {
+    if count > limit { Err(Fenced::TooLarge { what, limit }) } else { Ok(()) }
+}
+
+fn check_models(models: &[String]) -> Result<(), Fenced> {
+    too_large("models of a replica", models.len(), MODELS_MAX)?;
+    let longest = models.iter().map(String::len).max().unwrap_or(0);
+    too_large("bytes in the name of a model", longest, MODEL_BYTES_MAX)
+}
+
+/// An engine on its node's loopback is reached through the node's agent; one on this machine, or on
+/// an address of its own, is dialled directly.
+pub(super) fn target_of(engine: &BaseUrl, agent: Option<&BaseUrl>) -> Target {
+    let hidden = engine.ip().is_some_and(|ip| ip.is_loopback() || ip.is_unspecified());
+    match agent {
+        Some(agent) if hidden => Target::Relay { agent: agent.clone(), engine: engine.clone() },
+        _ => Target::Direct(engine.clone()),
+    }
+}
+
+/// A pool of which a registration gives only the name.
+pub(super) fn announced(pool: &PoolId) -> PoolBeat {
+    PoolBeat {
+        pool_id: pool.clone(),
+        ready: false,
+        draining: false,
+        slots_free: 0,
+        slots_total: None,
+        vram_free_bytes: 0,
+        engine: None,
+        engine_version: None,
+        models_available: Vec::new(),
+        replicas: None,
+    }
+}
+
+/// What is kept of a pool for display: whether it lists replicas, but not which.
+fn without_replicas(pool: &PoolBeat) -> PoolBeat {
+    PoolBeat {
+        pool_id: pool.pool_id.clone(),
+        engine: pool.engine.as_deref().map(cut),
+        engine_version: pool.engine_version.as_deref().map(cut),
+        models_available: pool.models_available.clone(),
+        replicas: pool.replicas.as_ref().map(|_| Vec::new()),
+        ..*pool
+    }
+}
+
+/// Whether two reports of a pool differ in numbers only.
+fn same_pool(old: &PoolBeat, new: &PoolBeat) -> bool {
+    old.pool_id == new.pool_id
+        && (old.ready, old.draining, old.slots_total) == (new.ready, new.draining, new.slots_total)
+        && old.engine == new.engine
+        && old.engine_version == new.engine_version
+        && old.models_available == new.models_available
+        && old.replicas.is_some() == new.replicas.is_some()
+}
+
+/// A replica of a status answer, as a heartbeat would have listed it.
+fn asked(status: &ReplicaStatus) -> ReplicaBeat {
+    ReplicaBeat {
+        replica_id: status.replica_id.clone(),
+        url: status.url.clone(),
+        ready: status.ready,
+        draining: status.draining,
+        slots_free: status.slots_free,
+        slots_total: status.slots_total,
+        generation: status.generation,
+        models: status.models.clone(),
+        reason: Some(status.reason.clone()).filter(|reason| !status.ready && !reason.is_empty()),
+        device_mask: status.device_mask.clone(),
+        engine: status.engine.clone(),
+        engine_version: status.engine_version.clone(),
+    }
+}
+
+/// Text from a peer that is only shown: bounded, and without control characters.
+pub(super) fn cut(text: &str) -> String {
+    let end = (0..=TEXT_BYTES_MAX.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+    text[..end].chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+/// Sets a text that seldom changes, without allocating where it does not.
+fn set_text(old: &mut Option<String>, new: Option<&str>) {
+    if old.as_deref() != new {
+        *old = new.map(cut);
+    }
+}

@@ -1,0 +1,254 @@
+//! The node agent's HTTP interface: a request becomes an answer, or something for the daemon to do.
+//! Pure.
+
+use serde_json::json;
+
+use crate::http::server::{Request, Response};
+use crate::metrics::{self, Scrape, label_value};
+use crate::service::auth::{Denied, Tokens};
+use crate::wire::id::{PoolId, ReplicaId, ReplicaKey};
+
+use super::core::Core;
+use super::membership::PlaneState;
+
+/// Field in which a control plane says which engine it means.
+pub const GENERATION_FIELD: &str = "x-llorch-generation";
+/// Field in which a control plane says how many slots a request takes.
+pub const SLOTS_FIELD: &str = "x-llorch-slots";
+
+/// What the daemon must do for a request.
+#[derive(Debug)]
+pub enum Action {
+    /// Answer.
+    Respond(Response),
+    /// Relay to the engine of a replica.
+    Relay {
+        /// The replica.
+        key: ReplicaKey,
+        /// The engine that the caller means.
+        generation: Option<u64>,
+        /// Slots that the request takes.
+        slots: u32,
+        /// Path and query below the engine's URL.
+        target: String,
+    },
+    /// No new work for a pool, then answer.
+    Drain(PoolId),
+    /// Work again for a pool, then answer.
+    Resume(PoolId),
+}
+
+/// What the daemon knows beside the core.
+#[derive(Debug)]
+pub struct Facts<'a> {
+    /// Accepted tokens.
+    pub tokens: &'a Tokens,
+    /// `inotify` or `poll`.
+    pub watch_mode: &'static str,
+    /// Resident memory, where known, in bytes.
+    pub resident_bytes: Option<u64>,
+}
+
+/// Decides about a request.
+#[must_use]
+pub fn route(request: &Request, core: &Core, facts: &Facts<'_>) -> Action {
+    let head = &request.head;
+    let path = head.path();
+    let open = matches!(path, "/health" | "/ready" | "/metrics");
+    if !open && let Err(denied) = facts.tokens.check(&head.fields) {
+        return Action::Respond(unauthorized(denied));
+    }
+    // Every path below exists with and without the version.
+    let path = path.strip_prefix("/v2").filter(|rest| rest.starts_with('/')).unwrap_or(path);
+    let segments: Vec<&str> = path.trim_start_matches('/').split('/').collect();
+    let get = matches!(head.method(), "GET" | "HEAD");
+    let post = head.method() == "POST";
+    match segments.as_slice() {
+        ["health"] if get => respond(200, &json!({"status": "ok", "version": env!("CARGO_PKG_VERSION")})),
+        ["ready"] if get => ready(core),
+        ["metrics"] if get => Action::Respond(scrape(core, facts)),
+        ["pools"] if get => respond(200, &json!({"node_id": core.node_id(), "pools": core.pools()})),
+        ["pools", pool, "status"] if get || post => with_pool(pool, |id| match core.pool_status(&id) {
+            Some(status) => respond(200, &status),
+            None => Action::Respond(not_found(&format!("pool {id} not found"))),
+        }),
+        ["pools", pool, "drain"] if post => with_known_pool(core, pool, Action::Drain),
+        ["pools", pool, "resume"] if post => with_known_pool(core, pool, Action::Resume),
+        ["pools", pool, "replicas", replica, "engine", ..] => relay(request, pool, replica),
+        ["handoffs"] if get => respond(200, &core.replicas().files_json(facts.watch_mode)),
+        ["events"] if get => {
+            let since = head.query("since").and_then(|n| n.parse().ok()).unwrap_or(0);
+            respond(200, &core.events().to_json(since))
+        }
+        ["health" | "ready" | "metrics" | "pools" | "handoffs" | "events"] => not_allowed("GET"),
+        ["pools", _, "status"] => not_allowed("GET, POST"),
+        ["pools", _, "drain" | "resume"] => not_allowed("POST"),
+        _ => Action::Respond(not_found("there is nothing at this path")),
+    }
+}
+
+/// An error in the shape of this interface.
+#[must_use]
+pub fn error(status: u16, code: &str, message: &str, retry_after_ms: Option<u64>) -> Response {
+    let retriable = retry_after_ms.is_some();
+    let mut body = json!({"code": code, "message": message, "error": message, "retriable": retriable});
+    let Some(after_ms) = retry_after_ms else { return Response::json(status, &body) };
+    body["retry_after_ms"] = json!(after_ms);
+    Response::json(status, &body)
+        .with("Retry-After", after_ms.div_ceil(1000).clamp(1, 60).to_string())
+        .with("X-Backoff-Ms", after_ms.to_string())
+}
+
+fn respond(status: u16, body: &impl serde::Serialize) -> Action {
+    Action::Respond(Response::json(status, body))
+}
+
+fn not_found(message: &str) -> Response {
+    error(404, "NOT_FOUND", message, None)
+}
+
+fn not_allowed(allow: &'static str) -> Action {
+    let response = error(405, "METHOD_NOT_ALLOWED", &format!("this path serves {allow}"), None);
+    Action::Respond(response.with("Allow", allow))
+}
+
+fn unauthorized(denied: Denied) -> Response {
+    let (code, message) = match denied {
+        Denied::Missing => (40101, "MISSING_TOKEN"),
+        Denied::Bad => (40102, "BAD_TOKEN"),
+    };
+    let body = json!({"code": code, "message": message, "error": message, "retriable": false,
+        "hint": "send Authorization: Bearer TOKEN"});
+    Response::json(401, &body).with("WWW-Authenticate", "Bearer")
+}
+
+fn with_pool(pool: &str, then: impl FnOnce(PoolId) -> Action) -> Action {
+    match PoolId::new(pool) {
+        Ok(id) => then(id),
+        Err(why) => Action::Respond(error(400, "INVALID_PARAMS", &why.to_string(), None)),
+    }
+}
+
+fn with_known_pool(core: &Core, pool: &str, then: fn(PoolId) -> Action) -> Action {
+    with_pool(pool, |id| {
+        if core.pool_status(&id).is_some() {
+            then(id)
+        } else {
+            Action::Respond(not_found(&format!("pool {id} not found")))
+        }
+    })
+}
+
+fn relay(request: &Request, pool: &str, replica: &str) -> Action {
+    let (Ok(pool), Ok(replica)) = (PoolId::new(pool), ReplicaId::new(replica)) else {
+        return Action::Respond(error(
+            400,
+            "INVALID_PARAMS",
+            "the pool or replica in the path is no id",
+            None,
+        ));
+    };
+    // The engine's part of the target is taken as it was sent, so that nothing in it is re-encoded.
+    let target = request.head.target().split_once("/engine").map_or("", |(_, rest)| rest);
+    if !target.starts_with('/') {
+        return Action::Respond(not_found("the engine's path is missing"));
+    }
+    let number = |name| request.head.fields.get(name).map(str::parse::<u64>).transpose();
+    let (Ok(generation), Ok(slots)) = (number(GENERATION_FIELD), number(SLOTS_FIELD)) else {
+        return Action::Respond(error(400, "INVALID_PARAMS", "an x-llorch field is no number", None));
+    };
+    Action::Relay {
+        key: ReplicaKey { pool, replica },
+        generation,
+        slots: slots.and_then(|n| u32::try_from(n).ok()).unwrap_or(1),
+        target: target.to_string(),
+    }
+}
+
+fn ready(core: &Core) -> Action {
+    match core.ready() {
+        Ok(()) => respond(200, &json!({"ready": true})),
+        Err(reason) => respond(503, &json!({"ready": false, "reason": reason})),
+    }
+}
+
+fn scrape(core: &Core, facts: &Facts<'_>) -> Response {
+    let counts = core.counts();
+    let mut scrape = Scrape::default();
+    let pools = core.pools();
+    let labels: Vec<String> =
+        pools.iter().map(|pool| format!("pool_id=\"{}\"", label_value(pool.pool_id.as_str()))).collect();
+    let by_pool = |value: fn(&crate::wire::pool::PoolStatus) -> f64| -> Vec<(&str, f64)> {
+        labels.iter().map(String::as_str).zip(pools.iter().map(value)).collect()
+    };
+    scrape.gauge(
+        "pool_managerd_pool_ready",
+        "Whether a pool takes work.",
+        &by_pool(|p| f64::from(u8::from(p.ready))),
+    );
+    scrape.gauge("pool_managerd_pool_slots", "Slots of a pool.", &by_pool(|p| f64::from(p.slots_total)));
+    scrape.gauge(
+        "pool_managerd_pool_slots_free",
+        "Free slots of a pool.",
+        &by_pool(|p| f64::from(p.slots_free)),
+    );
+    let replicas: usize = pools.iter().map(|pool| pool.replicas.len()).sum();
+    scrape.gauge("pool_managerd_replicas", "Replicas that are known.", &[("", replicas as f64)]);
+    scrape.gauge(
+        "pool_managerd_relayed_in_flight",
+        "Relayed requests that run.",
+        &[("", f64::from(core.in_flight()))],
+    );
+    let member = |plane: &super::membership::Plane| matches!(plane.state(), PlaneState::Registered { .. });
+    let members = core.planes().iter().filter(|plane| member(plane)).count();
+    scrape.gauge(
+        "pool_managerd_control_planes",
+        "Control planes that are configured.",
+        &[("", core.planes().len() as f64)],
+    );
+    scrape.gauge(
+        "pool_managerd_control_planes_registered",
+        "Control planes that know this node.",
+        &[("", members as f64)],
+    );
+    scrape.counter(
+        "pool_managerd_listings_total",
+        "Listings of the runtime directory.",
+        &[("", counts.listings)],
+    );
+    scrape.counter(
+        "pool_managerd_handoffs_refused_total",
+        "Handoff files that could not be used, once a change.",
+        &[("", counts.files_refused)],
+    );
+    scrape.counter("pool_managerd_probes_total", "Probes sent to engines.", &[("", counts.probes)]);
+    scrape.counter(
+        "pool_managerd_heartbeats_total",
+        "Heartbeats that a control plane confirmed.",
+        &[("", counts.heartbeats_ok)],
+    );
+    scrape.counter(
+        "pool_managerd_control_calls_failed_total",
+        "Calls to control planes that failed.",
+        &[("", counts.calls_failed)],
+    );
+    let served = counts.relayed.saturating_sub(counts.relayed_failed);
+    scrape.counter(
+        "pool_managerd_relayed_total",
+        "Requests for engines, by outcome.",
+        &[
+            ("outcome=\"answered\"", served),
+            ("outcome=\"failed\"", counts.relayed_failed),
+            ("outcome=\"refused\"", counts.relay_refused),
+        ],
+    );
+    if let Some(bytes) = facts.resident_bytes {
+        scrape.gauge("process_resident_memory_bytes", "Resident memory.", &[("", bytes as f64)]);
+    }
+    Response {
+        status: 200,
+        content_type: metrics::CONTENT_TYPE,
+        fields: Vec::new(),
+        body: scrape.finish().into_bytes(),
+    }
+}

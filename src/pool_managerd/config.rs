@@ -1,0 +1,351 @@
+//! The node agent's settings.
+
+use std::ffi::OsString;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use crate::replicas::AllowList;
+use crate::service::auth::{self, Tokens};
+use crate::service::machine;
+use crate::settings::{Alias, Exit, Setting, Settings, boolean, listen_address, number};
+use crate::wire::id::{NodeId, PoolId};
+use crate::wire::url::BaseUrl;
+
+/// Every setting, in the order of the help.
+pub static TABLE: &[Setting] = &[
+    Setting {
+        flag: "addr",
+        env: "POOL_MANAGERD_ADDR",
+        aliases: &[Alias::same("POOL_MANAGERD_BIND_ADDR")],
+        default: Some("127.0.0.1:9200"),
+        value: "IP:PORT",
+        help: "Where to listen",
+    },
+    Setting {
+        flag: "cloud-profile",
+        env: "POOL_MANAGERD_CLOUD_PROFILE",
+        aliases: &[],
+        default: Some("false"),
+        value: "BOOL",
+        help: "Register with control planes and send them heartbeats",
+    },
+    Setting {
+        flag: "node-id",
+        env: "POOL_MANAGERD_NODE_ID",
+        aliases: &[],
+        default: None,
+        value: "ID",
+        help: "Name of this node; the host name if absent",
+    },
+    Setting {
+        flag: "machine-id",
+        env: "POOL_MANAGERD_MACHINE_ID",
+        aliases: &[],
+        default: None,
+        value: "ID",
+        help: "Name of this machine; the node's if absent",
+    },
+    Setting {
+        flag: "address",
+        env: "POOL_MANAGERD_ADDRESS",
+        aliases: &[],
+        default: None,
+        value: "URL",
+        help: "Where control planes reach this agent; required with --cloud-profile unless --addr is a concrete address",
+    },
+    Setting {
+        flag: "orchestratord-url",
+        env: "ORCHESTRATORD_URL",
+        aliases: &[],
+        default: None,
+        value: "URLS",
+        help: "Control planes, separated by commas; the node registers with every one; required with --cloud-profile",
+    },
+    Setting {
+        flag: "register-on-startup",
+        env: "ORCHESTRATORD_REGISTER_ON_STARTUP",
+        aliases: &[],
+        default: Some("true"),
+        value: "BOOL",
+        help: "With --cloud-profile: register at once; false only watches and relays",
+    },
+    Setting {
+        flag: "pools",
+        env: "POOL_MANAGERD_POOLS",
+        aliases: &[],
+        default: Some("pool-0"),
+        value: "IDS",
+        help: "Pools of this node, separated by commas; handoffs may add others",
+    },
+    Setting {
+        flag: "heartbeat-interval-secs",
+        env: "POOL_MANAGERD_HEARTBEAT_INTERVAL_SECS",
+        aliases: &[Alias::same("ORCHESTRATORD_HEARTBEAT_INTERVAL_SECS")],
+        default: Some("10"),
+        value: "SECS",
+        help: "Between heartbeats, where the control plane does not say; 1 to 60",
+    },
+    Setting {
+        flag: "runtime-dir",
+        env: "POOL_MANAGERD_RUNTIME_DIR",
+        aliases: &[],
+        default: Some(".runtime/engines"),
+        value: "DIR",
+        help: "Where handoff files appear",
+    },
+    Setting {
+        flag: "watch-interval-ms",
+        env: "POOL_MANAGERD_WATCH_INTERVAL_MS",
+        aliases: &[],
+        default: Some("1000"),
+        value: "MS",
+        help: "Longest that a handoff goes unseen where the kernel reports no changes; 100 to 10000",
+    },
+    Setting {
+        flag: "state-dir",
+        env: "POOL_MANAGERD_STATE_DIR",
+        aliases: &[],
+        default: Some(".runtime/state"),
+        value: "DIR",
+        help: "Where the agent remembers its incarnation",
+    },
+    Setting {
+        flag: "allow-engine-hosts",
+        env: "POOL_MANAGERD_ALLOW_ENGINE_HOSTS",
+        aliases: &[],
+        default: None,
+        value: "HOSTS",
+        help: "Hosts or CIDRs, separated by commas, on which engines may be beside this machine",
+    },
+    Setting {
+        flag: "drain-timeout-ms",
+        env: "POOL_MANAGERD_DRAIN_TIMEOUT_MS",
+        aliases: &[],
+        default: Some("30000"),
+        value: "MS",
+        help: "How long running requests may take to finish at shutdown; 0 to 3600000",
+    },
+    auth::TOKEN_SETTING,
+    auth::TOKEN_FILE_SETTING,
+    Setting {
+        flag: "require-auth",
+        env: "POOL_MANAGERD_REQUIRE_AUTH",
+        aliases: &[],
+        default: Some("false"),
+        value: "BOOL",
+        help: "Refuse to start without a token",
+    },
+    Setting {
+        flag: "log-level",
+        env: "POOL_MANAGERD_LOG_LEVEL",
+        aliases: &[],
+        default: Some("info"),
+        value: "LEVEL",
+        help: "error, warn, info, debug or trace; RUST_LOG beats it",
+    },
+];
+
+/// The settings, checked.
+#[derive(Debug)]
+pub struct Config {
+    /// Where to listen.
+    pub addr: SocketAddr,
+    /// This node.
+    pub node_id: NodeId,
+    /// Membership; `None` in the HOME profile.
+    pub cloud: Option<Cloud>,
+    /// Pools that are announced in any case.
+    pub pools: Vec<PoolId>,
+    /// Where handoffs appear.
+    pub runtime_dir: PathBuf,
+    /// Listing interval without events.
+    pub watch_interval_ms: u64,
+    /// Where the incarnation is kept.
+    pub state_dir: PathBuf,
+    /// Hosts of engines beside this machine's own.
+    pub allow_engine_hosts: AllowList,
+    /// Limit of a graceful shutdown.
+    pub drain_timeout_ms: u64,
+    /// Accepted tokens.
+    pub tokens: Tokens,
+    /// Where they came from, if from a file.
+    pub token_file: Option<PathBuf>,
+    /// For the logger.
+    pub log_level: String,
+    /// Sentences for the log.
+    pub notes: Vec<String>,
+}
+
+/// Settings of the CLOUD profile.
+#[derive(Debug)]
+pub struct Cloud {
+    /// Where control planes reach this agent.
+    pub address: BaseUrl,
+    /// This machine.
+    pub machine_id: String,
+    /// Every control plane.
+    pub control_planes: Vec<BaseUrl>,
+    /// Between heartbeats.
+    pub heartbeat_interval_ms: u64,
+}
+
+impl Config {
+    /// Reads flags and environment.
+    ///
+    /// # Errors
+    /// [`Exit`], see [`crate::settings`].
+    pub fn read(
+        args: impl IntoIterator<Item = OsString>,
+        env: impl Fn(&str) -> Option<OsString>,
+    ) -> Result<Config, Exit> {
+        let about = "Watches the engines of one machine and reports them to control planes";
+        let settings = Settings::read("pool-managerd", about, TABLE, None, args, env)?;
+        let addr = settings.need("addr", listen_address)?;
+        let node_id = settings
+            .get("node-id", |text| NodeId::new(text).map_err(|error| error.to_string()))?
+            .map_or_else(default_node_id, Ok)?;
+        let cloud = if settings.need("cloud-profile", boolean)? {
+            Some(cloud(&settings, addr, &node_id)?)
+        } else {
+            None
+        };
+        let register = settings.need("register-on-startup", boolean)?;
+        let token_file = settings.get("api-token-file", |text| Ok(PathBuf::from(text)))?;
+        let mut notes = settings.notes.clone();
+        let tokens = auth::from_settings(&settings, token_file.as_deref())?;
+        auth::check_exposure(
+            addr,
+            &tokens,
+            settings.need("require-auth", boolean)?,
+            "POOL_MANAGERD",
+            &mut notes,
+        )?;
+        Ok(Config {
+            addr,
+            node_id,
+            cloud: cloud.filter(|_| register),
+            pools: settings.need("pools", pools)?,
+            runtime_dir: settings.need("runtime-dir", |text| Ok(PathBuf::from(text)))?,
+            watch_interval_ms: settings.need("watch-interval-ms", number(100, 10_000))?,
+            state_dir: settings.need("state-dir", |text| Ok(PathBuf::from(text)))?,
+            allow_engine_hosts: settings.get("allow-engine-hosts", AllowList::parse)?.unwrap_or_default(),
+            drain_timeout_ms: settings.need("drain-timeout-ms", number(0, 3_600_000))?,
+            tokens,
+            token_file,
+            log_level: settings.need("log-level", |text| Ok(text.to_string()))?,
+            notes,
+        })
+    }
+}
+
+fn default_node_id() -> Result<NodeId, Exit> {
+    let name = machine::host_name();
+    NodeId::new(&name).map_err(|error| {
+        Exit::config(format!(
+            "the host name cannot serve as the node's name: {error}; set POOL_MANAGERD_NODE_ID"
+        ))
+    })
+}
+
+fn cloud(settings: &Settings, addr: SocketAddr, node_id: &NodeId) -> Result<Cloud, Exit> {
+    let address = match settings.get("address", plain_url)? {
+        Some(address) => address,
+        None if !addr.ip().is_unspecified() => plain_url(&addr.to_string()).map_err(Exit::config)?,
+        None => {
+            return Err(Exit::config(
+                "POOL_MANAGERD_ADDRESS is missing: with POOL_MANAGERD_CLOUD_PROFILE=true it must say where control planes reach this node, such as http://192.168.1.100:9200",
+            ));
+        }
+    };
+    let control_planes = settings
+        .get("orchestratord-url", |text| text.split(',').map(|url| plain_url(url.trim())).collect())?
+        .ok_or_else(|| {
+            Exit::config(
+                "ORCHESTRATORD_URL is missing: with POOL_MANAGERD_CLOUD_PROFILE=true it must name the control planes, such as http://192.168.1.1:8080",
+            )
+        })?;
+    let machine_id = settings.get("machine-id", |text| Ok(text.to_string()))?;
+    Ok(Cloud {
+        address,
+        machine_id: machine_id.unwrap_or_else(|| node_id.to_string()),
+        control_planes,
+        heartbeat_interval_ms: settings.need("heartbeat-interval-secs", number(1, 60))? * 1000,
+    })
+}
+
+fn plain_url(text: &str) -> Result<BaseUrl, String> {
+    let url = BaseUrl::lenient(text).map_err(|error| error.to_string())?;
+    if url.https() {
+        Err("https is not supported by this version; allowed is http://HOST:PORT".into())
+    } else {
+        Ok(url)
+    }
+}
+
+fn pools(text: &str) -> Result<Vec<PoolId>, String> {
+    let ids = text.split(',').map(str::trim).filter(|id| !id.is_empty());
+    ids.map(|id| PoolId::new(id).map_err(|error| error.to_string())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+
+    fn read(env: &[(&str, &str)]) -> Result<Config, Exit> {
+        let env: BTreeMap<String, OsString> = env.iter().map(|(k, v)| (k.to_string(), v.into())).collect();
+        Config::read([], |name| env.get(name).cloned())
+    }
+
+    #[test]
+    fn home_needs_nothing() {
+        let config = read(&[]).expect("defaults are enough");
+        assert_eq!(config.addr.to_string(), "127.0.0.1:9200");
+        assert!(config.cloud.is_none() && config.tokens.is_empty());
+        assert_eq!((config.pools[0].as_str(), config.watch_interval_ms), ("pool-0", 1000));
+    }
+
+    #[test]
+    fn cloud_needs_to_know_where_everybody_is() {
+        let cloud = ("POOL_MANAGERD_CLOUD_PROFILE", "true");
+        let wildcard = ("POOL_MANAGERD_ADDR", "0.0.0.0:9200");
+        let missing = read(&[cloud, wildcard, ("ORCHESTRATORD_URL", "http://c:1")]).expect_err("no address");
+        assert!(missing.message.starts_with("POOL_MANAGERD_ADDRESS is missing"), "{missing}");
+        let missing = read(&[cloud, ("POOL_MANAGERD_ADDRESS", "http://n:1")]).expect_err("no control plane");
+        assert!(
+            missing.message.starts_with("ORCHESTRATORD_URL is missing") && missing.code == 78,
+            "{missing}"
+        );
+        let config = read(&[cloud, ("ORCHESTRATORD_URL", "http://a:1, b:2"), ("POOL_MANAGERD_NODE_ID", "n")])
+            .expect("a concrete bind address serves as the address");
+        let cloud = config.cloud.expect("the CLOUD profile");
+        assert_eq!(
+            (cloud.control_planes.len(), cloud.address.port(), cloud.machine_id.as_str()),
+            (2, 9200, "n")
+        );
+    }
+
+    #[test]
+    fn bad_values_name_themselves() {
+        for (name, value, part) in [
+            ("POOL_MANAGERD_ADDR", "nowhere", "allowed is an address"),
+            ("POOL_MANAGERD_WATCH_INTERVAL_MS", "5", "from 100 to 10000"),
+            ("POOL_MANAGERD_HEARTBEAT_INTERVAL_SECS", "0", "from 1 to 60"),
+            ("POOL_MANAGERD_CLOUD_PROFILE", "maybe", "true and false"),
+            ("POOL_MANAGERD_NODE_ID", "a b", "is not an id"),
+            ("POOL_MANAGERD_POOLS", "a,b/c", "is not an id"),
+        ] {
+            let cloud = [("POOL_MANAGERD_CLOUD_PROFILE", "true"), ("ORCHESTRATORD_URL", "http://c:1")];
+            let exit = read(&[&cloud[..], &[(name, value)]].concat()).expect_err(value);
+            assert!(exit.code == 78 && exit.message.contains(part), "{exit}");
+            assert!(exit.message.contains(name) && exit.message.contains(value), "{exit}");
+        }
+    }
+
+    #[test]
+    fn a_required_token_must_be_there_and_a_wildcard_without_one_is_a_warning() {
+        assert_eq!(read(&[("POOL_MANAGERD_REQUIRE_AUTH", "true")]).expect_err("no token").code, 78);
+        let open = read(&[("POOL_MANAGERD_ADDR", "0.0.0.0:9200")]).expect("allowed");
+        assert!(open.notes.iter().any(|note| note.starts_with("NO TOKEN IS SET")), "{:?}", open.notes);
+    }
+}

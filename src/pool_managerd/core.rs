@@ -1,0 +1,511 @@
+//! The node agent's decisions. Pure: inputs and the time in, effects out.
+//!
+//! ```text
+//!   Listing, Probed ──▶ replicas ──revision──▶ planes ──▶ Effect::Call (register, heartbeat)
+//!   Relay asks a slot ─▶ replicas                 ▲
+//!   Shutdown ──▶ drain ──▶ leave ──▶ Effect::Exit │ Told
+//! ```
+//!
+//! Every change of a replica that a control plane must know raises the registry's revision; every
+//! plane is shown the revision after every input, and sends what is new at once.
+
+use crate::replicas::{
+    Change, EnginePolicy, Fault, ListedFile, ProbeId, ProbeOrder, ProbeOutcome, Refused, Registry,
+    ReplicaLease,
+};
+use crate::service::events::{Events, Happening};
+use crate::time::{Mono, Now, earliest};
+use crate::wire::id::{NodeId, PoolId, ReplicaKey};
+use crate::wire::node::{Capabilities, Heartbeat, PoolBeat, RegisterRequest};
+use crate::wire::pool::PoolStatus;
+use crate::wire::url::BaseUrl;
+
+use super::membership::{Answer, Call, Note, Order, Plane, PlaneState};
+
+/// What the agent is told at start.
+#[derive(Debug)]
+pub struct Identity {
+    /// This node.
+    pub node_id: NodeId,
+    /// This machine.
+    pub machine_id: String,
+    /// Where control planes reach this agent; `None` in the HOME profile.
+    pub address: Option<BaseUrl>,
+    /// Pools that are announced in any case.
+    pub pools: Vec<PoolId>,
+    /// What the machine has.
+    pub capabilities: Capabilities,
+    /// Grows with every start.
+    pub incarnation: u64,
+    /// The kernel's boot id.
+    pub boot_id: Option<String>,
+}
+
+/// What happened.
+#[derive(Debug)]
+pub enum Input {
+    /// The runtime directory's full listing.
+    Listing(Vec<ListedFile>),
+    /// The runtime directory cannot be watched or listed (a reason), or can again.
+    WatchTrouble(Option<String>),
+    /// A probe ended.
+    Probed(ProbeId, ProbeOutcome),
+    /// A control plane answered a call.
+    Told {
+        /// Which one, by its place in the configuration.
+        plane: usize,
+        /// The call.
+        call: Call,
+        /// The answer.
+        answer: Answer,
+    },
+    /// A relayed request ended.
+    Relayed {
+        /// Its slots.
+        lease: ReplicaLease,
+        /// Whether the engine answered; the fault and its reason if it did not.
+        fault: Option<(Fault, String)>,
+    },
+    /// No new work for a pool.
+    Drain(PoolId),
+    /// Work again for a pool.
+    Resume(PoolId),
+    /// End gracefully.
+    Shutdown,
+    /// The deadline has passed.
+    Tick,
+}
+
+/// What to do about it.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Send a probe.
+    Probe(ProbeOrder),
+    /// Call a control plane.
+    Call {
+        /// Which one.
+        plane: usize,
+        /// The call and its limit.
+        order: Order,
+        /// Its body.
+        body: CallBody,
+    },
+    /// Tell the log.
+    Log(Happening),
+    /// Everything has been finished or given up: end the process.
+    Exit,
+}
+
+/// The body of a call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CallBody {
+    /// `POST /v2/nodes/register`
+    Register(Box<RegisterRequest>),
+    /// `POST /v2/nodes/{id}/heartbeat`
+    Heartbeat(Box<Heartbeat>),
+    /// `DELETE /v2/nodes/{id}?incarnation=N`
+    Deregister {
+        /// So that a late deregistration cannot remove a successor.
+        incarnation: u64,
+    },
+}
+
+/// The node agent's state.
+#[derive(Debug)]
+pub struct Core {
+    identity: Identity,
+    replicas: Registry,
+    planes: Vec<Plane>,
+    events: Events,
+    listed: bool,
+    watch_trouble: Option<String>,
+    drain_timeout_ms: u64,
+    shutdown: Shutdown,
+    random: fastrand::Rng,
+    counts: Counts,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Shutdown {
+    No,
+    /// Running requests may finish until then.
+    Draining {
+        until: Mono,
+    },
+    Leaving,
+    Done,
+}
+
+/// Counters for the metrics.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Counts {
+    /// Listings taken.
+    pub listings: u64,
+    /// Files that could not be used, once per change.
+    pub files_refused: u64,
+    /// Probes sent.
+    pub probes: u64,
+    /// Heartbeats confirmed.
+    pub heartbeats_ok: u64,
+    /// Calls to control planes that failed.
+    pub calls_failed: u64,
+    /// Relayed requests.
+    pub relayed: u64,
+    /// Relayed requests whose engine failed.
+    pub relayed_failed: u64,
+    /// Requests that got no slot.
+    pub relay_refused: u64,
+}
+
+impl Core {
+    /// A core that knows no replica. `seed` decides the jitter.
+    #[must_use]
+    pub fn new(
+        identity: Identity,
+        policy: EnginePolicy,
+        control_planes: &[BaseUrl],
+        heartbeat_interval_ms: u64,
+        drain_timeout_ms: u64,
+        seed: u64,
+        now: Now,
+    ) -> Core {
+        let planes = control_planes.iter().map(|url| Plane::new(url.clone(), heartbeat_interval_ms, now));
+        Core {
+            replicas: Registry::new(policy, now.wall.unix_ms()),
+            planes: planes.collect(),
+            identity,
+            events: Events::default(),
+            listed: false,
+            watch_trouble: None,
+            drain_timeout_ms,
+            shutdown: Shutdown::No,
+            random: fastrand::Rng::with_seed(seed),
+            counts: Counts::default(),
+        }
+    }
+
+    /// Takes one input and appends what it leads to.
+    pub fn handle(&mut self, input: Input, now: Now, effects: &mut Vec<Effect>) {
+        let mut changes = Vec::new();
+        match input {
+            Input::Listing(files) => {
+                self.listed = true;
+                self.counts.listings += 1;
+                self.replicas.listing(&files, now, &mut changes);
+            }
+            Input::WatchTrouble(trouble) => self.note_watch(trouble, now, effects),
+            Input::Probed(id, outcome) => self.replicas.probed(&id, outcome, now, &mut changes),
+            Input::Told { plane, call, answer } => self.told(plane, call, answer, now, effects),
+            Input::Relayed { lease, fault } => self.relayed(lease, fault, now, &mut changes),
+            Input::Drain(pool) => {
+                self.replicas.drain_pool(&pool, now, &mut changes);
+            }
+            Input::Resume(pool) => {
+                self.replicas.resume_pool(&pool, now, &mut changes);
+            }
+            Input::Shutdown => self.begin_shutdown(now, &mut changes),
+            Input::Tick => {}
+        }
+        for change in changes {
+            self.announce(&change, now, effects);
+        }
+        self.proceed(now, effects);
+    }
+
+    /// When [`Input::Tick`] is wanted next.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Mono> {
+        let planes = self.planes.iter().fold(None, |at, plane| earliest(at, plane.deadline()));
+        let drained = match self.shutdown {
+            Shutdown::Draining { until } => Some(until),
+            _ => None,
+        };
+        earliest(earliest(planes, drained), self.replicas.deadline())
+    }
+
+    /// Takes slots of a replica for a request to be relayed.
+    ///
+    /// # Errors
+    /// [`Refused`].
+    pub fn acquire(
+        &mut self,
+        key: &ReplicaKey,
+        generation: Option<u64>,
+        slots: u32,
+    ) -> Result<(ReplicaLease, BaseUrl, Option<String>), Refused> {
+        let taken = self.replicas.acquire(key, generation, slots);
+        self.counts.relay_refused += u64::from(taken.is_err());
+        let lease = taken?;
+        match self.replicas.handoff(key) {
+            Some(handoff) => Ok((lease, handoff.url.clone(), handoff.auth_file.clone())),
+            None => {
+                self.replicas.release(lease, &mut Vec::new());
+                Err(Refused::Unknown)
+            }
+        }
+    }
+
+    /// The node's name.
+    #[must_use]
+    pub fn node_id(&self) -> &NodeId {
+        &self.identity.node_id
+    }
+
+    /// A pool; a configured one without replicas is known and not ready.
+    #[must_use]
+    pub fn pool_status(&self, pool: &PoolId) -> Option<PoolStatus> {
+        let configured = || self.identity.pools.contains(pool).then(|| empty_pool(pool));
+        self.replicas.pool_status(pool).or_else(configured)
+    }
+
+    /// Every pool, configured ones without replicas included.
+    #[must_use]
+    pub fn pools(&self) -> Vec<PoolStatus> {
+        let mut pools = self.replicas.pools();
+        for pool in &self.identity.pools {
+            if !pools.iter().any(|known| known.pool_id == *pool) {
+                pools.push(empty_pool(pool));
+            }
+        }
+        pools.sort_by(|a, b| a.pool_id.cmp(&b.pool_id));
+        pools
+    }
+
+    /// The replicas of this machine.
+    #[must_use]
+    pub fn replicas(&self) -> &Registry {
+        &self.replicas
+    }
+
+    /// Membership of every control plane.
+    #[must_use]
+    pub fn planes(&self) -> &[Plane] {
+        &self.planes
+    }
+
+    /// The last state changes.
+    #[must_use]
+    pub fn events(&self) -> &Events {
+        &self.events
+    }
+
+    /// Counters for the metrics.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        self.counts
+    }
+
+    /// Relayed requests that run.
+    #[must_use]
+    pub fn in_flight(&self) -> u32 {
+        self.replicas.in_flight()
+    }
+
+    /// Whether the agent does its job: `Err` says why not.
+    ///
+    /// # Errors
+    /// The first reason.
+    pub fn ready(&self) -> Result<(), String> {
+        if self.shutdown != Shutdown::No {
+            return Err("shutting down".into());
+        }
+        if let Some(trouble) = &self.watch_trouble {
+            return Err(trouble.clone());
+        }
+        if !self.listed {
+            return Err("the runtime directory has not been listed yet".into());
+        }
+        let member = |plane: &Plane| matches!(plane.state(), PlaneState::Registered { .. });
+        if !self.planes.is_empty() && !self.planes.iter().any(member) {
+            return Err(format!("registered with no control plane: {}", self.planes[0].reason()));
+        }
+        Ok(())
+    }
+
+    /// Panics where the state contradicts itself. For tests and simulations.
+    pub fn check_invariants(&self) {
+        self.replicas.check_invariants();
+    }
+
+    fn told(&mut self, plane: usize, call: Call, answer: Answer, now: Now, effects: &mut Vec<Effect>) {
+        let Some(plane) = self.planes.get_mut(plane) else { return };
+        match (&call, &answer) {
+            (Call::Heartbeat { .. }, Answer::Ok { .. }) => self.counts.heartbeats_ok += 1,
+            (_, Answer::Ok { .. }) => {}
+            _ => self.counts.calls_failed += 1,
+        }
+        let mut notes: Vec<Note> = Vec::new();
+        let random = &mut self.random;
+        plane.answered(call, answer, now, &mut |n| random.u64(0..n.max(1)), &mut notes);
+        let (subject, state) = (plane.url().to_string(), plane.state().as_str());
+        for note in notes {
+            let happening = Happening {
+                kind: "membership",
+                subject: subject.clone(),
+                state,
+                text: note.text,
+                is_warning: note.is_warning,
+            };
+            self.happened(happening, now, effects);
+        }
+    }
+
+    fn relayed(
+        &mut self,
+        lease: ReplicaLease,
+        fault: Option<(Fault, String)>,
+        now: Now,
+        changes: &mut Vec<Change>,
+    ) {
+        self.counts.relayed += 1;
+        match fault {
+            None => self.replicas.data_path_worked(&lease.key, lease.serial, now),
+            Some((fault, reason)) => {
+                self.counts.relayed_failed += 1;
+                self.replicas.data_path_failed(&lease.key, lease.serial, fault, &reason, now, changes);
+            }
+        }
+        self.replicas.release(lease, changes);
+    }
+
+    fn begin_shutdown(&mut self, now: Now, changes: &mut Vec<Change>) {
+        if self.shutdown == Shutdown::No {
+            self.shutdown = Shutdown::Draining { until: now.mono.plus_ms(self.drain_timeout_ms) };
+            self.replicas.drain_all(now, changes);
+        }
+    }
+
+    fn note_watch(&mut self, trouble: Option<String>, now: Now, effects: &mut Vec<Effect>) {
+        self.watch_trouble.clone_from(&trouble);
+        let (text, is_warning) = match trouble {
+            Some(trouble) => (trouble, true),
+            None => ("the runtime directory is watched again".into(), false),
+        };
+        self.happened(
+            Happening { kind: "daemon", subject: "watch".into(), state: "", text, is_warning },
+            now,
+            effects,
+        );
+    }
+
+    fn announce(&mut self, change: &Change, now: Now, effects: &mut Vec<Effect>) {
+        self.counts.files_refused += u64::from(matches!(change, Change::FileRefused { .. }));
+        self.happened(change.happening(), now, effects);
+    }
+
+    fn happened(&mut self, happening: Happening, now: Now, effects: &mut Vec<Effect>) {
+        self.events.push(&happening, now.wall);
+        effects.push(Effect::Log(happening));
+    }
+
+    /// What follows from the state, whatever the input was: probes, calls, the steps of a shutdown.
+    fn proceed(&mut self, now: Now, effects: &mut Vec<Effect>) {
+        let mut orders = Vec::new();
+        if self.shutdown == Shutdown::No {
+            self.replicas.due_probes(now, &mut orders);
+            self.counts.probes += orders.len() as u64;
+            effects.extend(orders.into_iter().map(Effect::Probe));
+        }
+        if let Shutdown::Draining { until } = self.shutdown
+            && (self.replicas.in_flight() == 0 && self.drain_is_told() || now.mono >= until)
+        {
+            self.shutdown = Shutdown::Leaving;
+            self.planes.iter_mut().for_each(|plane| plane.shutdown(now));
+        }
+        let revision = self.replicas.revision() + u64::from(self.shutdown != Shutdown::No);
+        for index in 0..self.planes.len() {
+            self.planes[index].on_change(revision, now);
+            if let Some(order) = self.planes[index].poll(now) {
+                let body = self.body(order.call, now);
+                effects.push(Effect::Call { plane: index, order, body });
+            }
+        }
+        let left = |plane: &Plane| *plane.state() == PlaneState::Left;
+        if self.shutdown == Shutdown::Leaving && self.planes.iter().all(left) {
+            self.shutdown = Shutdown::Done;
+            effects.push(Effect::Exit);
+        }
+    }
+
+    /// Whether every control plane that counts on this node knows that it takes no new work.
+    fn drain_is_told(&self) -> bool {
+        let revision = self.replicas.revision() + 1;
+        self.planes.iter().all(|plane| {
+            !matches!(plane.state(), PlaneState::Registered { failures: 0, .. })
+                || plane.told() == Some(revision)
+        })
+    }
+
+    fn body(&self, call: Call, now: Now) -> CallBody {
+        let identity = &self.identity;
+        match (call, &identity.address) {
+            (Call::Register, Some(address)) => CallBody::Register(Box::new(RegisterRequest {
+                node_id: identity.node_id.clone(),
+                machine_id: Some(identity.machine_id.clone()),
+                address: address.clone(),
+                pools: self.pool_beats().into_iter().map(|pool| pool.pool_id).collect(),
+                capabilities: identity.capabilities.clone(),
+                version: Some(env!("CARGO_PKG_VERSION").to_string()),
+                incarnation: Some(identity.incarnation),
+                boot_id: identity.boot_id.clone(),
+            })),
+            (Call::Heartbeat { seq }, _) => CallBody::Heartbeat(Box::new(Heartbeat {
+                timestamp: Some(now.wall.rfc3339()),
+                pools: self.pool_beats(),
+                incarnation: Some(identity.incarnation),
+                seq: Some(seq),
+                draining: self.shutdown != Shutdown::No,
+            })),
+            (Call::Deregister | Call::Register, _) => {
+                CallBody::Deregister { incarnation: identity.incarnation }
+            }
+        }
+    }
+
+    fn pool_beats(&self) -> Vec<PoolBeat> {
+        let mut beats = self.replicas.pool_beats();
+        for pool in &self.identity.pools {
+            if !beats.iter().any(|beat| beat.pool_id == *pool) {
+                beats.push(empty_beat(pool));
+            }
+        }
+        beats
+    }
+}
+
+fn empty_beat(pool: &PoolId) -> PoolBeat {
+    PoolBeat {
+        pool_id: pool.clone(),
+        ready: false,
+        draining: false,
+        slots_free: 0,
+        slots_total: Some(0),
+        vram_free_bytes: 0,
+        engine: None,
+        engine_version: None,
+        models_available: Vec::new(),
+        replicas: Some(Vec::new()),
+    }
+}
+
+fn empty_pool(pool: &PoolId) -> PoolStatus {
+    PoolStatus {
+        pool_id: pool.clone(),
+        live: false,
+        ready: false,
+        draining: false,
+        active_leases: 0,
+        engine_version: None,
+        engine: None,
+        slots_total: 0,
+        slots_free: 0,
+        device_mask: None,
+        vram_total_bytes: 0,
+        vram_free_bytes: 0,
+        models_available: Vec::new(),
+        last_error: Some("no handoff names this pool yet".into()),
+        url: None,
+        replica_id: None,
+        replicas: Vec::new(),
+    }
+}

@@ -1,0 +1,792 @@
+//! How a node stays a member of one control plane: register, heartbeat, deregister.
+//!
+//! ```text
+//!                  ok                    404: it forgot us
+//!   Unregistered ------> Registered ---------------------------> Unregistered
+//!        |   ^               |  heartbeats, whatever fails
+//!    409 v   | later         | shutdown
+//!     SteppedBack         Leaving -----> Left
+//! ```
+//!
+//! A node has one [`Plane`] per control plane, and none knows of the others. A plane decides *when*
+//! which call is made; the daemon builds the body, sends it on a helper thread and hands the answer
+//! back. One call is under way at a time, so heartbeats never overtake each other. What changed is
+//! told at once; what changes during a call goes into the next one. Failures only ever lengthen the
+//! pauses: a node whose control plane is away goes on serving and goes on asking.
+
+use std::fmt;
+
+use crate::time::{Mono, Now, Wall};
+use crate::wire::url::BaseUrl;
+
+/// Shortest interval of heartbeats that a control plane may ask for, in milliseconds.
+pub const INTERVAL_MS_MIN: u64 = 1_000;
+/// Longest interval of heartbeats that a control plane may ask for, in milliseconds: beyond it a dead
+/// node would be noticed too late by anyone.
+pub const INTERVAL_MS_MAX: u64 = 60_000;
+/// Jitter of the interval in percent, either way: nodes that started together drift apart.
+pub const JITTER_PERCENT: u64 = 20;
+/// First pause after a failure, in milliseconds.
+pub const BACKOFF_MS_MIN: u64 = 500;
+/// Longest pause after failures, in milliseconds.
+pub const BACKOFF_MS_MAX: u64 = 30_000;
+/// Spread of the registrations after a control plane forgot its nodes, in milliseconds.
+pub const REREGISTER_SPREAD_MS: u64 = 250;
+/// First pause after another node was found to own our name, in milliseconds: about the time after
+/// which its registration would lapse if it were dead.
+pub const CONFLICT_PAUSE_MS_MIN: u64 = 30_000;
+/// Longest pause after repeated conflicts, in milliseconds.
+pub const CONFLICT_PAUSE_MS_MAX: u64 = 300_000;
+/// Shortest pause between two heartbeats, in milliseconds: a burst of changes becomes one.
+pub const CHANGE_GAP_MS: u64 = 1;
+/// How long the deregistration may take, in milliseconds: nobody waits for it longer at shutdown.
+pub const DEREGISTER_TIMEOUT_MS: u64 = 2_000;
+/// Heartbeats that fail in a row before that is worth a sentence in the log.
+pub const FAILURES_NOTED: u32 = 3;
+
+/// A call to the control plane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Call {
+    /// `POST /v2/nodes/register`
+    Register,
+    /// `POST /v2/nodes/{id}/heartbeat`
+    Heartbeat {
+        /// Grows by one with every heartbeat to this control plane.
+        seq: u64,
+    },
+    /// `DELETE /v2/nodes/{id}`
+    Deregister,
+}
+
+/// A call to make now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Order {
+    /// Which call.
+    pub call: Call,
+    /// How long it may take in all, in milliseconds.
+    pub timeout_ms: u64,
+}
+
+/// How a call ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Any 2xx.
+    Ok {
+        /// When the control plane wants the next heartbeat at the latest.
+        next_heartbeat_ms: Option<u64>,
+        /// How long the registration lasts without one.
+        ttl_ms: Option<u64>,
+        /// Which start of the control plane answered.
+        registry_epoch: Option<u64>,
+    },
+    /// 404: it does not know this node.
+    UnknownNode,
+    /// 409, and what it said.
+    Conflict(String),
+    /// 503 because it runs without node agents.
+    CloudDisabled,
+    /// 401 or 403.
+    Unauthorized,
+    /// No answer, or any other.
+    Failed(String),
+}
+
+/// Where a node stands with a control plane.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PlaneState {
+    /// Not registered, and trying.
+    Unregistered,
+    /// The registration is under way.
+    Registering,
+    /// A member.
+    Registered {
+        /// When the control plane last confirmed it.
+        confirmed: Wall,
+        /// Heartbeats that failed since.
+        failures: u32,
+        /// Interval of heartbeats in use, in milliseconds.
+        interval_ms: u64,
+        /// Which start of the control plane registered the node, where it says so.
+        registry_epoch: Option<u64>,
+    },
+    /// Another node owns the name: waiting before asking again.
+    SteppedBack,
+    /// Saying goodbye.
+    Leaving,
+    /// Done.
+    Left,
+}
+
+impl PlaneState {
+    /// The state as the API spells it.
+    #[must_use]
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            PlaneState::Unregistered => "unregistered",
+            PlaneState::Registering => "registering",
+            PlaneState::Registered { .. } => "registered",
+            PlaneState::SteppedBack => "stepped-back",
+            PlaneState::Leaving => "leaving",
+            PlaneState::Left => "left",
+        }
+    }
+}
+
+/// A sentence for the log; each is returned once a transition.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Note {
+    /// Whether an operator should look at it.
+    pub is_warning: bool,
+    /// The sentence.
+    pub text: String,
+}
+
+impl fmt::Display for Note {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+/// Membership of one control plane. See the file's text.
+#[derive(Debug)]
+pub struct Plane {
+    url: BaseUrl,
+    state: PlaneState,
+    reason: String,
+    since: Wall,
+    own_interval_ms: u64,
+    ttl_ms: Option<u64>,
+    interval_ms: u64,
+    under_way: Option<UnderWay>,
+    /// When the next call is due, unless one is under way.
+    due_at: Mono,
+    /// When leaving is over, whatever is under way.
+    left_by: Option<Mono>,
+    /// The newest revision of what heartbeats tell, and the last one that was confirmed.
+    revision: u64,
+    told: Option<u64>,
+    seq: u64,
+    /// Failed calls in a row; a registration that no heartbeat confirmed does not end the row.
+    failures: u32,
+    conflicts: u32,
+    ever_registered: bool,
+    beaten_since_registered: bool,
+    /// The trouble that the log knows of.
+    noted: Option<Trouble>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct UnderWay {
+    call: Call,
+    sent_at: Mono,
+    revision: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Trouble {
+    Failing,
+    Unauthorized,
+    CloudDisabled,
+    Unknown,
+    Conflict,
+}
+
+impl Plane {
+    /// A control plane that is to be joined at once. `interval_ms`: between heartbeats, where the
+    /// control plane does not say.
+    #[must_use]
+    pub fn new(url: BaseUrl, interval_ms: u64, now: Now) -> Plane {
+        let interval_ms = interval_ms.clamp(INTERVAL_MS_MIN, INTERVAL_MS_MAX);
+        Plane {
+            url,
+            state: PlaneState::Unregistered,
+            reason: "not asked yet".into(),
+            since: now.wall,
+            own_interval_ms: interval_ms,
+            ttl_ms: None,
+            interval_ms,
+            under_way: None,
+            due_at: now.mono,
+            left_by: None,
+            revision: 0,
+            told: None,
+            seq: 0,
+            failures: 0,
+            conflicts: 0,
+            ever_registered: false,
+            beaten_since_registered: false,
+            noted: None,
+        }
+    }
+
+    /// The control plane.
+    #[must_use]
+    pub fn url(&self) -> &BaseUrl {
+        &self.url
+    }
+
+    /// Where the node stands with it.
+    #[must_use]
+    pub fn state(&self) -> &PlaneState {
+        &self.state
+    }
+
+    /// Why, for people.
+    #[must_use]
+    pub fn reason(&self) -> &str {
+        &self.reason
+    }
+
+    /// Since when.
+    #[must_use]
+    pub fn since(&self) -> Wall {
+        self.since
+    }
+
+    /// The newest revision that the control plane has confirmed.
+    #[must_use]
+    pub fn told(&self) -> Option<u64> {
+        self.told
+    }
+
+    /// What heartbeats tell is now at `revision`: told at once if that is news.
+    pub fn on_change(&mut self, revision: u64, now: Now) {
+        if revision == self.revision {
+            return;
+        }
+        self.revision = revision;
+        if self.under_way.is_none() {
+            self.hurry(now.mono, now.mono);
+        }
+    }
+
+    /// The call that is due, if one is. Its answer must be handed to [`Plane::answered`].
+    pub fn poll(&mut self, now: Now) -> Option<Order> {
+        if self.left_by.is_some_and(|at| at <= now.mono) {
+            self.leave(now, "gave up waiting for an answer");
+            return None;
+        }
+        if self.under_way.is_some() || self.due_at > now.mono {
+            return None;
+        }
+        let mut timeout_ms = self.interval_ms / 2;
+        let call = match self.state {
+            PlaneState::Unregistered | PlaneState::SteppedBack => {
+                self.enter(PlaneState::Registering, now);
+                Call::Register
+            }
+            PlaneState::Registered { .. } => {
+                self.seq += 1;
+                Call::Heartbeat { seq: self.seq }
+            }
+            PlaneState::Leaving => {
+                timeout_ms = DEREGISTER_TIMEOUT_MS;
+                Call::Deregister
+            }
+            PlaneState::Registering | PlaneState::Left => return None,
+        };
+        self.under_way = Some(UnderWay { call, sent_at: now.mono, revision: self.revision });
+        Some(Order { call, timeout_ms })
+    }
+
+    /// Takes the answer to the call under way; any other is ignored. `jitter(n)` returns a random
+    /// number below `n`, which is at least 1.
+    pub fn answered(
+        &mut self,
+        call: Call,
+        answer: Answer,
+        now: Now,
+        jitter: &mut impl FnMut(u64) -> u64,
+        notes: &mut Vec<Note>,
+    ) {
+        let Some(sent) = self.under_way.take_if(|sent| sent.call == call) else { return };
+        match call {
+            Call::Register => self.registered(answer, now, jitter, notes),
+            Call::Heartbeat { .. } => self.beaten(sent, answer, now, jitter, notes),
+            Call::Deregister => {
+                let reason = match answer {
+                    Answer::Ok { .. } | Answer::UnknownNode => "deregistered".to_string(),
+                    other => format!("the deregistration failed: {}", explain(&other)),
+                };
+                self.leave(now, &reason);
+            }
+        }
+    }
+
+    /// When [`Plane::poll`] has something to do.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Mono> {
+        match self.state {
+            PlaneState::Left => None,
+            _ if self.under_way.is_some() => self.left_by,
+            _ => Some(self.left_by.map_or(self.due_at, |at| at.min(self.due_at))),
+        }
+    }
+
+    /// Begins to leave: one deregistration, if a registration ever succeeded. Ends in
+    /// [`PlaneState::Left`] within twice [`DEREGISTER_TIMEOUT_MS`].
+    pub fn shutdown(&mut self, now: Now) {
+        if matches!(self.state, PlaneState::Leaving | PlaneState::Left) {
+            return;
+        }
+        // A registration under way may succeed yet: its answer decides. One that stepped back has
+        // nothing to withdraw: the name belongs to another node.
+        let may_be_known = self.ever_registered && self.state != PlaneState::SteppedBack;
+        if !may_be_known && self.under_way.is_none() {
+            self.leave(now, "was not registered");
+            return;
+        }
+        self.reason = "shutting down".into();
+        self.enter(PlaneState::Leaving, now);
+        self.due_at = now.mono;
+        self.left_by = Some(now.mono.plus_ms(2 * DEREGISTER_TIMEOUT_MS));
+    }
+
+    fn registered(
+        &mut self,
+        answer: Answer,
+        now: Now,
+        jitter: &mut impl FnMut(u64) -> u64,
+        notes: &mut Vec<Note>,
+    ) {
+        if self.state == PlaneState::Leaving {
+            if matches!(answer, Answer::Ok { .. }) || self.ever_registered {
+                self.due_at = now.mono;
+            } else {
+                self.leave(now, "was not registered");
+            }
+            return;
+        }
+        let Answer::Ok { next_heartbeat_ms, ttl_ms, registry_epoch } = answer else {
+            return self.failed(answer, now, jitter, notes);
+        };
+        let url = &self.url;
+        notes.push(Note { is_warning: false, text: format!("{url}: registered") });
+        self.ever_registered = true;
+        self.beaten_since_registered = false;
+        self.ttl_ms = ttl_ms;
+        self.set_interval(next_heartbeat_ms);
+        self.reason = "registered".into();
+        let interval_ms = self.interval_ms;
+        let state = PlaneState::Registered { confirmed: now.wall, failures: 0, interval_ms, registry_epoch };
+        self.enter(state, now);
+        self.due_at = now.mono;
+    }
+
+    fn beaten(
+        &mut self,
+        sent: UnderWay,
+        answer: Answer,
+        now: Now,
+        jitter: &mut impl FnMut(u64) -> u64,
+        notes: &mut Vec<Note>,
+    ) {
+        if self.state == PlaneState::Leaving {
+            self.due_at = now.mono;
+            return;
+        }
+        let Answer::Ok { next_heartbeat_ms, .. } = answer else {
+            return self.failed(answer, now, jitter, notes);
+        };
+        if self.noted.take().is_some() {
+            let text = format!("{}: takes heartbeats again", self.url);
+            notes.push(Note { is_warning: false, text });
+        }
+        self.failures = 0;
+        self.conflicts = 0;
+        self.beaten_since_registered = true;
+        self.told = Some(sent.revision);
+        self.set_interval(next_heartbeat_ms);
+        self.reason = "registered".into();
+        let own_interval_ms = self.interval_ms;
+        if let PlaneState::Registered { confirmed, failures, interval_ms, .. } = &mut self.state {
+            *confirmed = now.wall;
+            *failures = 0;
+            *interval_ms = own_interval_ms;
+        }
+        let spread_ms = self.interval_ms * JITTER_PERCENT / 100;
+        let pause_ms = self.interval_ms - spread_ms + jitter(2 * spread_ms + 1);
+        self.due_at = sent.sent_at.plus_ms(pause_ms).max(now.mono);
+        self.hurry(sent.sent_at.plus_ms(CHANGE_GAP_MS), now.mono);
+    }
+
+    /// What every answer but `Ok` means for the next call; the only place that lengthens pauses.
+    fn failed(
+        &mut self,
+        answer: Answer,
+        now: Now,
+        jitter: &mut impl FnMut(u64) -> u64,
+        notes: &mut Vec<Note>,
+    ) {
+        let was_registered = matches!(self.state, PlaneState::Registered { .. });
+        let trouble = match &answer {
+            Answer::UnknownNode => Trouble::Unknown,
+            Answer::Conflict(_) => Trouble::Conflict,
+            Answer::CloudDisabled => Trouble::CloudDisabled,
+            Answer::Unauthorized => Trouble::Unauthorized,
+            Answer::Ok { .. } | Answer::Failed(_) => Trouble::Failing,
+        };
+        self.reason = explain(&answer);
+        if trouble == Trouble::Conflict {
+            let pause_ms = doubled(CONFLICT_PAUSE_MS_MIN, self.conflicts, CONFLICT_PAUSE_MS_MAX);
+            self.conflicts = self.conflicts.saturating_add(1);
+            self.note(trouble, "the node steps back and asks again later", notes);
+            self.enter(PlaneState::SteppedBack, now);
+            self.due_at = now.mono.plus_ms(pause_ms + jitter(pause_ms / 5 + 1));
+            return;
+        }
+        if trouble == Trouble::Unknown && was_registered && self.beaten_since_registered {
+            self.note(trouble, "the node registers again", notes);
+            self.enter(PlaneState::Unregistered, now);
+            self.due_at = now.mono.plus_ms(jitter(REREGISTER_SPREAD_MS + 1));
+            return;
+        }
+        let mut pause_ms = doubled(BACKOFF_MS_MIN, self.failures, BACKOFF_MS_MAX);
+        self.failures = self.failures.saturating_add(1);
+        if let (PlaneState::Registered { failures, .. }, true) =
+            (&mut self.state, trouble != Trouble::Unknown)
+        {
+            *failures = self.failures;
+            // The registration may still stand: renew it no later than a heartbeat would.
+            pause_ms = pause_ms.min(self.interval_ms);
+            if trouble != Trouble::Failing || self.failures >= FAILURES_NOTED {
+                self.note(trouble, "heartbeats go on, and engines keep serving", notes);
+            }
+        } else {
+            self.note(trouble, "the node tries again with growing pauses", notes);
+            self.enter(PlaneState::Unregistered, now);
+        }
+        // Half of the pause is certain, half is chance: nodes that failed together return apart.
+        self.due_at = now.mono.plus_ms(pause_ms / 2 + jitter(pause_ms / 2 + 1));
+    }
+
+    /// Brings the next heartbeat forward to `at` (not before `now`) if there is news. During a row of
+    /// failures the pauses stand.
+    fn hurry(&mut self, at: Mono, now: Mono) {
+        let is_news = self.told != Some(self.revision);
+        if is_news && self.failures == 0 && matches!(self.state, PlaneState::Registered { .. }) {
+            self.due_at = self.due_at.min(at.max(now));
+        }
+    }
+
+    fn set_interval(&mut self, wanted_ms: Option<u64>) {
+        // Where only the lease is known, two lost heartbeats must not cost the registration.
+        let own_ms = self.ttl_ms.map_or(self.own_interval_ms, |ttl_ms| self.own_interval_ms.min(ttl_ms / 3));
+        self.interval_ms = wanted_ms.unwrap_or(own_ms).clamp(INTERVAL_MS_MIN, INTERVAL_MS_MAX);
+    }
+
+    fn note(&mut self, trouble: Trouble, then: &str, notes: &mut Vec<Note>) {
+        if self.noted != Some(trouble) {
+            self.noted = Some(trouble);
+            let text = format!("{}: {}; {then}", self.url, self.reason);
+            notes.push(Note { is_warning: true, text });
+        }
+    }
+
+    fn leave(&mut self, now: Now, reason: &str) {
+        self.reason = reason.to_string();
+        self.left_by = None;
+        self.under_way = None;
+        self.enter(PlaneState::Left, now);
+    }
+
+    fn enter(&mut self, state: PlaneState, now: Now) {
+        if std::mem::discriminant(&self.state) != std::mem::discriminant(&state) {
+            self.since = now.wall;
+        }
+        self.state = state;
+    }
+}
+
+fn explain(answer: &Answer) -> String {
+    match answer {
+        Answer::Ok { .. } => "it agreed".into(),
+        Answer::UnknownNode => "it does not know this node".into(),
+        Answer::Conflict(why) => format!("another node owns this name: {why}"),
+        Answer::CloudDisabled => {
+            "it runs without node agents (ORCHESTRATORD_CLOUD_PROFILE=false there)".into()
+        }
+        Answer::Unauthorized => "it refuses this node's token".into(),
+        Answer::Failed(why) => why.clone(),
+    }
+}
+
+/// `min` doubled `times` times, at most `max`.
+fn doubled(min: u64, times: u32, max: u64) -> u64 {
+    min.saturating_mul(1u64.checked_shl(times.min(32)).unwrap_or(u64::MAX)).min(max)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn start() -> Now {
+        Now { mono: Mono(5_000_000_000), wall: Wall(1_700_000_000_000_000_000) }
+    }
+
+    fn plane() -> Plane {
+        Plane::new(BaseUrl::new("http://control:8080").expect("a URL"), 10_000, start())
+    }
+
+    fn agreed() -> Answer {
+        Answer::Ok { next_heartbeat_ms: Some(10_000), ttl_ms: Some(30_000), registry_epoch: Some(7) }
+    }
+
+    fn refused() -> Answer {
+        Answer::Failed("connection refused".into())
+    }
+
+    /// Makes the call that is due at the plane's own deadline, gives it `answer` at once, and returns
+    /// when that was.
+    fn step(plane: &mut Plane, now: &mut Now, answer: Answer, notes: &mut Vec<Note>) -> Call {
+        let at = plane.deadline().expect("something is due");
+        *now = now.plus_ms(at.ns_since(now.mono).div_ceil(1_000_000));
+        let order = plane.poll(*now).expect("a call is due at the deadline");
+        assert!(order.timeout_ms <= 30_000 && order.timeout_ms > 0);
+        assert_eq!(plane.poll(*now), None, "one call at a time");
+        plane.answered(order.call, answer, *now, &mut |n| n / 2, notes);
+        order.call
+    }
+
+    /// A plane that is registered, and has told everything.
+    fn member() -> (Plane, Now, Vec<Note>) {
+        let (mut plane, mut now, mut notes) = (plane(), start(), Vec::new());
+        assert_eq!(step(&mut plane, &mut now, agreed(), &mut notes), Call::Register);
+        assert_eq!(step(&mut plane, &mut now, agreed(), &mut notes), Call::Heartbeat { seq: 1 });
+        assert_eq!(now, start(), "both at once");
+        assert_eq!(notes.len(), 1);
+        notes.clear();
+        (plane, now, notes)
+    }
+
+    #[test]
+    fn registers_at_once_and_then_beats_at_the_interval_with_jitter() {
+        for (random, pause_ms) in [(0, 8_000), (u64::MAX, 12_000)] {
+            let (mut plane, mut now, mut notes) = member();
+            step(&mut plane, &mut now, agreed(), &mut notes);
+            let sent_at = now.mono;
+            let at = plane.deadline().expect("the next heartbeat");
+            now.mono = at;
+            let order = plane.poll(now).expect("a heartbeat");
+            assert_eq!(order.timeout_ms, 5_000, "half the interval");
+            plane.answered(order.call, agreed(), now, &mut |n| random.min(n - 1), &mut notes);
+            assert_eq!(plane.deadline().expect("the next").ms_since(at), pause_ms);
+            assert!(at > sent_at && notes.is_empty());
+        }
+    }
+
+    #[test]
+    fn the_control_planes_interval_wins_within_bounds() {
+        for (wanted, ttl, used) in [
+            (Some(3_000), None, 3_000),
+            (Some(1), None, INTERVAL_MS_MIN),
+            (Some(u64::MAX), None, INTERVAL_MS_MAX),
+            (None, Some(15_000), 5_000),
+            (None, None, 10_000),
+        ] {
+            let (mut plane, mut now) = (plane(), start());
+            let answer = Answer::Ok { next_heartbeat_ms: wanted, ttl_ms: ttl, registry_epoch: None };
+            step(&mut plane, &mut now, answer, &mut Vec::new());
+            let PlaneState::Registered { interval_ms, .. } = plane.state() else { panic!("registered") };
+            assert_eq!(*interval_ms, used);
+        }
+    }
+
+    #[test]
+    fn a_change_is_told_at_once_and_changes_during_a_call_coalesce() {
+        let (mut plane, now, mut notes) = member();
+        let now = now.plus_ms(1_000);
+        plane.on_change(1, now);
+        let order = plane.poll(now).expect("the change is told at once");
+        plane.on_change(2, now.plus_ms(10));
+        plane.on_change(3, now.plus_ms(20));
+        assert_eq!(plane.poll(now.plus_ms(20)), None);
+        plane.answered(order.call, agreed(), now.plus_ms(100), &mut |n| n / 2, &mut notes);
+        let order = plane.poll(now.plus_ms(100)).expect("what changed meanwhile is told next");
+        plane.answered(order.call, agreed(), now.plus_ms(110), &mut |n| n / 2, &mut notes);
+        assert!(plane.deadline().expect("the next").ms_since(now.mono) > 5_000, "nothing is left to tell");
+        plane.on_change(3, now.plus_ms(120));
+        assert!(plane.poll(now.plus_ms(120)).is_none(), "no news");
+    }
+
+    #[test]
+    fn failures_lengthen_the_pauses_up_to_a_limit_and_are_noted_once() {
+        let (mut plane, mut now, mut notes) = (plane(), start(), Vec::new());
+        let mut pauses = Vec::new();
+        for _ in 0..9 {
+            assert_eq!(step(&mut plane, &mut now, refused(), &mut notes), Call::Register);
+            pauses.push(plane.deadline().expect("tries again").ms_since(now.mono));
+            plane.on_change(now.mono.0, now);
+        }
+        assert_eq!(pauses, [375, 750, 1_500, 3_000, 6_000, 12_000, 22_500, 22_500, 22_500]);
+        assert_eq!(notes.len(), 1, "{notes:?}");
+        assert!(notes[0].is_warning && notes[0].text.contains("connection refused"), "{notes:?}");
+        step(&mut plane, &mut now, agreed(), &mut notes);
+        step(&mut plane, &mut now, agreed(), &mut notes);
+        assert_eq!(notes.len(), 3, "registered, and heartbeats are taken: {notes:?}");
+    }
+
+    #[test]
+    fn lost_heartbeats_are_repeated_for_ever_and_noted_at_the_third() {
+        let (mut plane, mut now, mut notes) = member();
+        for n in 1..20 {
+            assert!(matches!(step(&mut plane, &mut now, refused(), &mut notes), Call::Heartbeat { .. }));
+            assert_eq!(notes.len(), usize::from(n >= FAILURES_NOTED), "after {n} failures");
+            let next = plane.deadline();
+            plane.on_change(u64::from(n), now);
+            assert_eq!(plane.deadline(), next, "changes wait while the control plane is away");
+            assert!(plane.deadline().expect("tries again").ms_since(now.mono) <= 10_000);
+        }
+        step(&mut plane, &mut now, agreed(), &mut notes);
+        assert_eq!(notes.len(), 2);
+        assert!(matches!(plane.state(), PlaneState::Registered { failures: 0, .. }));
+    }
+
+    #[test]
+    fn a_control_plane_that_forgot_the_node_gets_a_registration_at_once() {
+        let (mut plane, mut now, mut notes) = member();
+        step(&mut plane, &mut now, Answer::UnknownNode, &mut notes);
+        assert_eq!(*plane.state(), PlaneState::Unregistered);
+        assert!(plane.deadline().expect("soon").ms_since(now.mono) <= REREGISTER_SPREAD_MS);
+        assert_eq!(step(&mut plane, &mut now, agreed(), &mut notes), Call::Register);
+    }
+
+    #[test]
+    fn one_that_forgets_after_every_registration_is_not_hammered() {
+        let (mut plane, mut now, mut notes) = member();
+        let before = now;
+        for _ in 0..20 {
+            step(&mut plane, &mut now, Answer::UnknownNode, &mut notes);
+            step(&mut plane, &mut now, agreed(), &mut notes);
+        }
+        assert!(now.mono.ms_since(before.mono) > 60_000, "only {} ms", now.mono.ms_since(before.mono));
+    }
+
+    #[test]
+    fn a_conflict_makes_the_node_step_back_and_say_so_once() {
+        let (mut plane, mut now, mut notes) = member();
+        let mut pauses = Vec::new();
+        for _ in 0..6 {
+            step(&mut plane, &mut now, Answer::Conflict("another boot".into()), &mut notes);
+            assert_eq!(*plane.state(), PlaneState::SteppedBack);
+            assert!(plane.reason().contains("another boot"));
+            pauses.push(plane.deadline().expect("later").ms_since(now.mono));
+        }
+        assert_eq!(notes.len(), 1, "{notes:?}");
+        assert!(pauses[0] >= CONFLICT_PAUSE_MS_MIN && pauses.is_sorted(), "{pauses:?}");
+        assert_eq!(step(&mut plane, &mut now, agreed(), &mut notes), Call::Register);
+        plane.shutdown(now);
+        assert_eq!(*plane.state(), PlaneState::Leaving);
+    }
+
+    #[test]
+    fn other_refusals_are_told_apart() {
+        for (answer, says) in
+            [(Answer::Unauthorized, "token"), (Answer::CloudDisabled, "ORCHESTRATORD_CLOUD_PROFILE")]
+        {
+            let (mut plane, mut now, mut notes) = (plane(), start(), Vec::new());
+            step(&mut plane, &mut now, answer.clone(), &mut notes);
+            step(&mut plane, &mut now, answer, &mut notes);
+            assert_eq!(notes.len(), 1);
+            assert!(
+                notes[0].text.contains(says) && notes[0].text.contains("http://control:8080"),
+                "{notes:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn shutdown_deregisters_once_and_only_what_was_registered() {
+        let (mut plane, mut now, mut notes) = member();
+        plane.shutdown(now);
+        plane.shutdown(now);
+        assert_eq!(step(&mut plane, &mut now, refused(), &mut notes), Call::Deregister);
+        assert_eq!((plane.state(), plane.deadline()), (&PlaneState::Left, None));
+        assert_eq!(plane.poll(now.plus_ms(100_000)), None);
+
+        let mut never = super::tests::plane();
+        never.shutdown(start());
+        assert_eq!((never.poll(start()), never.state()), (None, &PlaneState::Left));
+
+        // A registration under way at shutdown may succeed: then it is withdrawn.
+        let mut plane = super::tests::plane();
+        let order = plane.poll(start()).expect("registers");
+        plane.shutdown(start());
+        plane.answered(order.call, agreed(), start(), &mut |_| 0, &mut notes);
+        assert_eq!(plane.poll(start()).map(|order| order.call), Some(Call::Deregister));
+    }
+
+    #[test]
+    fn shutdown_ends_although_a_call_hangs() {
+        let (mut plane, now, mut notes) = member();
+        plane.on_change(1, now.plus_ms(100));
+        let order = plane.poll(now.plus_ms(100)).expect("a heartbeat");
+        plane.shutdown(now.plus_ms(200));
+        let by = plane.deadline().expect("gives up");
+        assert_eq!(by.ms_since(now.mono), 200 + 2 * DEREGISTER_TIMEOUT_MS);
+        assert_eq!(plane.poll(Now { mono: by, ..now }), None);
+        assert_eq!(*plane.state(), PlaneState::Left);
+        plane.answered(order.call, agreed(), now.plus_ms(9_000), &mut |_| 0, &mut notes);
+        assert_eq!(*plane.state(), PlaneState::Left, "a late answer revives nothing");
+
+        let mut plane = super::tests::plane();
+        let order = plane.poll(start()).expect("registers");
+        plane.shutdown(start());
+        assert_eq!(plane.poll(start().plus_ms(60_000)), None);
+        plane.answered(order.call, agreed(), start().plus_ms(60_000), &mut |_| 0, &mut notes);
+        assert_eq!(*plane.state(), PlaneState::Left, "nor does a late registration");
+    }
+
+    proptest::proptest! {
+        /// Whatever is answered and whenever: one call at a time, sequence numbers grow, something is
+        /// always due; and once the control plane agrees, the node is a member that has told its
+        /// newest revision within the longest pause.
+        #[test]
+        fn always_converges_to_membership(ops in proptest::collection::vec((0u8..10, 0u64..40_000, proptest::num::u64::ANY), 0..120)) {
+            let (mut plane, mut now, mut notes) = (plane(), start(), Vec::new());
+            let mut under_way: Option<Call> = None;
+            let mut last_seq = 0;
+            let mut revision = 0;
+            for (op, ms, random) in ops {
+                now = now.plus_ms(ms);
+                if let Some(order) = plane.poll(now) {
+                    proptest::prop_assert_eq!(under_way, None);
+                    if let Call::Heartbeat { seq } = order.call {
+                        proptest::prop_assert!(seq > last_seq);
+                        last_seq = seq;
+                    }
+                    under_way = Some(order.call);
+                }
+                let answer = match op {
+                    0 => agreed(),
+                    1 => Answer::UnknownNode,
+                    2 => Answer::Conflict("x".into()),
+                    3 => Answer::CloudDisabled,
+                    4 => Answer::Unauthorized,
+                    5 | 6 => refused(),
+                    _ => {
+                        revision += u64::from(op == 7);
+                        plane.on_change(revision, now);
+                        proptest::prop_assert!(under_way.is_some() || plane.deadline().is_some());
+                        continue;
+                    }
+                };
+                if let Some(call) = under_way.take() {
+                    plane.answered(call, answer, now, &mut |n| random % n, &mut notes);
+                }
+                proptest::prop_assert!(plane.deadline().is_some());
+            }
+            if let Some(call) = under_way.take() {
+                plane.answered(call, agreed(), now, &mut |n| n - 1, &mut notes);
+            }
+            let healed_at = now;
+            for _ in 0..3 {
+                step(&mut plane, &mut now, agreed(), &mut notes);
+            }
+            proptest::prop_assert!(matches!(plane.state(), PlaneState::Registered { failures: 0, .. }), "{:?}", plane);
+            proptest::prop_assert_eq!(plane.told, Some(revision));
+            let limit_ms = CONFLICT_PAUSE_MS_MAX * 6 / 5 + 2 * INTERVAL_MS_MAX;
+            proptest::prop_assert!(now.mono.ms_since(healed_at.mono) <= limit_ms);
+        }
+    }
+}

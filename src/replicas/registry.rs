@@ -1,0 +1,441 @@
+//! The replicas of one machine: how they stand, and what runs on them.
+//!
+//! Input: the directory's full listing, requests for slots, drains, the time. Output: [`Change`]s
+//! and leases. Which file announces a replica is decided in `directory.rs`, whether its engine
+//! answers in `probing.rs`.
+//!
+//! What is known after a listing depends on that listing alone, with two exceptions on purpose: a
+//! file that can no longer be read keeps what it said before, and a replica whose file vanished
+//! stays until its last request ended.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use super::change::{Change, Refused, State};
+use super::directory::{Directory, ListedFile};
+use super::health::Health;
+use super::policy::EnginePolicy;
+use super::probing::{Outstanding, ProbeKind, Schedule};
+use crate::time::{Mono, Now, Wall};
+use crate::wire::handoff::Handoff;
+use crate::wire::id::{PoolId, ReplicaKey};
+
+/// Most pools or replicas that are remembered as drained beyond those that exist.
+pub const DRAIN_MARKS_MAX: usize = 1_024;
+/// Slots that a request occupies until [`Registry::release`].
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "slots stay taken until the lease is released"]
+pub struct ReplicaLease {
+    /// The replica.
+    pub key: ReplicaKey,
+    /// Generation of the engine that serves the request.
+    pub serial: u64,
+    /// Slots that it occupies there.
+    pub slots: u32,
+}
+
+/// The replicas of one machine. See the file's text.
+#[derive(Debug)]
+pub struct Registry {
+    pub(super) directory: Directory,
+    pub(super) replicas: BTreeMap<ReplicaKey, Replica>,
+    pub(super) drained_pools: BTreeSet<PoolId>,
+    drained_replicas: BTreeSet<ReplicaKey>,
+    all_drained: bool,
+    pub(super) schedule: Schedule,
+    next_serial: u64,
+    pub(super) next_seq: u64,
+    /// Requests that run, on engines that were replaced meanwhile too.
+    in_flight: u32,
+    /// Of these, those on engines that were replaced.
+    orphans: u32,
+    pub(super) revision: u64,
+}
+
+#[derive(Debug)]
+pub(super) struct Replica {
+    pub(super) handoff: Arc<Handoff>,
+    pub(super) file: Arc<str>,
+    pub(super) serial: u64,
+    /// Without regard to drains: [`State::Found`] to [`State::Suspect`].
+    pub(super) phase: State,
+    pub(super) reason: String,
+    pub(super) since: Wall,
+    drained: bool,
+    /// Why no file stands behind it any more.
+    withdrawn: Option<String>,
+    /// Models that the engine itself told; `None` until it was asked.
+    pub(super) learned: Option<Vec<String>>,
+    pub(super) health: Health,
+    pub(super) next_kind: ProbeKind,
+    pub(super) probe: Option<Outstanding>,
+    pub(super) due_at: Option<Mono>,
+    pub(super) ordered_at: Option<Mono>,
+    pub(super) leases: u32,
+    pub(super) slots_used: u32,
+}
+
+impl Registry {
+    /// An empty registry. Generations count up from `first_serial`, which must grow from start to
+    /// start (the wall clock in milliseconds does).
+    #[must_use]
+    pub fn new(policy: EnginePolicy, first_serial: u64) -> Registry {
+        Registry {
+            directory: Directory::new(policy),
+            replicas: BTreeMap::new(),
+            drained_pools: BTreeSet::new(),
+            drained_replicas: BTreeSet::new(),
+            all_drained: false,
+            schedule: Schedule::default(),
+            next_serial: first_serial.max(1),
+            next_seq: 1,
+            in_flight: 0,
+            orphans: 0,
+            revision: 0,
+        }
+    }
+
+    /// Takes the directory's full listing, sorted by name, each name once.
+    pub fn listing(&mut self, files: &[ListedFile], now: Now, changes: &mut Vec<Change>) {
+        for (key, election) in self.directory.listing(files, changes) {
+            match election {
+                Ok((handoff, file)) => self.announce_handoff(&key, handoff, file, now, changes),
+                Err(why) => self.withdraw(&key, why, now, changes),
+            }
+        }
+    }
+
+    /// Takes slots of a replica for one request. `generation`: the engine that the caller means, where
+    /// it knows. A request that wants more slots than the replica has takes all of them.
+    ///
+    /// # Errors
+    /// [`Refused`], with what a client can be told.
+    pub fn acquire(
+        &mut self,
+        key: &ReplicaKey,
+        generation: Option<u64>,
+        slots: u32,
+    ) -> Result<ReplicaLease, Refused> {
+        let replica = self.replicas.get_mut(key).ok_or(Refused::Unknown)?;
+        if generation.is_some_and(|generation| generation != replica.serial) {
+            return Err(Refused::StaleGeneration { current: replica.serial });
+        }
+        match replica.state() {
+            State::Ready => {}
+            State::Draining => return Err(Refused::Draining),
+            State::Found | State::Probing | State::Suspect => {
+                return Err(Refused::NotReady { reason: replica.reason.clone() });
+            }
+        }
+        let slots = slots.clamp(1, replica.handoff.slots);
+        if slots > replica.slots_free() {
+            return Err(Refused::Full { slots: replica.handoff.slots });
+        }
+        replica.slots_used += slots;
+        replica.leases += 1;
+        self.in_flight += 1;
+        Ok(ReplicaLease { key: key.clone(), serial: replica.serial, slots })
+    }
+
+    /// Gives a request's slots back.
+    pub fn release(&mut self, lease: ReplicaLease, changes: &mut Vec<Change>) {
+        self.in_flight = self.in_flight.saturating_sub(1);
+        match self.replicas.get_mut(&lease.key).filter(|replica| replica.serial == lease.serial) {
+            Some(replica) => {
+                replica.slots_used = replica.slots_used.saturating_sub(lease.slots);
+                replica.leases = replica.leases.saturating_sub(1);
+                self.forget_if_done(&lease.key, changes);
+            }
+            None => self.orphans = self.orphans.saturating_sub(1),
+        }
+    }
+
+    /// Requests that run, those on engines that were replaced meanwhile included.
+    #[must_use]
+    pub fn in_flight(&self) -> u32 {
+        self.in_flight
+    }
+
+    /// Gives a pool no new work until [`Registry::resume_pool`], replicas that it gets later included.
+    /// False where no such pool exists.
+    pub fn drain_pool(&mut self, pool: &PoolId, now: Now, changes: &mut Vec<Change>) -> bool {
+        if !self.replicas.keys().any(|key| key.pool == *pool) {
+            return false;
+        }
+        if self.drained_pools.len() >= DRAIN_MARKS_MAX {
+            let replicas = &self.replicas;
+            self.drained_pools.retain(|marked| replicas.keys().any(|key| key.pool == *marked));
+        }
+        self.drained_pools.insert(pool.clone());
+        self.apply_drains(now, changes);
+        true
+    }
+
+    /// Ends a pool's drain. False where no such pool exists and none was drained.
+    pub fn resume_pool(&mut self, pool: &PoolId, now: Now, changes: &mut Vec<Change>) -> bool {
+        let known = self.drained_pools.remove(pool) || self.replicas.keys().any(|key| key.pool == *pool);
+        self.apply_drains(now, changes);
+        known
+    }
+
+    /// Gives a replica no new work until [`Registry::resume_replica`]. False where it does not exist.
+    pub fn drain_replica(&mut self, key: &ReplicaKey, now: Now, changes: &mut Vec<Change>) -> bool {
+        if !self.replicas.contains_key(key) {
+            return false;
+        }
+        if self.drained_replicas.len() >= DRAIN_MARKS_MAX {
+            let replicas = &self.replicas;
+            self.drained_replicas.retain(|marked| replicas.contains_key(marked));
+        }
+        self.drained_replicas.insert(key.clone());
+        self.apply_drains(now, changes);
+        true
+    }
+
+    /// Ends a replica's own drain; its pool's goes on. False where it neither exists nor was drained.
+    pub fn resume_replica(&mut self, key: &ReplicaKey, now: Now, changes: &mut Vec<Change>) -> bool {
+        let known = self.drained_replicas.remove(key) || self.replicas.contains_key(key);
+        self.apply_drains(now, changes);
+        known
+    }
+
+    /// Gives nothing new work any more: this process is about to end.
+    pub fn drain_all(&mut self, now: Now, changes: &mut Vec<Change>) {
+        self.all_drained = true;
+        self.apply_drains(now, changes);
+    }
+
+    /// Grows with every change that a heartbeat must carry at once. Slots that come and go with
+    /// requests are no such change: whoever places requests counts them itself.
+    #[must_use]
+    pub fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    /// The handoff on which a replica runs.
+    #[must_use]
+    pub fn handoff(&self, key: &ReplicaKey) -> Option<&Handoff> {
+        self.replicas.get(key).map(|replica| &*replica.handoff)
+    }
+
+    fn announce_handoff(
+        &mut self,
+        key: &ReplicaKey,
+        handoff: Arc<Handoff>,
+        file: Arc<str>,
+        now: Now,
+        changes: &mut Vec<Change>,
+    ) {
+        let drained = self.is_drained(key);
+        let Some(replica) = self.replicas.get_mut(key) else {
+            changes.push(Change::Found { key: key.clone(), file: file.clone() });
+            let mut replica = Replica::found(handoff, file, self.next_serial, now);
+            self.next_serial += 1;
+            self.revision += 1;
+            replica.drained = drained;
+            replica.start(now.mono);
+            self.schedule.reset(key, &mut replica);
+            self.replicas.insert(key.clone(), replica);
+            self.announce(key, State::Found, now, changes);
+            return;
+        };
+        replica.file = file;
+        if replica.handoff == handoff && replica.withdrawn.is_none() {
+            return;
+        }
+        let before = replica.state();
+        let returns = replica.withdrawn.take().is_some();
+        let old = std::mem::replace(&mut replica.handoff, handoff);
+        if !is_same_engine(&old, &replica.handoff) {
+            self.orphans += replica.leases;
+            let mut successor =
+                Replica::found(replica.handoff.clone(), replica.file.clone(), self.next_serial, now);
+            self.next_serial += 1;
+            successor.drained = drained;
+            changes.push(Change::Replaced {
+                key: key.clone(),
+                file: replica.file.clone(),
+                generation: successor.serial,
+            });
+            self.schedule.cancel(key, replica);
+            *replica = successor;
+            replica.start(now.mono);
+        } else {
+            if old != replica.handoff {
+                changes.push(Change::Updated { key: key.clone(), file: replica.file.clone() });
+            }
+            if returns || old.ready != replica.handoff.ready || old.health_path != replica.handoff.health_path
+            {
+                self.schedule.cancel(key, replica);
+                replica.start(now.mono);
+            }
+        }
+        self.revision += 1;
+        if replica.probe.is_none() {
+            self.schedule.reset(key, replica);
+        }
+        self.announce(key, before, now, changes);
+    }
+
+    fn withdraw(&mut self, key: &ReplicaKey, why: &str, now: Now, changes: &mut Vec<Change>) {
+        let Some(replica) = self.replicas.get_mut(key).filter(|replica| replica.withdrawn.is_none()) else {
+            return;
+        };
+        let before = replica.state();
+        self.schedule.cancel(key, replica);
+        replica.withdrawn = Some(why.to_string());
+        self.revision += 1;
+        if replica.leases > 0 {
+            self.announce(key, before, now, changes);
+        }
+        self.forget_if_done(key, changes);
+    }
+
+    /// Removes a withdrawn replica on which nothing runs any more.
+    fn forget_if_done(&mut self, key: &ReplicaKey, changes: &mut Vec<Change>) {
+        let Some(replica) = self.replicas.get(key).filter(|replica| replica.leases == 0) else { return };
+        let Some(reason) = replica.withdrawn.clone() else { return };
+        self.replicas.remove(key);
+        self.revision += 1;
+        changes.push(Change::Gone { key: key.clone(), reason });
+    }
+
+    fn is_drained(&self, key: &ReplicaKey) -> bool {
+        self.all_drained || self.drained_pools.contains(&key.pool) || self.drained_replicas.contains(key)
+    }
+
+    fn apply_drains(&mut self, now: Now, changes: &mut Vec<Change>) {
+        let moved: Vec<ReplicaKey> = self
+            .replicas
+            .iter()
+            .filter(|(key, replica)| replica.drained != self.is_drained(key))
+            .map(|(key, _)| key.clone())
+            .collect();
+        for key in moved {
+            let Some(replica) = self.replicas.get_mut(&key) else { continue };
+            let before = replica.state();
+            replica.drained = !replica.drained;
+            self.revision += 1;
+            self.announce(&key, before, now, changes);
+        }
+    }
+
+    /// Reports a replica's state if it differs from `before`.
+    pub(super) fn announce(&mut self, key: &ReplicaKey, before: State, now: Now, changes: &mut Vec<Change>) {
+        let Some(replica) = self.replicas.get_mut(key) else { return };
+        let to = replica.state();
+        if to != before {
+            replica.since = now.wall;
+            self.revision += 1;
+            let reason = replica.reason().to_string();
+            changes.push(Change::State { key: key.clone(), from: before, to, reason });
+        }
+    }
+
+    /// Holds the parts against each other; tests call it after every step.
+    ///
+    /// # Panics
+    /// When they contradict each other, which is a mistake in this room.
+    pub fn check_invariants(&self) {
+        self.directory.check_invariants();
+        let mut leases = self.orphans;
+        let (mut due, mut lost) = (0, 0);
+        for (key, replica) in &self.replicas {
+            leases += replica.leases;
+            assert!(replica.slots_used >= replica.leases, "{key}: a request takes at least one slot");
+            assert_eq!(replica.drained, self.is_drained(key), "{key}: drain marks are applied");
+            assert_eq!(
+                replica.withdrawn.is_none(),
+                self.directory.announces(key),
+                "{key}: stands behind a file"
+            );
+            assert!(replica.withdrawn.is_none() || replica.leases > 0, "{key}: is gone once nothing runs");
+            assert!(replica.phase != State::Ready || replica.handoff.ready, "{key}: ready though not to be");
+            assert!(replica.serial < self.next_serial, "{key}: generations are not used twice");
+            let wanted = replica.handoff.ready && replica.withdrawn.is_none();
+            assert_eq!(wanted, replica.due_at.is_some() || replica.probe.is_some(), "{key}: is asked again");
+            assert!(replica.due_at.is_none() || replica.probe.is_none(), "{key}: one probe at a time");
+            due += usize::from(replica.due_at.is_some());
+            lost += usize::from(replica.probe.is_some());
+            assert!(self.schedule.holds(key, replica), "{key}: is scheduled");
+        }
+        assert_eq!(leases, self.in_flight, "every lease is counted once");
+        assert_eq!((due, lost), self.schedule.counts(), "nothing is scheduled for others");
+        for key in self.directory.announced() {
+            assert!(self.replicas.contains_key(key), "{key}: announced and known");
+        }
+    }
+}
+
+impl Replica {
+    fn found(handoff: Arc<Handoff>, file: Arc<str>, serial: u64, now: Now) -> Replica {
+        Replica {
+            handoff,
+            file,
+            serial,
+            phase: State::Found,
+            reason: "announced".into(),
+            since: now.wall,
+            drained: false,
+            withdrawn: None,
+            learned: None,
+            health: Health::starting(now.mono),
+            next_kind: ProbeKind::Health,
+            probe: None,
+            due_at: None,
+            ordered_at: None,
+            leases: 0,
+            slots_used: 0,
+        }
+    }
+
+    /// Begins its life, or begins it again. What runs on it goes on.
+    fn start(&mut self, now: Mono) {
+        self.health = Health::starting(now);
+        self.next_kind = ProbeKind::Health;
+        if self.handoff.ready {
+            self.enter(State::Probing, "waiting for its first answer".into());
+        } else {
+            self.enter(State::Found, "the handoff says ready: false".into());
+        }
+    }
+
+    pub(super) fn enter(&mut self, phase: State, reason: String) {
+        self.phase = phase;
+        self.reason = reason;
+    }
+
+    pub(super) fn state(&self) -> State {
+        if self.drained || self.withdrawn.is_some() { State::Draining } else { self.phase }
+    }
+
+    pub(super) fn reason(&self) -> &str {
+        match &self.withdrawn {
+            Some(why) => why,
+            None if self.drained => "drained on request",
+            None => &self.reason,
+        }
+    }
+
+    pub(super) fn is_withdrawn(&self) -> bool {
+        self.withdrawn.is_some()
+    }
+
+    pub(super) fn slots_free(&self) -> u32 {
+        self.handoff.slots.saturating_sub(self.slots_used)
+    }
+
+    /// What it serves; empty where nobody knows.
+    pub(super) fn models(&self) -> &[String] {
+        match &self.learned {
+            Some(learned) if self.handoff.models.is_empty() => learned,
+            _ => &self.handoff.models,
+        }
+    }
+}
+
+/// Whether two handoffs of one replica mean the same process.
+fn is_same_engine(a: &Handoff, b: &Handoff) -> bool {
+    (&a.url, a.pid, a.pid_start, &a.boot_id, a.generation, &a.engine, &a.engine_version)
+        == (&b.url, b.pid, b.pid_start, &b.boot_id, b.generation, &b.engine, &b.engine_version)
+}

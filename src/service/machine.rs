@@ -1,0 +1,96 @@
+//! What a daemon reads of its machine once, at start: host name, boot, addresses, size.
+
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use crate::wire::node::Capabilities;
+
+/// The host name, `unknown-node` where there is none.
+#[must_use]
+pub fn host_name() -> String {
+    let name = rustix::system::uname().nodename().to_string_lossy().trim().to_string();
+    if name.is_empty() { "unknown-node".into() } else { name }
+}
+
+/// The kernel's id of this boot.
+#[must_use]
+pub fn boot_id() -> Option<String> {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").ok().map(|id| id.trim().to_string())
+}
+
+/// Processors and memory; GPUs are read elsewhere.
+#[must_use]
+pub fn capabilities() -> Capabilities {
+    let memory = fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let line = text.lines().find(|line| line.starts_with("MemTotal:"))?;
+        line.split_whitespace().nth(1)?.parse::<u64>().ok()
+    });
+    let cores = std::thread::available_parallelism().ok().and_then(|n| u32::try_from(n.get()).ok());
+    Capabilities { gpus: Vec::new(), cpu_cores: cores, ram_total_bytes: memory.map(|kib| kib * 1024) }
+}
+
+/// Resident memory from the kernel's count of pages.
+#[must_use]
+pub fn resident_bytes() -> Option<u64> {
+    let statm = fs::read_to_string("/proc/self/statm").ok()?;
+    let pages: u64 = statm.split_whitespace().nth(1)?.parse().ok()?;
+    Some(pages * rustix::param::page_size() as u64)
+}
+
+/// Raises the soft limit on open descriptors to the hard one: a connection needs one, a relayed
+/// request two, and the usual soft limit is 1,024. Returns the limit in force.
+pub fn raise_descriptor_limit() -> Option<u64> {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum {
+        limit.current = limit.maximum;
+        // A refusal leaves the old limit, with which everything works, only less of it.
+        let _ = setrlimit(Resource::Nofile, limit);
+    }
+    getrlimit(Resource::Nofile).current
+}
+
+/// This machine's own addresses, from the kernel's tables.
+#[must_use]
+pub fn own_addresses() -> Vec<IpAddr> {
+    let v4 = fs::read_to_string("/proc/net/fib_trie").unwrap_or_default();
+    let v6 = fs::read_to_string("/proc/net/if_inet6").unwrap_or_default();
+    let mut found: Vec<IpAddr> = local_v4(&v4).map(IpAddr::V4).collect();
+    found.extend(local_v6(&v6).map(IpAddr::V6));
+    found.sort_unstable();
+    found.dedup();
+    found
+}
+
+/// In `fib_trie` a leaf `|-- ADDRESS` is followed by the lines of its routes; `/32 host LOCAL` marks
+/// an address of this machine.
+fn local_v4(text: &str) -> impl Iterator<Item = Ipv4Addr> {
+    let mut leaf = None;
+    text.lines().filter_map(move |line| {
+        let line = line.trim();
+        if let Some(address) = line.strip_prefix("|-- ") {
+            leaf = address.parse().ok();
+            return None;
+        }
+        if line == "/32 host LOCAL" { leaf } else { None }
+    })
+}
+
+fn local_v6(text: &str) -> impl Iterator<Item = Ipv6Addr> {
+    text.lines()
+        .filter_map(|line| u128::from_str_radix(line.split_whitespace().next()?, 16).ok())
+        .map(Ipv6Addr::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernel_tables_are_read() {
+        let trie = "Main:\n  +-- 0.0.0.0/0 3 0 5\n     |-- 10.0.0.0\n        /24 link UNICAST\n     |-- 10.0.0.7\n        /32 host LOCAL\n     |-- 10.0.0.255\n        /32 link BROADCAST\n";
+        assert_eq!(local_v4(trie).collect::<Vec<_>>(), [Ipv4Addr::new(10, 0, 0, 7)]);
+        let v6 = "00000000000000000000000000000001 01 80 10 80       lo\n";
+        assert_eq!(local_v6(v6).collect::<Vec<_>>(), [Ipv6Addr::LOCALHOST]);
+    }
+}

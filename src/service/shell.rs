@@ -1,0 +1,55 @@
+//! What every daemon's shell starts with: the reactor, its signals, and the sockets.
+
+use std::io;
+use std::net::SocketAddr;
+
+use crate::net::{Limits, Net};
+use crate::reactor::signal::Signals;
+use crate::reactor::token::{Kind, Token};
+use crate::reactor::{Reactor, Registry, Waker};
+use crate::settings::Exit;
+
+use super::machine;
+
+/// The parts of a shell that do not differ between daemons.
+#[derive(Debug)]
+pub struct Shell {
+    /// Waits.
+    pub reactor: Reactor,
+    /// Where further sources register.
+    pub registry: Registry,
+    /// For helper threads.
+    pub waker: Waker,
+    /// SIGTERM, SIGINT and SIGHUP.
+    pub signals: Signals,
+    /// Clients and upstreams.
+    pub net: Net,
+    /// Where it listens.
+    pub bound: SocketAddr,
+}
+
+impl Shell {
+    /// Takes what the kernel has to give, and listens on `addr`; `variable` is the setting to name where
+    /// that fails.
+    ///
+    /// # Errors
+    /// [`Exit`] that says what could not be had and what to do.
+    pub fn start(addr: SocketAddr, variable: &str) -> Result<Shell, Exit> {
+        let kernel = |what: &'static str| {
+            move |error: io::Error| Exit::runtime(format!("the kernel gives no {what}: {error}"))
+        };
+        let descriptors = machine::raise_descriptor_limit();
+        let reactor = Reactor::new().map_err(kernel("epoll descriptor"))?;
+        let registry = reactor.registry().map_err(kernel("descriptor"))?;
+        let waker = reactor.waker(Token::only(Kind::Waker)).map_err(kernel("eventfd"))?;
+        let signals = Signals::install(&registry).map_err(kernel("socket pair"))?;
+        let net_registry = reactor.registry().map_err(kernel("descriptor"))?;
+        let mut net = Net::new(net_registry, waker.clone(), Limits::within_descriptors(descriptors));
+        let bound = net.listen(addr).map_err(|error| {
+            Exit::runtime(format!(
+                "cannot listen on {addr}: {error}; stop what listens there or set {variable}"
+            ))
+        })?;
+        Ok(Shell { reactor, registry, waker, signals, net, bound })
+    }
+}

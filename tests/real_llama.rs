@@ -1,0 +1,79 @@
+//! A real llama.cpp behind `engine-provisioner`: started, handed over, asked, stopped.
+//!
+//! Opt-in, because the first run downloads llama.cpp: `REQUIRE_REAL_LLAMA=1 cargo test --test
+//! real_llama`. Without the variable the test says that it was skipped.
+
+#[path = "provisioner/harness.rs"]
+#[allow(dead_code, reason = "shared with another test, which uses other parts")]
+mod harness;
+
+use std::io::{BufRead, BufReader};
+use std::time::Duration;
+
+use harness::{Provisioner, client, group, until_group_is_gone};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+/// The first start downloads some 30 MB and generates the model.
+const FIRST_START: Duration = Duration::from_secs(170);
+/// Tokens of the answer. The model never ends by itself.
+const TOKENS: usize = 24;
+
+#[test]
+#[allow(clippy::print_stderr, reason = "a skipped test has to say so")]
+fn a_real_llama_cpp_is_handed_over_streams_and_is_stopped() {
+    if std::env::var_os("REQUIRE_REAL_LLAMA").is_none_or(|value| value != "1") {
+        eprintln!("skipped: set REQUIRE_REAL_LLAMA=1 to fetch llama.cpp and test with it");
+        return;
+    }
+    let root = tempfile::tempdir().expect("a temporary directory");
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/real_llama/engine.sh");
+    let flags = ["--slots=2", "--model=tiny-random", "--health-timeout-ms=165000"];
+    let mut provisioner = Provisioner::start(root.path(), &flags, &["sh", script, "{port}", "2"]);
+    provisioner.event("spawned");
+    provisioner.event_within("healthy", FIRST_START);
+    provisioner.event("handoff_written");
+
+    let handoff = provisioner.handoff().expect("the handoff was written");
+    assert_eq!((handoff.pid, handoff.slots), (Some(provisioner.engine()), 2));
+    assert_eq!(handoff.models, ["tiny-random"]);
+    let get = |path: &str| -> Value {
+        let mut answer = client().get(format!("{}{path}", handoff.url)).call().expect("llama.cpp answers");
+        serde_json::from_str(&answer.body_mut().read_to_string().expect("a body")).expect("JSON")
+    };
+    assert_eq!(get("/props")["total_slots"], 2, "the handoff tells what the engine says");
+    assert_eq!(get("/v1/models")["data"][0]["id"], "tiny-random");
+
+    let ask = json!({
+        "messages": [{"role": "user", "content": "Say something."}],
+        "max_tokens": TOKENS, "temperature": 0, "stream": true,
+    });
+    let answer = client()
+        .post(format!("{}/v1/chat/completions", handoff.url))
+        .header("Content-Type", "application/json")
+        .send(ask.to_string())
+        .expect("llama.cpp answers");
+    assert_eq!(answer.status(), 200);
+    let lines = BufReader::new(answer.into_body().into_reader()).lines();
+    let events: Vec<String> = lines
+        .map(|line| line.expect("the stream ends cleanly"))
+        .filter_map(|line| line.strip_prefix("data: ").map(str::to_string))
+        .collect();
+    let (end, chunks) = events.split_last().expect("a stream has events");
+    assert_eq!(end, "[DONE]");
+    let chunks: Vec<Value> = chunks.iter().map(|chunk| serde_json::from_str(chunk).expect("JSON")).collect();
+    let tokens: Vec<&str> =
+        chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str()).collect();
+    assert_eq!(tokens.len(), TOKENS, "one event a token: {tokens:?}");
+    assert!(tokens.concat().chars().all(|c| c.is_ascii_lowercase() || c == ' '), "syllables: {tokens:?}");
+    let last = chunks.last().expect("chunks before the end");
+    assert_eq!(last["choices"][0]["finish_reason"], "length");
+
+    assert!(!group(provisioner.engine()).is_empty());
+    provisioner.signal(Signal::TERM);
+    provisioner.event("stopped");
+    let (code, said) = provisioner.end();
+    assert_eq!(code, 0, "{said}");
+    until_group_is_gone(provisioner.engine());
+    assert_eq!(provisioner.files(), [""; 0]);
+}
