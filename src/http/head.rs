@@ -77,6 +77,17 @@ impl Fields {
             .and_then(|(_, value)| std::str::from_utf8(value).ok())
     }
 
+    /// Whether a `Connection` field (there may be several) says that fields of this name concern one
+    /// connection only. No field can take the message's length away like that.
+    #[must_use]
+    pub fn connection_names(&self, name: &str) -> bool {
+        !name.eq_ignore_ascii_case("content-length")
+            && self.iter().filter(|(n, _)| n.eq_ignore_ascii_case("connection")).any(|(_, list)| {
+                list.split(|b| *b == b',')
+                    .any(|token| token.trim_ascii().eq_ignore_ascii_case(name.as_bytes()))
+            })
+    }
+
     /// How many fields have this name (any case).
     #[must_use]
     pub fn count(&self, name: &str) -> usize {
@@ -287,10 +298,10 @@ pub fn parse_response(bytes: &[u8], to_head: bool) -> Result<ResponseHead, BadMe
     })
 }
 
-/// Fields that concern one connection only (RFC 9110, 7.6.1) and are never forwarded.
-/// `connection` is the `Connection` field's value, which may name more.
+/// Fields that concern one connection only (RFC 9110, 7.6.1) and are never forwarded;
+/// [`Fields::connection_names`] tells which others a message adds to them.
 #[must_use]
-pub fn is_hop_by_hop(name: &str, connection: Option<&str>) -> bool {
+pub fn is_hop_by_hop(name: &str) -> bool {
     const ALWAYS: [&str; 9] = [
         "connection",
         "keep-alive",
@@ -303,7 +314,6 @@ pub fn is_hop_by_hop(name: &str, connection: Option<&str>) -> bool {
         "upgrade",
     ];
     ALWAYS.iter().any(|known| name.eq_ignore_ascii_case(known))
-        || connection.is_some_and(|list| list.split(',').any(|token| token.trim().eq_ignore_ascii_case(name)))
 }
 
 fn only_crlf(bytes: &[u8]) -> Result<(), BadMessage> {
