@@ -2,6 +2,8 @@
 //! between. The client and the engine share no code with the crate, so that a mistake in its framing
 //! cannot hide itself.
 
+#![allow(unreachable_pub)] // A module of a test has no crate to be reached from.
+
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -146,7 +148,7 @@ fn run(reactor: &mut Reactor, net: &mut Net, engine: SocketAddr, patience: Patie
                             method: request.head.method().to_string(),
                             target: request.head.target().to_string(),
                             fields: forwardable(&request.head),
-                            body: request.body,
+                            body: Arc::new(request.body),
                             sink: Sink::Client {
                                 client,
                                 hold_back: &[502, 503, 504],
@@ -287,7 +289,8 @@ impl Line {
             }
         };
         let head = String::from_utf8(self.unread[..end].to_vec()).expect("a head of text");
-        let length: usize = field(&head, "content-length").map_or(0, |value| value.parse().expect("a number"));
+        let length: usize =
+            field(&head, "content-length").map_or(0, |value| value.parse().expect("a number"));
         while self.unread.len() < end + 4 + length {
             self.more().then_some(())?;
         }
@@ -379,7 +382,9 @@ impl Client {
 
     pub fn post(&mut self, target: &str, body: &str) -> Received {
         let length = body.len();
-        self.send(format!("POST {target} HTTP/1.1\r\nHost: gateway\r\nContent-Length: {length}\r\n\r\n{body}"));
+        self.send(format!(
+            "POST {target} HTTP/1.1\r\nHost: gateway\r\nContent-Length: {length}\r\n\r\n{body}"
+        ));
         self.receive()
     }
 
@@ -437,16 +442,19 @@ impl Client {
     fn chunks(&mut self, got: &mut Received) -> Option<()> {
         loop {
             let mut line = Vec::new();
-            self.line(&mut line)?;
+            let complete = self.line(&mut line);
             got.raw.extend_from_slice(&line);
+            complete?;
             let text = String::from_utf8_lossy(&line).into_owned();
             let size = text.trim_end().split(';').next().expect("split gives one");
-            let size = usize::from_str_radix(size, 16).unwrap_or_else(|_| panic!("a chunk size, not {text:?}"));
+            let size =
+                usize::from_str_radix(size, 16).unwrap_or_else(|_| panic!("a chunk size, not {text:?}"));
             if size == 0 {
                 loop {
                     let mut trailer = Vec::new();
-                    self.line(&mut trailer)?;
+                    let complete = self.line(&mut trailer);
                     got.raw.extend_from_slice(&trailer);
+                    complete?;
                     if trailer == b"\r\n" {
                         return Some(());
                     }
@@ -470,6 +478,7 @@ impl Client {
                 return Some(());
             }
             if self.more() == 0 {
+                line.append(&mut self.unread);
                 return None;
             }
         }
