@@ -1,7 +1,7 @@
 //! How a node stays a member of one control plane: register, heartbeat, deregister.
 //!
 //! ```text
-//!                  ok                    404: it forgot us
+//!                  ok              404: it forgot us, 409: did it?
 //!   Unregistered ------> Registered ---------------------------> Unregistered
 //!        |   ^               |  heartbeats, whatever fails
 //!    409 v   | later         | shutdown
@@ -13,6 +13,10 @@
 //! back. One call is under way at a time, so heartbeats never overtake each other. What changed is
 //! told at once; what changes during a call goes into the next one. Failures only ever lengthen the
 //! pauses: a node whose control plane is away goes on serving and goes on asking.
+//!
+//! A 409 to a registration means that another node owns the name. To a heartbeat it may only mean that
+//! a copy of it, repeated by something on the way, was faster: the node registers again and goes by
+//! that answer, for a pause as after a real conflict would cost it the lease.
 
 use std::fmt;
 
@@ -427,7 +431,9 @@ impl Plane {
             Answer::Ok { .. } | Answer::Failed(_) => Trouble::Failing,
         };
         self.reason = explain(&answer);
-        if trouble == Trouble::Conflict {
+        // Whether the node is still a member, a registration settles.
+        let is_doubtful = was_registered && self.beaten_since_registered;
+        if trouble == Trouble::Conflict && !is_doubtful {
             let pause_ms = doubled(CONFLICT_PAUSE_MS_MIN, self.conflicts, CONFLICT_PAUSE_MS_MAX);
             self.conflicts = self.conflicts.saturating_add(1);
             self.note(trouble, "the node steps back and asks again later", notes);
@@ -435,8 +441,10 @@ impl Plane {
             self.due_at = now.mono.plus_ms(pause_ms + jitter(pause_ms / 5 + 1));
             return;
         }
-        if trouble == Trouble::Unknown && was_registered && self.beaten_since_registered {
-            self.note(trouble, "the node registers again", notes);
+        if matches!(trouble, Trouble::Unknown | Trouble::Conflict) && is_doubtful {
+            if trouble == Trouble::Unknown {
+                self.note(trouble, "the node registers again", notes);
+            }
             self.enter(PlaneState::Unregistered, now);
             self.due_at = now.mono.plus_ms(jitter(REREGISTER_SPREAD_MS + 1));
             return;
@@ -663,8 +671,20 @@ mod tests {
     }
 
     #[test]
+    fn a_heartbeat_that_was_overtaken_by_its_copy_costs_no_lease() {
+        let (mut plane, mut now, mut notes) = member();
+        let before = now;
+        step(&mut plane, &mut now, Answer::Conflict("a later heartbeat has arrived".into()), &mut notes);
+        assert_eq!(step(&mut plane, &mut now, agreed(), &mut notes), Call::Register);
+        assert!(matches!(step(&mut plane, &mut now, agreed(), &mut notes), Call::Heartbeat { .. }));
+        assert!(now.mono.ms_since(before.mono) < 15_000, "{now:?}");
+        assert!(notes.iter().all(|note| !note.is_warning), "nothing to look at: {notes:?}");
+    }
+
+    #[test]
     fn a_conflict_makes_the_node_step_back_and_say_so_once() {
         let (mut plane, mut now, mut notes) = member();
+        step(&mut plane, &mut now, Answer::Conflict("another boot".into()), &mut notes);
         let mut pauses = Vec::new();
         for _ in 0..6 {
             step(&mut plane, &mut now, Answer::Conflict("another boot".into()), &mut notes);
