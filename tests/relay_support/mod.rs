@@ -317,6 +317,12 @@ impl Line {
         let _ = self.tcp.write_all(bytes);
     }
 
+    /// Reads and forgets until the peer closes.
+    pub fn closed_after_anything(&mut self) {
+        let mut buffer = [0; 64 * 1024];
+        while let Ok(1..) = self.tcp.read(&mut buffer) {}
+    }
+
     /// Waits for the peer's close and says when it came; panics if bytes come instead, or nothing.
     pub fn closed_at(&mut self) -> Instant {
         let mut byte = [0; 1];
