@@ -405,7 +405,7 @@ fn an_engine_that_dies_never_looks_finished() {
 }
 
 fn script_prefix(answer: &str, received: &Received) -> bool {
-    answer[SSE_HEAD.len()..].as_bytes().starts_with(&received.raw)
+    answer.as_bytes()[SSE_HEAD.len()..].starts_with(&received.raw)
 }
 
 #[test]

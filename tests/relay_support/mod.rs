@@ -420,7 +420,7 @@ impl Client {
             got.clean = self.take(length, &mut got.raw).is_some();
             got.body = got.raw.clone();
         } else {
-            got.clean = self.to_the_end(&mut got.raw);
+            got.clean = self.until_close(&mut got.raw);
             got.body = got.raw.clone();
         }
         got
@@ -432,7 +432,7 @@ impl Client {
     }
 
     /// Whether it ends with a FIN after any bytes; a reset is no clean end.
-    fn to_the_end(&mut self, raw: &mut Vec<u8>) -> bool {
+    fn until_close(&mut self, raw: &mut Vec<u8>) -> bool {
         loop {
             raw.append(&mut self.unread);
             let mut buffer = [0; 64 * 1024];
