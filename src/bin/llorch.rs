@@ -1,21 +1,18 @@
-//! The operator's command: see `llama_orch::cli`.
+//! The operator's command, which can also be each of the daemons: `llorch up` starts itself as them, so
+//! that one binary is enough. Everything is in [`llama_orch::cli`].
 
 use std::process::ExitCode;
 
-use llama_orch::cli;
-use llama_orch::settings::Exit;
+use llama_orch::{cli, engine_provisioner, orchestratord, pool_managerd, settings};
 
-#[allow(clippy::print_stdout, clippy::print_stderr, reason = "a command's last words are its job")]
 fn main() -> ExitCode {
     let mut args = std::env::args_os().skip(1);
-    let ended = match args.next().as_deref().and_then(|command| command.to_str()) {
-        Some("demo-engine") => cli::demo_engine::run(args.collect()),
-        _ => Err(Exit::usage("usage: llorch demo-engine --port PORT [--help]")),
-    };
-    let Err(exit) = ended else { return ExitCode::SUCCESS };
-    match exit.code {
-        0 => println!("{exit}"),
-        _ => eprintln!("llorch: {exit}"),
+    let command = args.next().map(|command| command.to_string_lossy().into_owned());
+    let args = args.collect();
+    match command.as_deref() {
+        Some("orchestratord") => settings::finish("orchestratord", orchestratord::run(args)),
+        Some("pool-managerd") => settings::finish("pool-managerd", pool_managerd::run(args)),
+        Some("engine-provisioner") => settings::finish("engine-provisioner", engine_provisioner::run(args)),
+        command => settings::finish("llorch", cli::run(command, args)),
     }
-    ExitCode::from(exit.code)
 }
