@@ -1,21 +1,20 @@
-//! The operator's command: see `llama_orch::cli`.
+//! The operator's command, and every program in one binary: `up` starts the daemons as children of its
+//! own kind, so that one build is enough to run it.
 
 use std::process::ExitCode;
 
-use llama_orch::cli;
-use llama_orch::settings::Exit;
+use llama_orch::{cli, engine_provisioner, orchestratord, pool_managerd, settings};
 
-#[allow(clippy::print_stdout, clippy::print_stderr, reason = "a command's last words are its job")]
 fn main() -> ExitCode {
     let mut args = std::env::args_os().skip(1);
-    let ended = match args.next().as_deref().and_then(|command| command.to_str()) {
-        Some("demo-engine") => cli::demo_engine::run(args.collect()),
-        _ => Err(Exit::usage("usage: llorch demo-engine --port PORT [--help]")),
+    let command = args.next().unwrap_or_default();
+    let args = args.collect();
+    cli::up::end_with_parent();
+    let ended = match command.to_str() {
+        Some("orchestratord") => orchestratord::run(args),
+        Some("pool-managerd") => pool_managerd::run(args),
+        Some("engine-provisioner") => engine_provisioner::run(args),
+        _ => cli::run(&command, args),
     };
-    let Err(exit) = ended else { return ExitCode::SUCCESS };
-    match exit.code {
-        0 => println!("{exit}"),
-        _ => eprintln!("llorch: {exit}"),
-    }
-    ExitCode::from(exit.code)
+    settings::finish("llorch", ended)
 }
