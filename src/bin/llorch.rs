@@ -1,20 +1,18 @@
 //! The operator's command, and every program in one binary: `up` starts the daemons as children of its
 //! own kind, so that one build is enough to run it.
 
-use std::process::ExitCode;
-
 use llama_orch::{cli, engine_provisioner, orchestratord, pool_managerd, settings};
 
-fn main() -> ExitCode {
+fn main() -> std::process::ExitCode {
     let mut args = std::env::args_os().skip(1);
     let command = args.next().unwrap_or_default();
     let args = args.collect();
     cli::up::end_with_parent();
-    let ended = match command.to_str() {
-        Some("orchestratord") => orchestratord::run(args),
-        Some("pool-managerd") => pool_managerd::run(args),
-        Some("engine-provisioner") => engine_provisioner::run(args),
-        _ => cli::run(&command, args),
+    let (program, ended) = match command.to_str() {
+        Some("orchestratord") => ("orchestratord", orchestratord::run(args)),
+        Some("pool-managerd") => ("pool-managerd", pool_managerd::run(args)),
+        Some("engine-provisioner") => ("engine-provisioner", engine_provisioner::run(args)),
+        _ => ("llorch", cli::run(&command, args)),
     };
-    settings::finish("llorch", ended)
+    settings::finish(program, ended)
 }
