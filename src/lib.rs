@@ -18,7 +18,8 @@
 //!   pool_managerd   orchestratord   engine_provisioner   cli      never import each other
 //!    │               │
 //!   replicas        (both)        what a runtime directory announces, and whether it answers
-//!   service         (both)        tokens, events, logs, facts of the machine
+//!    │
+//!   service         (both)        tokens, events, logs, facts of the machine, what shells start with
 //!    │
 //!   net                           accept, dial, keep, relay
 //!    │        │

@@ -1,4 +1,5 @@
-//! A real llama.cpp behind `engine-provisioner`: started, handed over, asked, stopped.
+//! A real llama.cpp: started and handed over by `engine-provisioner`, asked, stopped; then on the
+//! whole road with `llorch up`.
 //!
 //! Opt-in, because the first run downloads llama.cpp: `REQUIRE_REAL_LLAMA=1 cargo test --test
 //! real_llama`. Without the variable the test says that it was skipped.
@@ -76,4 +77,16 @@ fn a_real_llama_cpp_is_handed_over_streams_and_is_stopped() {
     assert_eq!(code, 0, "{said}");
     until_group_is_gone(provisioner.engine());
     assert_eq!(provisioner.files(), [""; 0]);
+    // The same engine on the whole road: provisioner, handoff, probe, placement, relay.
+    let up = std::process::Command::new(env!("CARGO_BIN_EXE_llorch"))
+        .args(["up", "--once", "--max-tokens", "8", "--engine", "sh", script, "{port}", "2"])
+        .env("TMPDIR", root.path())
+        .output()
+        .expect("llorch runs");
+    let (printed, errors) = (String::from_utf8_lossy(&up.stdout), String::from_utf8_lossy(&up.stderr));
+    assert!(up.status.success(), "{printed}\n{errors}");
+    assert!(printed.contains("local/pool-0/r0: takes work"), "{printed}");
+    let tokens =
+        printed.lines().find(|line| line.trim_start().starts_with("tokens")).expect("a row of tokens");
+    assert_eq!(tokens.split_whitespace().nth(1), Some("8"), "{tokens}");
 }

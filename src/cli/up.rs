@@ -45,9 +45,6 @@ const DEMO_MODEL: &str = "llorch-demo";
 const DAEMON_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pause between looks at a daemon that starts.
 const DAEMON_PAUSE: Duration = Duration::from_millis(2);
-/// How long an engine may load, in milliseconds: half an hour for the largest models from slow disks.
-/// Ctrl-C is there for whoever has less patience.
-const ENGINE_TIMEOUT_MS: u64 = 30 * 60 * 1000;
 /// From a written handoff to a replica that takes work: milliseconds, unless something refuses it.
 const ROUTABLE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Pause between looks while an engine loads.
@@ -73,6 +70,7 @@ static TABLE: &[Setting] = &[
     ),
     flag("max-tokens", Some("32"), "N", "Longest answer, 1 to 1000000 tokens"),
     flag("slots", Some("4"), "N", "Requests that the engine serves at once, 1 to 65536"),
+    flag("engine-wait-secs", Some("600"), "SECS", "How long the engine may take to load, 1 to 86400 seconds"),
     flag("verbose", Some("false"), "BOOL", "Show every event with its text, and let the daemons log more"),
     flag(
         "engine",
@@ -185,6 +183,8 @@ struct Options {
     prompt: String,
     tokens_max: u64,
     slots: u64,
+    /// Longest load of the engine, in milliseconds.
+    engine_wait_ms: u64,
     /// Empty for the demonstration engine.
     engine: Vec<OsString>,
     /// The port in the engine's command where it says one instead of `{port}`.
@@ -221,6 +221,7 @@ impl Options {
             prompt: settings.need("prompt", text)?,
             tokens_max: settings.need("max-tokens", number(1, 1_000_000))?,
             slots: settings.need("slots", number(1, crate::wire::handoff::SLOTS_MAX.into()))?,
+            engine_wait_ms: settings.need("engine-wait-secs", number(1, 86_400))? * 1000,
             engine: settings.rest,
             engine_port,
             notes: token.map(note).into_iter().collect(),
@@ -311,6 +312,7 @@ impl Up {
             self.screen.line("directory", &place);
         }
         self.start_daemons()?;
+        self.timeline.daemons_answer(client::nanoseconds(self.started.elapsed()));
         let reports = self.start_engine()?;
         self.wait_for_replica(&reports)?;
         self.ask()?;
@@ -431,7 +433,7 @@ impl Up {
     fn start_engine(&mut self) -> Result<Receiver<Report>, Halt> {
         let program = std::env::current_exe().map_err(|error| error.to_string())?;
         let slots = self.options.slots.to_string();
-        let limit = ENGINE_TIMEOUT_MS.to_string();
+        let limit = self.options.engine_wait_ms.to_string();
         let (pool, replica) = REPLICA.split_once('/').unwrap_or((REPLICA, "r0"));
         let words = [
             "--report",
@@ -543,7 +545,9 @@ impl Up {
         if self.options.verbose || !starting {
             self.screen.line(&event.kind, &event.text);
         } else if event.is_ours() && is_step {
-            self.screen.line("replica", &format!("{REPLICA} {}", event.state));
+            // The registry's own words say on which node.
+            let told = if event.state == "routable" { format!(" ({})", event.text) } else { String::new() };
+            self.screen.line("replica", &format!("{REPLICA} {}{told}", event.state));
         } else if event.kind == "replica" && event.state != "known" || event.state == "refused" {
             self.screen.line(&event.kind, &event.text);
         }
@@ -577,14 +581,12 @@ impl Up {
         self.screen.table(&self.timeline.rows(&answered.times, to_first_token));
         self.screen.blank();
         let seconds = answered.decoding as f64 / 1e9;
-        let total = match answered.tokens {
+        let rate = match answered.tokens {
             // Between two tokens is one gap.
-            tokens @ 2.. if seconds > 0.0 => {
-                format!("{tokens} tokens, {:.1} tokens/s", (tokens - 1) as f64 / seconds)
-            }
-            tokens => format!("{tokens} tokens"),
+            tokens @ 2.. if seconds > 0.0 => format!("  ({:.1} a second)", (tokens - 1) as f64 / seconds),
+            _ => String::new(),
         };
-        self.screen.line("total", &total);
+        self.screen.line("tokens", &format!("{}{rate}", answered.tokens));
         Ok(())
     }
 
@@ -597,6 +599,7 @@ impl Up {
             ("events", format!("{base}/v2/events")),
             ("metrics", format!("{base}/metrics")),
             ("pool-managerd", format!("http://{agent}/v2/pools")),
+            ("handoffs", self.home.path.join("engines").display().to_string()),
             ("logs", logs),
             (
                 "try",

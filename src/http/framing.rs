@@ -8,9 +8,9 @@ use std::ops::Range;
 
 use super::head::{BadMessage, Framing};
 
-/// Longest chunk-size line, extensions included, in bytes. Extensions have no known use.
+/// Longest chunk-size line, extensions included and its end not, in bytes. Extensions have no known use.
 pub const CHUNK_LINE_BYTES_MAX: u32 = 256;
-/// Most bytes of trailer fields.
+/// Most bytes of trailer fields, line ends not counted.
 pub const TRAILER_BYTES_MAX: u32 = 8 * 1024;
 
 /// What one call of [`BodyDecoder::next`] found.
@@ -126,13 +126,13 @@ impl BodyDecoder {
 
     fn framing_byte(&mut self, byte: u8) -> Result<(), BadMessage> {
         self.state = match (self.state, byte) {
-            (State::Size { line, .. }, _) if line >= CHUNK_LINE_BYTES_MAX => {
-                return Err(bad("a chunk-size line is longer than 256 bytes"));
-            }
             (State::Size { digits: 0, .. }, b) if !b.is_ascii_hexdigit() => {
                 return Err(bad("a chunk size is missing"));
             }
             (State::Size { value, .. }, b'\r') => State::SizeLf(value),
+            (State::Size { line, .. }, _) if line >= CHUNK_LINE_BYTES_MAX => {
+                return Err(bad("a chunk-size line is longer than 256 bytes"));
+            }
             (State::Size { value, digits, line, in_extension: true }, b) if is_text(b) => {
                 State::Size { value, digits, line: line + 1, in_extension: true }
             }
@@ -156,10 +156,10 @@ impl BodyDecoder {
             (State::SizeLf(size), b'\n') => State::Data(size),
             (State::DataCr, b'\r') => State::DataLf,
             (State::DataLf, b'\n') => State::Size { value: 0, digits: 0, line: 0, in_extension: false },
+            (State::Trailer { line, total }, b'\r') => State::TrailerLf { line, total },
             (State::Trailer { total, .. }, _) if total >= TRAILER_BYTES_MAX => {
                 return Err(bad("the trailer is larger than 8 KiB"));
             }
-            (State::Trailer { line, total }, b'\r') => State::TrailerLf { line, total },
             (State::Trailer { line, total }, b) if is_text(b) => {
                 State::Trailer { line: line + 1, total: total + 1 }
             }

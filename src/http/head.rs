@@ -77,6 +77,17 @@ impl Fields {
             .and_then(|(_, value)| std::str::from_utf8(value).ok())
     }
 
+    /// Whether a `Connection` field (there may be several) says that fields of this name concern one
+    /// connection only. No field can take the message's length away like that.
+    #[must_use]
+    pub fn connection_names(&self, name: &str) -> bool {
+        !name.eq_ignore_ascii_case("content-length")
+            && self.iter().filter(|(n, _)| n.eq_ignore_ascii_case("connection")).any(|(_, list)| {
+                list.split(|b| *b == b',')
+                    .any(|token| token.trim_ascii().eq_ignore_ascii_case(name.as_bytes()))
+            })
+    }
+
     /// How many fields have this name (any case).
     #[must_use]
     pub fn count(&self, name: &str) -> usize {
@@ -181,7 +192,7 @@ impl ResponseHead {
 /// earlier calls looked, so that a head that drips in is not searched from its start every time.
 ///
 /// # Errors
-/// 431 when [`HEAD_BYTES_MAX`] is passed without an end.
+/// 431 when [`HEAD_BYTES_MAX`] is passed without an end, 400 for a line that ends with a bare LF.
 pub fn head_length(bytes: &[u8], scanned: &mut usize) -> Result<Option<usize>, BadMessage> {
     let from = scanned.saturating_sub(3).min(bytes.len());
     let window = &bytes[from..bytes.len().min(HEAD_BYTES_MAX)];
@@ -189,12 +200,13 @@ pub fn head_length(bytes: &[u8], scanned: &mut usize) -> Result<Option<usize>, B
         *scanned = 0;
         return Ok(Some(from + at + 4));
     }
-    if bytes.len() >= HEAD_BYTES_MAX {
-        return Err(BadMessage { status: 431, reason: "the request head is larger than 32 KiB" });
-    }
-    // Without this a client that ends its lines with bare LF would wait for an answer for ever.
-    if memmem::find(window, b"\n\n").is_some() {
+    // Without this a client that ends its lines with bare LF would wait for an answer for ever. At the
+    // window's start the byte before is known only where the window is the head's start.
+    if memchr_iter(b'\n', window).any(|at| if at == 0 { from == 0 } else { window[at - 1] != b'\r' }) {
         return Err(bad("lines must end with CR LF"));
+    }
+    if bytes.len() >= HEAD_BYTES_MAX {
+        return Err(BadMessage { status: 431, reason: "the head is larger than 32 KiB" });
     }
     *scanned = bytes.len();
     Ok(None)
@@ -286,10 +298,10 @@ pub fn parse_response(bytes: &[u8], to_head: bool) -> Result<ResponseHead, BadMe
     })
 }
 
-/// Fields that concern one connection only (RFC 9110, 7.6.1) and are never forwarded.
-/// `connection` is the `Connection` field's value, which may name more.
+/// Fields that concern one connection only (RFC 9110, 7.6.1) and are never forwarded;
+/// [`Fields::connection_names`] tells which others a message adds to them.
 #[must_use]
-pub fn is_hop_by_hop(name: &str, connection: Option<&str>) -> bool {
+pub fn is_hop_by_hop(name: &str) -> bool {
     const ALWAYS: [&str; 9] = [
         "connection",
         "keep-alive",
@@ -302,7 +314,6 @@ pub fn is_hop_by_hop(name: &str, connection: Option<&str>) -> bool {
         "upgrade",
     ];
     ALWAYS.iter().any(|known| name.eq_ignore_ascii_case(known))
-        || connection.is_some_and(|list| list.split(',').any(|token| token.trim().eq_ignore_ascii_case(name)))
 }
 
 fn only_crlf(bytes: &[u8]) -> Result<(), BadMessage> {
@@ -367,7 +378,10 @@ impl<'h, 'b> Facts<'h, 'b> {
                     facts.hosts += 1;
                     facts.host_good = good_host(header.value);
                 }
-                6 if header.name.eq_ignore_ascii_case("expect") => facts.expect = Some(header.value),
+                6 if header.name.eq_ignore_ascii_case("expect") => {
+                    // Two of them are a list, and no list can be met.
+                    facts.expect = Some(if facts.expect.is_some() { b"" } else { header.value });
+                }
                 10 if header.name.eq_ignore_ascii_case("connection") => {
                     for token in header.value.split(|b| *b == b',') {
                         facts.close |= token.trim_ascii().eq_ignore_ascii_case(b"close");

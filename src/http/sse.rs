@@ -42,7 +42,11 @@ impl Tail {
     /// Whether the last event was `[DONE]`, with which OpenAI's dialect ends a stream.
     #[must_use]
     pub fn done(&self) -> bool {
-        self.bytes[..self.length].trim_ascii_end().ends_with(b"[DONE]")
+        let tail = self.bytes[..self.length].trim_ascii_end();
+        let before = tail.strip_suffix(b"[DONE]").map(|rest| rest.strip_suffix(b" ").unwrap_or(rest));
+        // At the start of a line: generated text may hold these words.
+        let before = before.and_then(|rest| rest.strip_suffix(b"data:"));
+        before.is_some_and(|rest| matches!(rest.last(), None | Some(b'\n' | b'\r')))
     }
 }
 
@@ -173,6 +177,9 @@ mod tests {
             tail.passed(&stream[cut..]);
             assert!(tail.between_events() && tail.done(), "cut at {cut}");
         }
+        let mut quoted = Tail::default();
+        quoted.passed(b"data: {\"text\":\"data: [DONE]");
+        assert!(!quoted.done());
     }
 
     #[test]

@@ -481,23 +481,18 @@ impl Net {
 /// ours, nothing that the client cannot vouch for.
 pub fn forwardable(head: &RequestHead) -> Vec<(String, Vec<u8>)> {
     // `x-conversation-id` makes llama-server go on after its client has left.
-    const NOT_FORWARDED: [&str; 8] = [
-        "host",
-        "content-length",
-        "expect",
-        "authorization",
-        "x-conversation-id",
-        "x-forwarded-for",
-        "x-forwarded-host",
-        "forwarded",
-    ];
-    let connection = head.fields.get("connection");
+    const NOT_FORWARDED: [&str; 7] =
+        ["host", "content-length", "expect", "authorization", "x-conversation-id", "forwarded", "x-real-ip"];
+    const NOT_FORWARDED_PREFIXES: [&str; 2] = ["x-llorch-", "x-forwarded-"];
     head.fields
         .iter()
         .filter(|(name, _)| {
-            !crate::http::head::is_hop_by_hop(name, connection)
+            let starts_with =
+                |prefix: &&str| name.get(..prefix.len()).is_some_and(|s| s.eq_ignore_ascii_case(prefix));
+            !crate::http::head::is_hop_by_hop(name)
+                && !head.fields.connection_names(name)
                 && !NOT_FORWARDED.iter().any(|known| name.eq_ignore_ascii_case(known))
-                && !name.get(..9).is_some_and(|start| start.eq_ignore_ascii_case("x-llorch-"))
+                && !NOT_FORWARDED_PREFIXES.iter().any(starts_with)
         })
         .map(|(name, value)| (name.to_string(), value.to_vec()))
         .collect()

@@ -84,6 +84,12 @@ impl Relay {
         self.head.as_ref().is_some_and(|answer| answer.client_keeps_alive)
     }
 
+    /// Whether the answer is a stream of events whose last one said that there are no more.
+    #[must_use]
+    pub fn said_done(&self) -> bool {
+        self.head.as_ref().and_then(|answer| answer.events.as_ref()).is_some_and(Tail::done)
+    }
+
     /// Whether the engine's connection may serve another request after the answer.
     #[must_use]
     pub fn upstream_keeps_alive(&self) -> bool {
@@ -124,24 +130,35 @@ impl Relay {
     /// # Errors
     /// [`BadMessage`] if the answer had not ended.
     pub fn closed(&mut self, out: &mut Vec<u8>) -> Result<(), BadMessage> {
-        let ended = self.reader.body().is_some_and(|body| body.close());
-        let Some(answer) = self.head.as_ref().filter(|_| ended) else {
-            return Err(BadMessage { status: 502, reason: "the connection closed before the answer's end" });
-        };
-        if answer.body == Body::Rechunked {
-            out.extend_from_slice(LAST_CHUNK);
+        let early = BadMessage { status: 502, reason: "the connection closed before the answer's end" };
+        let said_done = self.said_done();
+        let (Some(answer), Some(body)) = (&mut self.head, self.reader.body()) else { return Err(early) };
+        answer.upstream_keeps_alive = false;
+        // A stream that said that it is done has ended, even if its framing's end is still owed; one
+        // that stops within an event has not, even if closing would be its framing's end.
+        let between_chunks = body.between_chunks();
+        if !said_done && answer.events.as_ref().is_some_and(|tail| !tail.between_events()) {
+            return Err(early);
+        }
+        let ended = body.close() || said_done && between_chunks;
+        match answer.body {
+            _ if !ended => return Err(early),
+            Body::Rechunked => out.extend_from_slice(LAST_CHUNK),
+            Body::Same if between_chunks => out.extend_from_slice(LAST_CHUNK),
+            Body::Same | Body::Data => {}
         }
         Ok(())
     }
 
     /// The engine failed after its head was forwarded. Puts out an error event where one fits; the
-    /// client's connection must be closed behind it either way.
-    pub fn failed(&mut self, message: &str, out: &mut Vec<u8>) {
+    /// client's connection must be closed behind it either way. False if a close would look like the
+    /// answer's end, so that the connection must be reset.
+    #[must_use]
+    pub fn failed(&mut self, message: &str, out: &mut Vec<u8>) -> bool {
         let between_chunks = self.reader.body().is_some_and(|body| body.between_chunks());
-        let Some(answer) = &self.head else { return };
-        let Some(tail) = &answer.events else { return };
-        if !tail.between_events() {
-            return;
+        let Some(answer) = &self.head else { return true };
+        if !answer.events.as_ref().is_some_and(Tail::between_events) {
+            return answer.body != Body::Data;
         }
         let error = serde_json::json!({"error": {
             "message": message, "type": "upstream_error", "param": null, "code": "upstream_error",
@@ -159,6 +176,7 @@ impl Relay {
             Body::Data => out.extend_from_slice(event.as_bytes()),
             Body::Same => {}
         }
+        true
     }
 
     fn begin(&mut self, head: &ResponseHead, rest: &[u8], out: &mut Vec<u8>) -> Result<Step, BadMessage> {
@@ -219,10 +237,11 @@ fn encode_forwarded_head(
     out: &mut Vec<u8>,
 ) {
     begin_head(out, head.status);
-    let connection = head.fields.get("connection");
     for (name, value) in head.fields.iter() {
         let replaced = forward.fields.iter().any(|(own, _)| name.eq_ignore_ascii_case(own));
-        if !is_hop_by_hop(name, connection) && !replaced {
+        // A length beside a status that has no body would make the next answer part of this one.
+        let vain = head.status == 204 && name.eq_ignore_ascii_case("content-length");
+        if !is_hop_by_hop(name) && !head.fields.connection_names(name) && !replaced && !vain {
             push_field(out, name, value);
         }
     }

@@ -70,10 +70,12 @@ impl Resolver {
         if self.known.len() >= NAMES_MAX {
             self.known.retain(|_, (_, until)| *until > now);
         }
-        if self.known.len() < NAMES_MAX {
-            let until = now.plus_ms(if answer.is_ok() { ANSWER_MS } else { FAILURE_MS });
-            self.known.insert(name.clone(), (answer, until));
+        if self.known.len() >= NAMES_MAX {
+            // Some name must go: an answer that is not kept would be asked for again and again.
+            self.known.pop_first();
         }
+        let until = now.plus_ms(if answer.is_ok() { ANSWER_MS } else { FAILURE_MS });
+        self.known.insert(name.clone(), (answer, until));
         Some(name)
     }
 

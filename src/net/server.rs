@@ -26,6 +26,8 @@ const ACCEPTS_PER_TURN: usize = 64;
 const ACCEPT_PAUSE_MS: u64 = 250;
 /// Bytes kept of what a client sends while its response is owed; beyond them it is not read.
 const PIPELINED_BYTES_MAX: usize = 64 * 1024;
+/// How long a client that was refused may take to notice; what it sends meanwhile is thrown away.
+const LINGER_MS: u64 = 2_000;
 /// Longest correlation id taken over from a client.
 const CORRELATION_BYTES_MAX: usize = 128;
 
@@ -42,6 +44,9 @@ pub(super) enum ClientNext {
     Relay(Token),
     /// Nobody: what is buffered is written, then the connection is closed.
     Close,
+    /// The client: everything was written and the connection is closed once it has seen that. Closing
+    /// on unread bytes would reset it, and the reset would overtake the answer.
+    Linger,
 }
 
 #[derive(Debug)]
@@ -59,13 +64,16 @@ pub(super) struct Client {
     body_bytes: usize,
     /// A request has begun to arrive, and its deadline runs.
     receiving: bool,
-    above_high_water: bool,
+    /// Its exchange waits until enough has been written.
+    pub(super) above_high_water: bool,
+    /// Not all that it sent has been read.
+    refused: bool,
 }
 
 impl Client {
     /// Whether a response is owed or not yet complete.
     pub(super) fn owed(&self) -> bool {
-        !matches!(self.next, ClientNext::Client | ClientNext::Close)
+        matches!(self.next, ClientNext::Owner | ClientNext::OwnerStream | ClientNext::Relay(_))
     }
 
     pub(super) fn answer_to(&self) -> AnswerTo {
@@ -133,6 +141,7 @@ impl Client {
         let response = Response::json(error.status, &body).with("X-Correlation-Id", self.correlation.clone());
         encode_response(self.out.end(), &response, AnswerTo::BROKEN);
         self.next = ClientNext::Close;
+        self.refused = true;
     }
 }
 
@@ -213,6 +222,7 @@ impl Net {
                 body_bytes: 0,
                 receiving: false,
                 above_high_water: false,
+                refused: false,
             })
         });
         if let Ok(client) = admitted {
@@ -235,6 +245,9 @@ impl Net {
         }
         let Some(session) = self.server.clients.get_mut(client) else { return };
         match session.next {
+            ClientNext::Linger => self.discard(client, now),
+            // A client that takes no answers gets no further ones made, or they would pile up here.
+            ClientNext::Client | ClientNext::Close if !session.out.is_empty() => {}
             ClientNext::Client => self.read_requests(client, now),
             // A client that has sent everything and closed waits for nothing any more.
             _ if session.stream.latch().hangup => self.close_client(client, now),
@@ -308,6 +321,10 @@ impl Net {
                         session.next = ClientNext::Owner;
                         session.receiving = false;
                         session.deadline.disarm();
+                        if session.stream.latch().hangup {
+                            // Its farewell came along, and no further event will tell of it.
+                            self.ready.push(client);
+                        }
                         let peer = session.peer;
                         self.events.push_back(NetEvent::Request { client, request, peer });
                         false
@@ -334,13 +351,35 @@ impl Net {
         let Some(session) = self.server.clients.get_mut(client) else { return };
         while session.unread.len() < PIPELINED_BYTES_MAX {
             match session.stream.read(&mut self.scratch) {
-                // What comes behind a connection's last request belongs to nobody.
-                Ok(ReadResult::Data(_)) if session.next == ClientNext::Close => {}
                 Ok(ReadResult::Data(length)) => session.unread.extend_from_slice(&self.scratch[..length]),
                 Ok(ReadResult::Empty) => return,
                 Ok(ReadResult::Closed) | Err(_) => return self.close_client(client, now),
             }
         }
+    }
+
+    /// Everything was said to a client that may still be sending.
+    fn linger(&mut self, client: Token, now: Mono) {
+        let Some(session) = self.server.clients.get_mut(client) else { return };
+        session.next = ClientNext::Linger;
+        session.unread = Vec::new();
+        session.stream.shut_down_write();
+        session.deadline.disarm();
+        self.arm_client(client, LINGER_MS, now);
+        self.ready.push(client);
+    }
+
+    fn discard(&mut self, client: Token, now: Mono) {
+        let Some(session) = self.server.clients.get_mut(client) else { return };
+        let mut budget = TURN_BUDGET_BYTES;
+        while budget > 0 {
+            match session.stream.read(&mut self.scratch) {
+                Ok(ReadResult::Data(length)) => budget = budget.saturating_sub(length),
+                Ok(ReadResult::Empty) => return,
+                Ok(ReadResult::Closed) | Err(_) => return self.close_client(client, now),
+            }
+        }
+        self.ready.push(client);
     }
 
     /// Writes what the client takes, and acts on what that makes possible.
@@ -356,7 +395,11 @@ impl Net {
             }
         } else {
             match session.next {
+                ClientNext::Close if session.refused || !session.unread.is_empty() => {
+                    return self.linger(client, now);
+                }
                 ClientNext::Close => return self.close_client(client, now),
+                ClientNext::Linger => return,
                 ClientNext::Client => self.await_next_request(client, now),
                 _ => session.deadline.disarm(),
             }
@@ -408,14 +451,25 @@ impl Net {
     /// Closes a client's connection and ends whatever ran for it.
     pub(super) fn close_client(&mut self, client: Token, now: Mono) {
         let Some(mut session) = self.server.clients.remove(client) else { return };
+        if session.owed() && session.to.version == crate::http::head::Version::Http10 {
+            // Its answer may end by closing, and this is not its end.
+            session.stream.reset_on_close();
+        }
         session.stream.deregister(&self.registry);
         self.server.bodies_bytes -= session.body_bytes;
         match session.next {
-            ClientNext::Relay(exchange) => self.finish_exchange(exchange, Outcome::ClientGone, now),
+            ClientNext::Relay(exchange) => {
+                // Clients leave as soon as they read that a stream is done.
+                let outcome = match self.upstreams.said_done(exchange) {
+                    Some(status) if session.out.is_empty() => Outcome::Complete { status, body: Vec::new() },
+                    _ => Outcome::ClientGone,
+                };
+                self.finish_exchange(exchange, outcome, now);
+            }
             ClientNext::Owner | ClientNext::OwnerStream => {
                 self.events.push_back(NetEvent::ClientGone { client });
             }
-            ClientNext::Client | ClientNext::Close => {}
+            ClientNext::Client | ClientNext::Close | ClientNext::Linger => {}
         }
     }
 }

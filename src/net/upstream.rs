@@ -120,6 +120,11 @@ impl Upstreams {
         }
     }
 
+    /// The answer's status, if it is a stream that said that it is done.
+    pub(super) fn said_done(&self, exchange: Token) -> Option<u16> {
+        self.exchanges.get(exchange).filter(|exchange| exchange.relay.said_done())?.relay.status()
+    }
+
     pub(super) fn connection_of(&self, exchange: Token) -> Option<Token> {
         self.exchanges.get(exchange)?.connection
     }
@@ -157,6 +162,11 @@ impl Net {
         let Some(session) = self.upstreams.exchanges.get_mut(exchange) else { return };
         self.timers.arm(exchange, &mut session.deadline, now.plus_ms(session.patience.connect_ms));
         session.resolving = false;
+        let retried = session.retried;
+        if session.to.https() {
+            // Never in the clear what was meant to be encrypted.
+            return self.fail_exchange(exchange, FaultKind::Connect, "https is not spoken to engines", now);
+        }
         let address = match self.resolver.resolve(&session.to, now) {
             Resolved::Address(address) => address,
             Resolved::Asked => {
@@ -167,10 +177,13 @@ impl Net {
                 return self.fail_exchange(exchange, FaultKind::Connect, &reason, now);
             }
         };
-        if !session.retried
-            && let Some(idle) = self.upstreams.take_idle(address)
-        {
-            return self.assign(idle, exchange, now);
+        while !retried && let Some(idle) = self.upstreams.take_idle(address) {
+            let latch = self.upstreams.connections.get(idle).map(|line| line.stream.latch());
+            if latch.is_some_and(|latch| !latch.readable) {
+                return self.assign(idle, exchange, now);
+            }
+            // It has just been closed, or said something that nobody asked for.
+            self.close_connection(idle);
         }
         let made = self.upstreams.connections.insert_with(|token| {
             Ok::<Connection, std::io::Error>(Connection {
@@ -301,6 +314,7 @@ impl Net {
                 Ok(ReadResult::Data(length)) => length,
                 Ok(ReadResult::Empty) => return,
                 Ok(ReadResult::Closed) => return self.upstream_closed(exchange, now),
+                Err(_) if session.relay.said_done() => return self.upstream_closed(exchange, now),
                 Err(error) => {
                     let reason = format!("the connection broke: {error}");
                     return self.fail_exchange(exchange, FaultKind::Reset, &reason, now);
@@ -439,15 +453,19 @@ impl Net {
         let Some(session) = self.upstreams.exchanges.get_mut(exchange) else { return };
         let patience = session.patience;
         let held_by_sink = match &session.sink {
-            SinkState::Client(client) => {
-                self.server.clients.get(*client).is_some_and(|c| c.out.len() > HIGH_WATER_BYTES)
-            }
+            SinkState::Client(client) => self.server.clients.get(*client).is_some_and(|c| c.above_high_water),
             SinkState::Owner { paused } => *paused,
             SinkState::Collect { .. } => false,
         };
-        if held_by_sink {
-            // The client is slow, not the engine; the client has a limit of its own.
-            return self.timers.arm(exchange, &mut session.deadline, now.plus_ms(patience.idle_ms));
+        let line = session.connection.and_then(|token| self.upstreams.connections.get(token));
+        let unread = line.is_some_and(|line| line.stream.latch().readable);
+        if held_by_sink || unread {
+            // The client is slow (it has a limit of its own) or this loop is, not the engine.
+            self.timers.arm(exchange, &mut session.deadline, now.plus_ms(patience.idle_ms));
+            if let Some(connection) = session.connection.filter(|_| !held_by_sink) {
+                self.ready.push(connection);
+            }
+            return;
         }
         let reason = if session.received {
             format!("no byte for {} ms in the middle of the answer", patience.idle_ms)
@@ -477,7 +495,9 @@ impl Net {
                 let answered = session.relay.status().is_some();
                 if let Some(sink) = self.server.clients.get_mut(client) {
                     if answered {
-                        session.relay.failed(reason, sink.out.end());
+                        if !session.relay.failed(reason, sink.out.end()) {
+                            sink.stream.reset_on_close();
+                        }
                         sink.next = ClientNext::Close;
                     } else {
                         sink.next = ClientNext::Owner;

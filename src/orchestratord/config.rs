@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use crate::replicas::AllowList;
 use crate::service::auth::{self, Tokens};
-use crate::settings::{Alias, Exit, Setting, Settings, boolean, listen_address, number};
+use crate::settings::{Alias, Exit, Setting, Settings, boolean, listen_address, number, refuse_unsupported};
 
 use super::placement::Strategy;
 use super::service_registry::Limits;
@@ -176,6 +176,8 @@ impl Config {
         env: impl Fn(&str) -> Option<OsString>,
     ) -> Result<Config, Exit> {
         let about = "Places requests on the engines of many machines and streams their answers";
+        let tls = ["ORCHESTRATORD_TLS_CERT", "ORCHESTRATORD_TLS_KEY", "ORCHESTRATORD_TLS_CLIENT_CA"];
+        refuse_unsupported(&tls, "this version speaks plain HTTP only", &env)?;
         let settings = Settings::read("orchestratord", about, TABLE, None, args, env)?;
         let cloud = settings.need("cloud-profile", boolean)?;
         let default_ip = if cloud { [0, 0, 0, 0] } else { [127, 0, 0, 1] };

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use crate::replicas::AllowList;
 use crate::service::auth::{self, Tokens};
 use crate::service::machine;
-use crate::settings::{Alias, Exit, Setting, Settings, boolean, listen_address, number};
+use crate::settings::{Alias, Exit, Setting, Settings, boolean, listen_address, number, refuse_unsupported};
 use crate::wire::id::{NodeId, PoolId};
 use crate::wire::url::BaseUrl;
 
@@ -100,6 +100,14 @@ pub static TABLE: &[Setting] = &[
         default: Some("1000"),
         value: "MS",
         help: "Longest that a handoff goes unseen where the kernel reports no changes; 100 to 10000",
+    },
+    Setting {
+        flag: "auto-delete-handoff",
+        env: "POOL_MANAGERD_AUTO_DELETE_HANDOFF",
+        aliases: &[],
+        default: Some("false"),
+        value: "BOOL",
+        help: "Only false: this version leaves handoff files where they are",
     },
     Setting {
         flag: "state-dir",
@@ -199,6 +207,8 @@ impl Config {
         env: impl Fn(&str) -> Option<OsString>,
     ) -> Result<Config, Exit> {
         let about = "Watches the engines of one machine and reports them to control planes";
+        let tls = ["POOL_MANAGERD_TLS_CERT", "POOL_MANAGERD_TLS_KEY", "POOL_MANAGERD_TLS_CLIENT_CA"];
+        refuse_unsupported(&tls, "this version speaks plain HTTP only", &env)?;
         let settings = Settings::read("pool-managerd", about, TABLE, None, args, env)?;
         let addr = settings.need("addr", listen_address)?;
         let node_id = settings
@@ -211,6 +221,10 @@ impl Config {
         };
         let register = settings.need("register-on-startup", boolean)?;
         let token_file = settings.get("api-token-file", |text| Ok(PathBuf::from(text)))?;
+        settings.need("auto-delete-handoff", |text| match boolean(text)? {
+            false => Ok(()),
+            true => Err("this version does not delete handoffs; allowed is false".into()),
+        })?;
         let mut notes = settings.notes.clone();
         let tokens = auth::from_settings(&settings, token_file.as_deref())?;
         auth::check_exposure(
@@ -334,12 +348,19 @@ mod tests {
             ("POOL_MANAGERD_CLOUD_PROFILE", "maybe", "true and false"),
             ("POOL_MANAGERD_NODE_ID", "a b", "is not an id"),
             ("POOL_MANAGERD_POOLS", "a,b/c", "is not an id"),
+            ("POOL_MANAGERD_AUTO_DELETE_HANDOFF", "true", "does not delete"),
         ] {
             let cloud = [("POOL_MANAGERD_CLOUD_PROFILE", "true"), ("ORCHESTRATORD_URL", "http://c:1")];
             let exit = read(&[&cloud[..], &[(name, value)]].concat()).expect_err(value);
             assert!(exit.code == 78 && exit.message.contains(part), "{exit}");
             assert!(exit.message.contains(name) && exit.message.contains(value), "{exit}");
         }
+    }
+
+    #[test]
+    fn what_this_version_cannot_do_is_refused_instead_of_ignored() {
+        let exit = read(&[("POOL_MANAGERD_TLS_CERT", "/etc/cert.pem")]).expect_err("no TLS");
+        assert!(exit.code == 78 && exit.message.starts_with("POOL_MANAGERD_TLS_CERT is set"), "{exit}");
     }
 
     #[test]

@@ -127,6 +127,16 @@ impl Stream {
         }
     }
 
+    /// Tells the peer that nothing more comes; it can still be read.
+    pub fn shut_down_write(&mut self) {
+        let _ = self.tcp.shutdown(std::net::Shutdown::Write);
+    }
+
+    /// From now on a close is a reset, which no peer takes for the end of a message.
+    pub fn reset_on_close(&mut self) {
+        let _ = rustix::net::sockopt::set_socket_linger(&self.tcp, Some(std::time::Duration::ZERO));
+    }
+
     /// Leaves the poll before it is dropped.
     pub fn deregister(&mut self, registry: &Registry) {
         let _ = registry.deregister(&mut self.tcp);

@@ -53,6 +53,8 @@ impl Event {
 /// The first time of each step, in nanoseconds since the Unix epoch.
 #[derive(Debug, Default)]
 pub(super) struct Timeline {
+    /// From the start of `up`, not a time of day.
+    daemons: Option<u64>,
     spawned: Option<u64>,
     healthy: Option<u64>,
     written: Option<u64>,
@@ -81,6 +83,11 @@ pub(super) struct Row {
 }
 
 impl Timeline {
+    /// Both daemons answer, so many nanoseconds after the start of `up`.
+    pub(super) fn daemons_answer(&mut self, after_ns: u64) {
+        self.daemons = Some(after_ns);
+    }
+
     /// Takes a line of the provisioner.
     pub(super) fn report(&mut self, report: &Report) {
         let step = match report.event.as_str() {
@@ -124,6 +131,7 @@ impl Timeline {
         let row = |label, ns, note| Row { label, ns, note };
         let engine_start = between(self.spawned, self.healthy);
         let mut rows = vec![
+            row("start of up -> daemons answer", self.daemons, "two processes, each asked for its health"),
             row("engine spawned -> healthy", engine_start, "the engine's own time"),
             row("handoff written -> seen", between(self.written, self.seen), "inotify, listing, parsing"),
             row("seen -> ready", between(self.seen, self.ready), "health probe"),
@@ -170,6 +178,7 @@ mod tests {
     #[test]
     fn the_steps_are_differences_of_one_clock() {
         let mut timeline = Timeline::default();
+        timeline.daemons_answer(9);
         [("spawned", 100), ("healthy", 150), ("handoff_written", 160)]
             .iter()
             .for_each(|(name, at)| timeline.report(&report(name, *at)));
@@ -186,7 +195,7 @@ mod tests {
         assert!(timeline.is_routable());
         let answer = AnswerTimes { first_byte: 3, first_token: Some(23), last_byte: 90, prefill: Some(20) };
         let ns: Vec<_> = timeline.rows(&answer, Some(400)).iter().map(|row| row.ns).collect();
-        let expected = [50, 7, 13, 1, 3, 23, 87, 400, 330].map(Some);
+        let expected = [9, 50, 7, 13, 1, 3, 23, 87, 400, 330].map(Some);
         assert_eq!(ns, expected);
     }
 
@@ -201,6 +210,6 @@ mod tests {
         assert!(!timeline.is_routable());
         let rows = timeline.rows(&AnswerTimes::default(), Some(5));
         let unknown = rows.iter().filter(|row| row.ns.is_none()).count();
-        assert_eq!((rows.len(), unknown), (8, 5), "four steps and the first token: {rows:?}");
+        assert_eq!((rows.len(), unknown), (9, 6), "the daemons, four steps, the first token: {rows:?}");
     }
 }

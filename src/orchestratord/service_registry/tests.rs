@@ -1,3 +1,5 @@
+//! The registry as its caller meets it: leases, fences, snapshots, slots, and what each reports.
+
 use super::*;
 use crate::orchestratord::placement::{Ask, Choice, Strategy as Placement, StrategyState, choose, fits};
 use crate::wire::id::PoolId;
