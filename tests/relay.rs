@@ -405,7 +405,7 @@ fn an_engine_that_dies_never_looks_finished() {
 }
 
 fn script_prefix(answer: &str, received: &Received) -> bool {
-    answer[SSE_HEAD.len()..].as_bytes().starts_with(&received.raw)
+    answer.as_bytes()[SSE_HEAD.len()..].starts_with(&received.raw)
 }
 
 #[test]
@@ -449,5 +449,447 @@ fn a_stream_that_said_done_is_complete_however_its_engine_closes() {
     let received = client.post("/", "{}");
     assert_eq!((received.text().as_str(), received.clean), ("data: 1\n\ndata: [DONE]\n\n", true));
     ended(&gateway, &["complete 200"]);
+    settle(gateway, client);
+}
+
+#[test]
+fn fields_of_one_connection_stay_on_it() {
+    let engine = Engine::answering(
+        "HTTP/1.1 200 OK\r\nConnection: X-Hop, close\r\nX-Hop: 1\r\nKeep-Alive: timeout=5\r\nProxy-Authenticate: x\r\nUpgrade: h2c\r\nconnection: x-second, content-length\r\nX-Second: 1\r\nX-Stays: 1\r\nContent-Length: 2\r\n\r\nok",
+    );
+    let gateway = Gateway::start(engine.address);
+    let mut client = gateway.client();
+    client.send("GET / HTTP/1.1\r\nHost: a\r\nConnection: X-One\r\nConnection: keep-alive, x-TWO,,TE\r\nX-One: 1\r\nX-Two: 2\r\nTE: trailers\r\nTrailer: x\r\nUpgrade: h2c\r\nProxy-Authorization: x\r\nKeep-Alive: 5\r\nProxy-Connection: x\r\nX-Forwarded-For: 1.2.3.4\r\nX-Forwarded-Proto: https\r\nX-Real-IP: 1.2.3.4\r\nForwarded: for=x\r\nX-Llorch-Hops: 0\r\nX-Conversation-Id: 1\r\nX-Stays: 1\r\n\r\n");
+    let answer = client.receive();
+    assert_eq!((answer.status, answer.text().as_str(), answer.clean), (200, "ok", true));
+    let names = |head: &str| -> Vec<String> {
+        head.lines().skip(1).map(|l| l.split(':').next().unwrap_or_default().to_lowercase()).collect()
+    };
+    assert_eq!(names(&engine.requests()[0].head), ["host", "x-stays"]);
+    assert_eq!(names(&answer.head), ["x-stays", "content-length", "x-via", "x-correlation-id"]);
+    // The engine's wish to close is not the client's.
+    assert_eq!(client.get("/").status, 200);
+    assert_eq!(engine.connections(), 2);
+    settle(gateway, client);
+}
+
+#[test]
+fn held_back_answers_reach_no_client() {
+    for status in [502, 503, 504] {
+        let engine = Engine::answering(format!(
+            "HTTP/1.1 {status} No\r\nX-Secret: 1\r\nContent-Length: 6\r\n\r\nsecret"
+        ));
+        let gateway = Gateway::start(engine.address);
+        let mut client = gateway.client();
+        let answer = client.post("/", "{}");
+        assert_eq!((answer.status, answer.clean, answer.field("x-secret")), (502, true, None));
+        assert_eq!(answer.text(), format!("the engine answered {status}"));
+        ended(&gateway, &[&format!("status {status}")]);
+        // The same client can be served again on the same connection.
+        assert_eq!(client.get("/local/3").text(), "LLL");
+        settle(gateway, client);
+    }
+    let engine = Engine::answering("HTTP/1.1 500 Internal Server Error\r\nContent-Length: 3\r\n\r\nbad");
+    let gateway = Gateway::start(engine.address);
+    let mut client = gateway.client();
+    assert_eq!(client.get("/").text(), "bad", "a 500 is the engine's own answer");
+    settle(gateway, client);
+}
+
+#[test]
+fn an_engine_that_is_not_there_or_not_http_is_a_bad_gateway() {
+    let nobody =
+        std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address");
+    let gateway = Gateway::start(nobody);
+    let mut client = gateway.client();
+    assert_eq!(client.post("/", "{}").status, 502);
+    ended(&gateway, &["connect"]);
+    settle(gateway, client);
+
+    for garbage in
+        ["SSH-2.0-OpenSSH_9.6\r\n\r\n", "HTTP/1.1 200 OK\nContent-Length: 0\n\n", "\r\n\r\n\r\n\r\n"]
+    {
+        let engine = Engine::answering(garbage);
+        let gateway = Gateway::start(engine.address);
+        let mut client = gateway.client();
+        assert_eq!(client.post("/", "{}").status, 502, "{garbage:?}");
+        ended(&gateway, &["protocol"]);
+        settle(gateway, client);
+    }
+}
+
+#[test]
+fn an_early_answer_is_passed_on_and_its_connection_given_up() {
+    // The engine refuses after the head, with most of the body still to come.
+    let engine = Engine::start(|line| {
+        let mut some = [0; 1024];
+        assert!(line.tcp.read(&mut some).expect("a head") > 0);
+        line.write(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 3\r\n\r\nbig");
+        line.closed_after_anything();
+    });
+    let gateway = Gateway::start(engine.address);
+    let mut client = gateway.client();
+    for _ in 0..2 {
+        let answer = client.post("/", &"b".repeat(16 << 20));
+        assert_eq!((answer.status, answer.text().as_str()), (413, "big"));
+    }
+    assert_eq!(engine.connections(), 2);
+    settle(gateway, client);
+}
+
+#[test]
+fn a_thousand_pipelined_requests_are_answered_in_order() {
+    let engine = Engine::start(|line| {
+        while let Some(request) = line.request() {
+            let body = request.head.split(' ').nth(1).expect("a target").to_string();
+            line.write(format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len()).as_bytes());
+        }
+    });
+    let gateway = Gateway::start(engine.address);
+    for local in [false, true] {
+        let mut client = gateway.client();
+        let all: String = (0..1000)
+            .map(|turn| {
+                let target = if local { format!("/local/{}", turn % 7) } else { format!("/{turn}") };
+                format!("GET {target} HTTP/1.1\r\nHost: a\r\n\r\n")
+            })
+            .collect();
+        client.send(all);
+        for turn in 0..1000 {
+            let expected = if local { "L".repeat(turn % 7) } else { format!("/{turn}") };
+            assert_eq!(client.receive().text(), expected);
+        }
+    }
+    assert_eq!((engine.connections(), engine.requests().len()), (1, 1000));
+    gateway.settle();
+}
+
+#[test]
+fn a_client_that_never_reads_gets_no_endless_answers() {
+    const BYTES: usize = 1 << 20;
+    const REQUESTS: usize = 100;
+    let engine = Engine::answering(JSON);
+    let gateway = Gateway::start(engine.address);
+    let mut greedy = gateway.client();
+    for _ in 0..REQUESTS {
+        greedy.send(format!("GET /local/{BYTES} HTTP/1.1\r\nHost: a\r\n\r\n"));
+        // Each arrives by itself: once another client was served, the gateway has seen it.
+        assert_eq!(gateway.client().get("/").status, 200);
+    }
+    let served = gateway.requests() - REQUESTS;
+    assert!(served < 40, "{served} MiB of answers were made for a client that reads none");
+    for _ in 0..REQUESTS {
+        let answer = greedy.receive();
+        assert!(answer.clean && answer.body.len() == BYTES && answer.body.iter().all(|b| *b == b'L'));
+    }
+    settle(gateway, greedy);
+}
+
+#[test]
+fn a_client_may_wait_for_leave_to_send_its_body_or_not() {
+    let engine = Engine::answering(JSON);
+    let gateway = Gateway::start(engine.address);
+    let head = "POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n";
+    let mut client = gateway.client();
+    for waits in [true, false, true] {
+        if waits {
+            assert_eq!(client.send(head).receive().status, 100);
+            assert_eq!(client.send("hello").receive().status, 200);
+        } else {
+            client.send(format!("{head}hello"));
+            assert_eq!((client.receive().status, client.receive().status), (100, 200));
+        }
+    }
+    for request in engine.requests() {
+        assert_eq!((request.body.as_slice(), field(&request.head, "expect")), (&b"hello"[..], None));
+    }
+    settle(gateway, client);
+}
+
+#[test]
+fn a_refusal_reaches_a_client_that_is_still_sending() {
+    let engine = Engine::answering(JSON);
+    let limits = Limits { body_bytes_max: 100_000, ..Limits::default() };
+    let gateway = Gateway::with(engine.address, limits, PATIENT);
+    let sized = |length: usize| {
+        let body = "b".repeat(length);
+        format!("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n\r\n{body}")
+    };
+    let mut client = gateway.client();
+    assert_eq!(client.send(sized(100_000)).receive().status, 200, "a body at the limit");
+    drop(client);
+    let chunked = "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n";
+    let many = format!("{chunked}{}0\r\n\r\n", chunk(&"b".repeat(1000)).repeat(4000));
+    let table = [
+        (sized(100_001), 413),
+        (sized(4 << 20), 413),
+        (many, 413),
+        (format!("GET / HTTP/1.1\r\nHost: a\r\nX : y\r\n\r\n{}", "x".repeat(4 << 20)), 400),
+        ("x".repeat(4 << 20), 431),
+    ];
+    for (bytes, status) in table {
+        for _ in 0..5 {
+            // Everything is sent before a byte of the answer is read.
+            let mut client = gateway.client();
+            let answer = client.send(&bytes).receive();
+            assert_eq!((answer.status, answer.clean), (status, true), "{} bytes", bytes.len());
+            assert_eq!(answer.field("connection"), Some("close"));
+            assert!(answer.text().contains("\"retriable\":false"), "{}", answer.text());
+            assert!(client.is_closed());
+        }
+    }
+    assert_eq!(engine.requests().len(), 1, "nothing of a refused request reaches the engine");
+    gateway.settle();
+}
+
+#[test]
+fn clients_above_the_limit_are_closed_and_the_others_served() {
+    let engine = Engine::answering(JSON);
+    let limits = Limits { clients_max: 3, ..Limits::default() };
+    let gateway = Gateway::with(engine.address, limits, PATIENT);
+    let mut served: Vec<Client> = (0..3).map(|_| gateway.client()).collect();
+    served.iter_mut().for_each(|client| assert_eq!(client.get("/").status, 200));
+    assert!(gateway.client().is_closed(), "one too many");
+    served.iter_mut().for_each(|client| assert_eq!(client.get("/").status, 200));
+    served.pop();
+    eventually("a place is free", || gateway.clients() == 2);
+    assert_eq!(gateway.client().get("/").status, 200);
+    drop(served);
+    gateway.settle();
+}
+
+#[test]
+fn a_request_that_does_not_arrive_in_time_is_given_up() {
+    let engine = Engine::answering(JSON);
+    let limits = Limits { request_ms: 60, idle_ms: 60, ..Limits::default() };
+    let gateway = Gateway::with(engine.address, limits, PATIENT);
+    let unfinished = [
+        "GET / HT",
+        "GET / HTTP/1.1\r\nHost: a\r\n",
+        "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhell",
+        "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhe",
+    ];
+    for start in unfinished {
+        let mut client = gateway.client();
+        let answer = client.send(start).receive();
+        assert_eq!((answer.status, answer.clean), (408, true), "{start:?}");
+        assert!(client.is_closed());
+    }
+    // A drip does not buy time.
+    let mut client = gateway.client();
+    let began = Instant::now();
+    let mut drip = "GET / HTTP/1.1\r\nHost: a\r\nX: ".bytes().chain(std::iter::repeat(b'x'));
+    let answered = loop {
+        if client.tcp.write_all(&[drip.next().expect("endless")]).is_err() {
+            break began.elapsed();
+        }
+        client.tcp.set_nonblocking(true).expect("a socket option");
+        let seen = client.tcp.peek(&mut [0]).is_ok();
+        client.tcp.set_nonblocking(false).expect("a socket option");
+        if seen {
+            break began.elapsed();
+        }
+        assert!(began.elapsed() < DEADLINE, "a dripping head is waited for");
+        std::thread::sleep(Duration::from_millis(1));
+    };
+    assert!(answered < Duration::from_secs(1), "{answered:?}");
+    assert!(gateway.client().is_closed(), "a client that says nothing is closed without a word");
+    let mut kept = gateway.client();
+    assert_eq!(kept.get("/").status, 200);
+    assert!(kept.is_closed(), "so is one that has no further request");
+    settle(gateway, client);
+}
+
+#[test]
+fn an_engine_that_falls_silent_is_given_up() {
+    let table: [(String, u16, &str); 3] = [
+        (String::new(), 502, "timeout"),
+        (format!("{SSE_HEAD}{}", chunk("data: 1\n\n")), 200, "timeout answered"),
+        (format!("{SSE_HEAD}{}", chunk("data: 1")), 200, "timeout answered"),
+    ];
+    for (answer, status, outcome) in table {
+        let (tell, told) = mpsc::channel();
+        let said = answer.clone();
+        let engine = Engine::start(move |line| {
+            line.request();
+            line.write(said.as_bytes());
+            line.closed_at();
+            tell.send(()).expect("the test listens");
+        });
+        let patience = Patience { connect_ms: 1000, first_byte_ms: 60, idle_ms: 60 };
+        let gateway = Gateway::with(engine.address, Limits::default(), patience);
+        let mut client = gateway.client();
+        let received = client.post("/", "{}");
+        assert_eq!(received.status, status, "{answer:?}");
+        let error = received.text().contains("data: {\"error\":");
+        assert_eq!(received.clean, status == 502 || error, "{answer:?}: {received:?}");
+        assert_eq!(error, answer.ends_with("\n\n\r\n"), "{answer:?}");
+        told.recv_timeout(DEADLINE).expect("the engine's connection is closed");
+        ended(&gateway, &[outcome]);
+        settle(gateway, client);
+    }
+}
+
+#[test]
+fn a_client_that_takes_nothing_is_given_up_and_its_engine_freed() {
+    let (tell, told) = mpsc::channel();
+    let engine = Engine::start(move |line| {
+        line.request();
+        flood(line, &AtomicU64::new(0), u64::MAX);
+        tell.send(()).expect("the test listens");
+    });
+    let limits = Limits { write_stall_ms: 100, ..Limits::default() };
+    // The engine is blocked for longer than it may be silent, and must not be blamed for it.
+    let gateway = Gateway::with(engine.address, limits, Patience { idle_ms: 30, ..PATIENT });
+    let mut client = gateway.client();
+    client.send("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
+    told.recv_timeout(DEADLINE).expect("the engine's connection is closed");
+    ended(&gateway, &["client gone"]);
+    settle(gateway, client);
+}
+
+/// The byte at a place of a flood.
+fn tide(at: u64) -> u8 {
+    (at ^ at >> 8 ^ at >> 16) as u8
+}
+
+/// Writes chunks of 64 KiB of [`tide`] up to `total`, counting, until the peer closes.
+fn flood(line: &mut Line, written: &AtomicU64, total: u64) {
+    line.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n");
+    let mut at = 0;
+    while at < total {
+        let mut piece = b"10000\r\n".to_vec();
+        piece.extend((at..at + 0x10000).map(tide));
+        piece.extend_from_slice(b"\r\n");
+        if line.tcp.write_all(&piece).is_err() {
+            return;
+        }
+        at += 0x10000;
+        written.store(at, Ordering::SeqCst);
+    }
+    line.write(b"0\r\n\r\n");
+}
+
+#[test]
+fn a_slow_client_holds_its_engine_back_and_loses_nothing() {
+    const TOTAL: u64 = 64 << 20;
+    let written = Arc::new(AtomicU64::new(0));
+    let count = written.clone();
+    let engine = Engine::start(move |line| {
+        while let Some(request) = line.request() {
+            if request.head.starts_with("GET /flood") {
+                flood(line, &count, TOTAL);
+            } else {
+                line.write(JSON.as_bytes());
+            }
+        }
+    });
+    let gateway = Gateway::start(engine.address);
+    let mut slow = gateway.client();
+    slow.send("GET /flood HTTP/1.1\r\nHost: a\r\n\r\n");
+    // Once the count rests for a while, all buffers between the two are full.
+    let (mut last, mut since) = (0, Instant::now());
+    eventually("the engine is held back", || {
+        let now = written.load(Ordering::SeqCst);
+        if now != last {
+            (last, since) = (now, Instant::now());
+        }
+        last > 0 && since.elapsed() > Duration::from_millis(150)
+    });
+    // Both sockets' kernel buffers grow to several MiB; the gateway itself adds a fraction of one.
+    assert!(last < TOTAL / 2, "the engine wrote {last} bytes to a client that reads none");
+    let mut other = gateway.client();
+    for _ in 0..20 {
+        assert_eq!(other.get("/").status, 200, "others are served meanwhile");
+    }
+    let answer = slow.receive();
+    assert!(answer.clean && answer.body.len() as u64 == TOTAL);
+    let wrong = answer.body.iter().zip(0..).position(|(byte, at)| *byte != tide(at));
+    assert_eq!(wrong, None, "the first wrong byte");
+    drop(slow);
+    settle(gateway, other);
+}
+
+#[test]
+fn a_fast_stream_does_not_delay_the_others() {
+    let engine = Engine::start(|line| {
+        while let Some(request) = line.request() {
+            if request.head.starts_with("GET /flood") {
+                return flood(line, &AtomicU64::new(0), u64::MAX);
+            }
+            line.write(JSON.as_bytes());
+        }
+    });
+    let gateway = Gateway::start(engine.address);
+    let mut fast = gateway.client();
+    fast.send("GET /flood HTTP/1.1\r\nHost: a\r\n\r\n");
+    let mut reader = fast.tcp.try_clone().expect("a second handle");
+    let read = Arc::new(AtomicU64::new(0));
+    let total = read.clone();
+    let reading = std::thread::spawn(move || {
+        let mut buffer = vec![0; 64 * 1024];
+        while let Ok(length @ 1..) = reader.read(&mut buffer) {
+            total.fetch_add(length as u64, Ordering::SeqCst);
+        }
+    });
+    eventually("the stream flows", || read.load(Ordering::SeqCst) > 1 << 20);
+    let before = read.load(Ordering::SeqCst);
+    let mut other = gateway.client();
+    let mut took: Vec<Duration> = (0..200)
+        .map(|_| {
+            let began = Instant::now();
+            assert_eq!(other.get("/").status, 200);
+            began.elapsed()
+        })
+        .collect();
+    took.sort_unstable();
+    // Generous, as tests share two cores; a starved client would wait for ever.
+    assert!(took[100] < Duration::from_millis(100), "the median is {:?}", took[100]);
+    eventually("the stream flows on", || read.load(Ordering::SeqCst) > before);
+    fast.tcp.shutdown(std::net::Shutdown::Both).expect("an open connection");
+    reading.join().expect("the reader did not panic");
+    drop(fast);
+    settle(gateway, other);
+}
+
+#[test]
+fn a_stream_of_the_owners_is_framed_for_its_client() {
+    let engine = Engine::answering(JSON);
+    let gateway = Gateway::start(engine.address);
+    let mut client = gateway.client();
+    for _ in 0..2 {
+        let answer = client.get("/stream");
+        assert_eq!((answer.text().as_str(), answer.clean), ("data: 1\n\ndata: 2\n\n", true));
+        assert_eq!(answer.field("transfer-encoding"), Some("chunked"));
+    }
+    let mut old = gateway.client();
+    let answer = old.send("GET /stream HTTP/1.0\r\nConnection: keep-alive\r\n\r\n").receive();
+    assert_eq!((answer.text().as_str(), answer.clean), ("data: 1\n\ndata: 2\n\n", true));
+    assert_eq!(answer.field("connection"), Some("close"));
+    drop(old);
+    settle(gateway, client);
+}
+
+#[test]
+fn a_burst_of_clients_that_come_and_go_leaves_nothing() {
+    let engine = Engine::start(|line| {
+        while line.request().is_some() {
+            line.write(format!("{SSE_HEAD}{}", chunk("data: 1\n\n")).as_bytes());
+            line.write(format!("{}0\r\n\r\n", chunk("data: [DONE]\n\n")).as_bytes());
+        }
+    });
+    let gateway = Gateway::start(engine.address);
+    for turn in 0..300 {
+        let mut client = gateway.client();
+        let request = "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n{}";
+        client.send(&request[..turn % (request.len() + 1)]);
+        match turn % 3 {
+            0 => reset_on_close(&client.tcp),
+            1 => client.fin(),
+            _ => {}
+        }
+    }
+    let mut client = gateway.client();
+    assert!(client.post("/", "{}").clean);
     settle(gateway, client);
 }

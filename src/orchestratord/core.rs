@@ -26,6 +26,9 @@ use super::refusal::{RETRY_MS_DEFAULT, Refusal};
 use super::report::happening;
 use super::service_registry::{Change, Fenced, Grant, ReplicaRef, ServiceRegistry};
 
+#[cfg(test)]
+mod tests;
+
 /// Engines that one request is tried on before it is given up.
 pub const ATTEMPTS_MAX: u32 = 3;
 /// Weight of a new duration in the moving average: one in eight.
@@ -121,7 +124,7 @@ impl Core {
                 self.answer(reply, done.map(|ok| Effect::Beaten(reply, ok)), effects);
             }
             Input::Deregister { reply, node, incarnation } => {
-                let done = self.registry.deregister(&node, incarnation, &mut changes);
+                let done = self.registry.deregister(&node, incarnation, now, &mut changes);
                 self.answer(reply, done.map(|()| Effect::Removed(reply)), effects);
             }
             Input::Listing(files) => {
@@ -161,7 +164,9 @@ impl Core {
     /// When [`Input::Tick`] is wanted next.
     #[must_use]
     pub fn deadline(&self) -> Option<Mono> {
-        let local = self.local.as_ref().and_then(|local| local.replicas.deadline());
+        // As long as probes are sent: a deadline that nothing meets would make the loop spin.
+        let local = self.local.as_ref().filter(|_| self.ends_at.is_none());
+        let local = local.and_then(|local| local.replicas.deadline());
         let queue = self.admission.deadline();
         earliest(
             earliest(self.registry.deadline(), queue),
@@ -330,7 +335,7 @@ impl Core {
         let Some(request) = self.requests.get(&id) else { return };
         let (strategy, state) = (self.strategy, &mut self.strategy_state);
         let placement = choose(&self.registry, &request.asked.ask, &request.tried, strategy, state);
-        let first = request.tried.is_empty();
+        let (first, tried) = (request.attempts == 0, !request.tried.is_empty());
         match placement.choice {
             Choice::Replica { replica, slots } => self.dispatch(id, replica, slots, now, effects),
             Choice::UnknownModel if first => {
@@ -339,6 +344,13 @@ impl Core {
                 self.refuse(id, Refusal::UnknownModel { model, known }, effects);
             }
             Choice::UnknownPin if first => self.refuse(id, Refusal::UnknownPin, effects),
+            // One that failed is as good as any once its circuit allows it; `attempts` bounds this.
+            _ if tried => {
+                if let Some(request) = self.requests.get_mut(&id) {
+                    request.tried.clear();
+                }
+                self.place(id, now, effects);
+            }
             Choice::Busy
             | Choice::NotReady { .. }
             | Choice::Nothing
@@ -350,8 +362,6 @@ impl Core {
     fn wait(&mut self, id: RequestId, effects: &mut Vec<Effect>) {
         let slots: u64 = self.registry.replicas().map(|(_, replica)| u64::from(replica.slots_total)).sum();
         let Some(request) = self.requests.get_mut(&id) else { return };
-        // An engine that failed may be tried again when it comes back; its circuit says when.
-        request.tried.clear();
         let wait_ms = self.wait_ms_max.min(request.asked.wait_ms_max);
         let waiter = Waiter {
             id,

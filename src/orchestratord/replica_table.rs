@@ -386,7 +386,7 @@ impl ReplicaTable {
         });
         self.cold[index as usize] = Some(replica);
         let reference = self.reference(index);
-        self.set_models(reference, &models);
+        self.set_models(reference, &models, changes);
         self.refresh(reference, now, changes);
         reference
     }
@@ -424,8 +424,8 @@ impl ReplicaTable {
         }
     }
 
-    /// Sets the models of a replica. No verdict depends on them.
-    pub(super) fn set_models(&mut self, replica: ReplicaRef, models: &[String]) {
+    /// Sets the models of a replica. No verdict depends on them, but other waiters may fit.
+    pub(super) fn set_models(&mut self, replica: ReplicaRef, models: &[String], changes: &mut Vec<Change>) {
         let Some(index) = self.index(replica) else { return };
         let Some(cold) = self.cold[index].as_mut() else { return };
         if cold.models[..] == *models {
@@ -436,6 +436,9 @@ impl ReplicaTable {
         self.hot[index].model_set = set;
         cold.models = list;
         self.sets.release(old);
+        if self.hot[index].placeable {
+            changes.push(Change::ReplicaCapacity(replica));
+        }
     }
 
     /// Takes slots, if the replica takes work and has as many.

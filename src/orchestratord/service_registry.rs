@@ -42,11 +42,14 @@ use crate::wire::node::{
 use crate::wire::url::BaseUrl;
 
 mod change;
+mod departed;
 mod snapshot;
 #[cfg(test)]
 mod tests;
 
 pub use self::change::{Change, Fenced};
+use self::departed::Departed;
+pub use self::departed::{DEPARTED_MAX, DEPARTED_MS};
 pub use self::snapshot::{
     MODEL_BYTES_MAX, MODELS_MAX, NODE_REPLICAS_MAX, REPLICAS_TOTAL_MAX, TEXT_BYTES_MAX,
 };
@@ -202,6 +205,7 @@ pub struct ServiceRegistry {
     /// Ends of backoffs.
     retries: BTreeSet<(Mono, ReplicaRef)>,
     table: ReplicaTable,
+    departed: Departed,
     hold: Option<Hold>,
 }
 
@@ -225,6 +229,7 @@ impl ServiceRegistry {
             lapsed: BTreeSet::new(),
             retries: BTreeSet::new(),
             table: ReplicaTable::default(),
+            departed: Departed::default(),
             hold: None,
         }
     }
@@ -245,6 +250,9 @@ impl ServiceRegistry {
     ) -> Result<RegisterReply, Fenced> {
         too_large("pools", request.pools.len(), POOLS_MAX)?;
         too_large("GPUs", request.capabilities.gpus.len(), GPUS_MAX)?;
+        if request.incarnation.is_some_and(|i| self.departed.includes(&request.node_id, i, now.mono)) {
+            return Err(Fenced::Departed);
+        }
         let known = self.by_id.get(&request.node_id).copied();
         let fresh = match known {
             None if self.nodes.len() >= self.limits.nodes_max => {
@@ -371,7 +379,8 @@ impl ServiceRegistry {
         Ok(HeartbeatReply { success: true, next_heartbeat_ms: Some(self.limits.heartbeat_interval_ms) })
     }
 
-    /// Removes a node. A late message of an earlier incarnation cannot remove its successor.
+    /// Removes a node. A late message of an earlier incarnation cannot remove its successor, and a
+    /// late registration of this one cannot bring it back.
     ///
     /// # Errors
     /// [`Fenced::UnknownNode`], [`Fenced::OldIncarnation`] or [`Fenced::Local`].
@@ -379,6 +388,7 @@ impl ServiceRegistry {
         &mut self,
         node: &NodeId,
         incarnation: Option<u64>,
+        now: Now,
         changes: &mut Vec<Change>,
     ) -> Result<(), Fenced> {
         let index = *self.by_id.get(node).ok_or(Fenced::UnknownNode)?;
@@ -389,6 +399,9 @@ impl ServiceRegistry {
             && new < known
         {
             return Err(Fenced::OldIncarnation { known });
+        }
+        if let Some(incarnation) = incarnation {
+            self.departed.remember(node, incarnation, now.mono);
         }
         self.drop_node(index, "deregistered", changes);
         Ok(())

@@ -22,6 +22,9 @@ use crate::wire::url::BaseUrl;
 
 use super::membership::{Answer, Call, Note, Order, Plane, PlaneState};
 
+#[cfg(test)]
+mod tests;
+
 /// What the agent is told at start.
 #[derive(Debug)]
 pub struct Identity {
@@ -220,7 +223,9 @@ impl Core {
             Shutdown::Draining { until } => Some(until),
             _ => None,
         };
-        earliest(earliest(planes, drained), self.replicas.deadline())
+        // As long as probes are sent: a deadline that nothing meets would make the loop spin.
+        let probes = self.replicas.deadline().filter(|_| self.shutdown == Shutdown::No);
+        earliest(earliest(planes, drained), probes)
     }
 
     /// Takes slots of a replica for a request to be relayed.

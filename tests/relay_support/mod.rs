@@ -317,6 +317,12 @@ impl Line {
         let _ = self.tcp.write_all(bytes);
     }
 
+    /// Reads and forgets until the peer closes.
+    pub fn closed_after_anything(&mut self) {
+        let mut buffer = [0; 64 * 1024];
+        while let Ok(1..) = self.tcp.read(&mut buffer) {}
+    }
+
     /// Waits for the peer's close and says when it came; panics if bytes come instead, or nothing.
     pub fn closed_at(&mut self) -> Instant {
         let mut byte = [0; 1];
@@ -414,7 +420,7 @@ impl Client {
             got.clean = self.take(length, &mut got.raw).is_some();
             got.body = got.raw.clone();
         } else {
-            got.clean = self.to_the_end(&mut got.raw);
+            got.clean = self.until_close(&mut got.raw);
             got.body = got.raw.clone();
         }
         got
@@ -426,7 +432,7 @@ impl Client {
     }
 
     /// Whether it ends with a FIN after any bytes; a reset is no clean end.
-    fn to_the_end(&mut self, raw: &mut Vec<u8>) -> bool {
+    fn until_close(&mut self, raw: &mut Vec<u8>) -> bool {
         loop {
             raw.append(&mut self.unread);
             let mut buffer = [0; 64 * 1024];

@@ -55,7 +55,8 @@ pub enum Change {
         /// Why, for people.
         reason: String,
     },
-    /// A replica that takes work has more free slots than before: waiters may be admitted.
+    /// A replica has more free slots than before, or fits other requests (its models, its devices):
+    /// waiters may be admitted.
     ReplicaCapacity(ReplicaRef),
     /// A replica is no longer known, or another engine process took its name.
     ReplicaGone {
@@ -113,6 +114,8 @@ pub enum Fenced {
         /// The incarnation that is registered.
         known: u64,
     },
+    /// From a start of the node's agent that has deregistered.
+    Departed,
     /// Overtaken by a later heartbeat.
     OldSequence {
         /// The greatest sequence number so far.
@@ -148,6 +151,7 @@ impl fmt::Display for Fenced {
             Fenced::OldIncarnation { known } => {
                 write!(f, "a later start of this node's agent (incarnation {known}) is registered")
             }
+            Fenced::Departed => f.write_str("this start of the node's agent has deregistered"),
             Fenced::OldSequence { known } => {
                 write!(f, "a later heartbeat (sequence {known}) has already arrived")
             }

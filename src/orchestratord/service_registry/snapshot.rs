@@ -168,7 +168,10 @@ impl ServiceRegistry {
         } else {
             &beat.models
         };
-        self.table.set_models(replica, models);
+        self.table.set_models(replica, models, changes);
+        if self.table.get(replica).is_some_and(|known| known.device_mask != beat.device_mask) {
+            changes.push(Change::ReplicaCapacity(replica));
+        }
         self.table.update(replica, now, changes, |r| {
             r.seen_in_beat = beats;
             r.confirmed = true;
@@ -212,7 +215,7 @@ impl ServiceRegistry {
             let doubtful = old.target == Target::AskNode || !old.ready || old.circuit != Circuit::Closed;
             ask |= pool.ready && doubtful;
             if !pool.models_available.is_empty() && (alone || old.models.is_empty()) {
-                self.table.set_models(replica, &pool.models_available);
+                self.table.set_models(replica, &pool.models_available, changes);
             }
             self.table.update(replica, now, changes, |r| {
                 r.seen_in_beat = beats;

@@ -148,6 +148,24 @@ fn a_node_that_never_beats_does_not_stay_registering() {
 }
 
 #[test]
+fn a_late_registration_does_not_bring_back_who_has_left() {
+    let mut world = World::new();
+    world.register(0, Some(5), None).expect("registered");
+    world.registry.deregister(&id(0), Some(5), world.now, &mut world.changes).expect("it is known");
+    world.now = world.now.plus_ms(DEPARTED_MS - 1);
+    for late in [4, 5] {
+        assert_eq!(world.register(0, Some(late), None), Err(Fenced::Departed));
+    }
+    assert_eq!(world.status(0), None);
+    world.register(0, Some(6), None).expect("the next start is welcome");
+    world.registry.deregister(&id(0), None, world.now, &mut world.changes).expect("by an operator");
+    world.register(0, Some(6), None).expect("an operator's removal is no goodbye");
+    world.registry.deregister(&id(0), Some(6), world.now, &mut world.changes).expect("it is known");
+    world.now = world.now.plus_ms(DEPARTED_MS);
+    world.register(0, Some(1), None).expect("a machine may have lost its state directory");
+}
+
+#[test]
 fn what_is_older_than_what_is_known_is_refused_and_changes_nothing() {
     let mut world = World::new();
     assert_eq!(world.beat(0, &beat(Some(1), Some(1), &[])), Err(Fenced::UnknownNode));
@@ -161,11 +179,14 @@ fn what_is_older_than_what_is_known_is_refused_and_changes_nothing() {
     assert_eq!(world.beat(0, &beat(Some(4), Some(8), &[])), Err(Fenced::OldIncarnation { known: 5 }));
     assert_eq!(world.beat(0, &beat(Some(6), Some(1), &[])), Err(Fenced::UnknownNode));
     assert_eq!(world.register(0, Some(4), None), Err(Fenced::OldIncarnation { known: 5 }));
-    let deregistered = world.registry.deregister(&id(0), Some(4), &mut world.changes);
+    let deregistered = world.registry.deregister(&id(0), Some(4), world.now, &mut world.changes);
     assert_eq!(deregistered, Err(Fenced::OldIncarnation { known: 5 }));
     assert!(world.changes.is_empty(), "{:?}", world.changes);
     assert_eq!(world.registry.deadline(), lease, "a refused message renewed the lease");
-    world.registry.deregister(&id(0), None, &mut world.changes).expect("without incarnation it is accepted");
+    world
+        .registry
+        .deregister(&id(0), None, world.now, &mut world.changes)
+        .expect("without incarnation it is accepted");
     assert_eq!(world.status(0), None);
     world.registry.check_invariants();
 }
@@ -453,8 +474,10 @@ proptest! {
                 Step::Deregister { node, older } => {
                     let incarnation = incarnations[node] - u64::from(older);
                     let known = world.registry.node(&id(node)).is_some();
-                    let gone = world.registry.deregister(&id(node), Some(incarnation), &mut world.changes).is_ok();
+                    let gone = world.registry.deregister(&id(node), Some(incarnation), world.now, &mut world.changes).is_ok();
                     prop_assert_eq!(gone, known && !older);
+                    // Who has left comes back as another start.
+                    incarnations[node] += u64::from(gone);
                 }
                 Step::Wait { ms } => {
                     let until = world.now.plus_ms(ms);

@@ -1,0 +1,67 @@
+//! The node agent's core as its daemon drives it.
+
+use std::sync::Arc;
+
+use super::*;
+use crate::replicas::{AllowList, FileContent};
+use crate::time::Wall;
+use crate::wire::handoff::{HandoffFile, parse};
+
+const NOW: Now = Now { mono: Mono(1_000_000_000), wall: Wall(1_700_000_000_000_000_000) };
+
+fn core(control_planes: &[BaseUrl]) -> Core {
+    let identity = Identity {
+        node_id: NodeId::new("n").expect("an id"),
+        machine_id: "m".into(),
+        address: Some(BaseUrl::new("http://10.0.0.1:9200").expect("a URL")),
+        pools: Vec::new(),
+        capabilities: Capabilities::default(),
+        incarnation: 1,
+        boot_id: None,
+    };
+    let policy = EnginePolicy::new(Vec::new(), Some(9200), AllowList::default(), "ALLOW");
+    Core::new(identity, policy, control_planes, 10_000, 30_000, 1, NOW)
+}
+
+fn file(name: &str, text: &str) -> ListedFile {
+    let HandoffFile::Engine(handoff) = parse(text.as_bytes()).expect("a handoff") else { panic!("a URL") };
+    ListedFile { name: name.into(), modified: NOW.wall, content: Arc::new(FileContent::Handoff(handoff)) }
+}
+
+fn handle(core: &mut Core, input: Input, now: Now) -> Vec<Effect> {
+    let mut effects = Vec::new();
+    core.handle(input, now, &mut effects);
+    core.check_invariants();
+    effects
+}
+
+/// The daemon sleeps until the deadline: one that `Tick` does not move makes it spin.
+#[test]
+fn a_draining_agent_sleeps_until_its_requests_end() {
+    let mut core = core(&[]);
+    let listing = vec![
+        file("a.json", r#"{"url":"http://127.0.0.1:1","replica_id":"a","models":["m"]}"#),
+        file("b.json", r#"{"url":"http://127.0.0.1:2","replica_id":"b","models":["m"]}"#),
+    ];
+    let effects = handle(&mut core, Input::Listing(listing), NOW);
+    let mut probes = effects.into_iter().filter_map(|effect| match effect {
+        Effect::Probe(order) => Some(order),
+        _ => None,
+    });
+    let (a, b) = (probes.next().expect("a probe"), probes.next().expect("another"));
+    handle(&mut core, Input::Probed(a.id.clone(), ProbeOutcome::Healthy), NOW);
+    handle(&mut core, Input::Probed(b.id, ProbeOutcome::Loading(503)), NOW);
+    let (lease, ..) = core.acquire(&a.id.key, None, 1).expect("it is ready");
+
+    handle(&mut core, Input::Shutdown, NOW);
+    let mut now = NOW;
+    for _ in 0..3 {
+        let at = core.deadline().expect("the drain's limit");
+        assert!(at > now.mono, "{at:?} is not after {:?}", now.mono);
+        now = now.plus_ms(9_999);
+        assert_eq!(handle(&mut core, Input::Tick, now), [], "no probe is sent any more");
+    }
+    let effects = handle(&mut core, Input::Relayed { lease, fault: None }, now);
+    assert!(effects.contains(&Effect::Exit), "{effects:?}");
+    assert_eq!(core.deadline(), None);
+}
