@@ -1,18 +1,18 @@
-//! The operator's command, which can also be each of the daemons: `llorch up` starts itself as them, so
-//! that one binary is enough. Everything is in [`llama_orch::cli`].
-
-use std::process::ExitCode;
+//! The operator's command, and every program in one binary: `up` starts the daemons as children of its
+//! own kind, so that one build is enough to run it.
 
 use llama_orch::{cli, engine_provisioner, orchestratord, pool_managerd, settings};
 
-fn main() -> ExitCode {
+fn main() -> std::process::ExitCode {
     let mut args = std::env::args_os().skip(1);
-    let command = args.next().map(|command| command.to_string_lossy().into_owned());
+    let command = args.next().unwrap_or_default();
     let args = args.collect();
-    match command.as_deref() {
-        Some("orchestratord") => settings::finish("orchestratord", orchestratord::run(args)),
-        Some("pool-managerd") => settings::finish("pool-managerd", pool_managerd::run(args)),
-        Some("engine-provisioner") => settings::finish("engine-provisioner", engine_provisioner::run(args)),
-        command => settings::finish("llorch", cli::run(command, args)),
-    }
+    cli::up::end_with_parent();
+    let (program, ended) = match command.to_str() {
+        Some("orchestratord") => ("orchestratord", orchestratord::run(args)),
+        Some("pool-managerd") => ("pool-managerd", pool_managerd::run(args)),
+        Some("engine-provisioner") => ("engine-provisioner", engine_provisioner::run(args)),
+        _ => ("llorch", cli::run(&command, args)),
+    };
+    settings::finish(program, ended)
 }
