@@ -5,7 +5,7 @@
 //! one chat completion. It prints each thing as it happens, measures from outside, and ends what it
 //! started. Without `--once` it stays and shows state changes until Ctrl-C.
 //!
-//! One thread, and [`Up`] holds it all: `children` starts and ends processes, `client` speaks HTTP,
+//! One thread, and `Up` holds it all: `children` starts and ends processes, `client` speaks HTTP,
 //! `timeline` makes a table of times, `screen` prints.
 
 use std::ffi::{OsStr, OsString};

@@ -354,12 +354,6 @@ impl Net {
         self.server.clients.len()
     }
 
-    /// Clients whose response is not complete.
-    #[must_use]
-    pub fn clients_waiting(&self) -> usize {
-        self.server.clients.iter().filter(|(_, client)| client.owed()).count()
-    }
-
     /// Exchanges in flight.
     #[must_use]
     pub fn exchanges(&self) -> usize {

@@ -210,13 +210,6 @@ impl<A> Admission<A> {
         self.waiters.len()
     }
 
-    /// How many wait in one class.
-    #[must_use]
-    pub fn len_of(&self, priority: Priority) -> usize {
-        let class = if priority == Priority::Interactive { &self.interactive } else { &self.batch };
-        class.queues.values().map(VecDeque::len).sum()
-    }
-
     /// Whether nobody waits.
     #[must_use]
     pub fn is_empty(&self) -> bool {

@@ -210,6 +210,12 @@ impl Core {
         self.requests.values().filter(|request| request.running.is_some()).count()
     }
 
+    /// Whether [`Input::Shutdown`] was given.
+    #[must_use]
+    pub fn is_shutting_down(&self) -> bool {
+        self.ends_at.is_some()
+    }
+
     /// Whether this process serves; `Err` says why not. A control plane without a single engine is
     /// ready: requests may wait.
     ///

@@ -306,6 +306,12 @@ impl Core {
         self.replicas.in_flight()
     }
 
+    /// Whether [`Input::Shutdown`] was given.
+    #[must_use]
+    pub fn is_shutting_down(&self) -> bool {
+        self.shutdown != Shutdown::No
+    }
+
     /// Whether the agent does its job: `Err` says why not.
     ///
     /// # Errors

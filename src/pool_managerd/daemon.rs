@@ -272,7 +272,7 @@ impl Daemon {
     }
 
     fn stop(&mut self, now: Now) {
-        if self.core.ready().is_err_and(|reason| reason == "shutting down") {
+        if self.core.is_shutting_down() {
             log::warn!("a second signal: ending at once");
             self.over = true;
             return;
