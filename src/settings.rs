@@ -83,6 +83,17 @@ pub struct Setting {
     pub help: &'static str,
 }
 
+/// A setting that exists as a flag only.
+#[must_use]
+pub const fn flag(
+    flag: &'static str,
+    default: Option<&'static str>,
+    value: &'static str,
+    help: &'static str,
+) -> Setting {
+    Setting { flag, env: "", aliases: &[], default, value, help }
+}
+
 /// Another name of a variable.
 pub struct Alias {
     /// The variable.

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal};
 use serde_json::Value;
 
-use crate::settings::{Exit, Setting, Settings, boolean, number};
+use crate::settings::{Exit, Setting, Settings, boolean, flag, number};
 use children::{Children, DRAIN_TIMEOUT_MS, Home};
 use client::Client;
 use screen::Screen;
@@ -79,15 +79,6 @@ static TABLE: &[Setting] = &[
         "Engine to start, {port} filled in; takes everything behind it. The demonstration engine if absent",
     ),
 ];
-
-const fn flag(
-    flag: &'static str,
-    default: Option<&'static str>,
-    value: &'static str,
-    help: &'static str,
-) -> Setting {
-    Setting { flag, env: "", aliases: &[], default, value, help }
-}
 
 /// Runs until the answer is there (`--once`) or a signal comes; `args` are the words behind `up`.
 ///

@@ -8,7 +8,7 @@
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
-use crate::settings::{Exit, Setting, Settings, boolean, number};
+use crate::settings::{Exit, Setting, Settings, boolean, flag, number};
 use crate::wire::handoff::{Handoff, SLOTS_MAX, TEXT_BYTES_MAX};
 use crate::wire::id::{PoolId, ReplicaId};
 use crate::wire::url::BaseUrl;
@@ -59,15 +59,6 @@ pub static TABLE: &[Setting] = &[
     ),
     flag("report", Some("false"), "BOOL", "Print what happens as JSON lines on standard output"),
 ];
-
-const fn flag(
-    flag: &'static str,
-    default: Option<&'static str>,
-    value: &'static str,
-    help: &'static str,
-) -> Setting {
-    Setting { flag, env: "", aliases: &[], default, value, help }
-}
 
 /// What the operator asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]

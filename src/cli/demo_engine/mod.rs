@@ -19,7 +19,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
-use crate::settings::{Exit, Setting, Settings, number};
+use crate::settings::{Exit, Setting, Settings, flag, number};
 use answers::{Answer, Ask, Dialect, Progress, Refusal, error_body};
 use http::{Connection, Ended, Request};
 
@@ -47,15 +47,6 @@ static TABLE: &[Setting] = &[
     flag("ctx", Some("4096"), "TOKENS", "Context size in words, 16 to 1048576"),
     flag("model", Some("llorch-demo"), "NAME", "Model name that is shown"),
 ];
-
-const fn flag(
-    flag: &'static str,
-    default: Option<&'static str>,
-    value: &'static str,
-    help: &'static str,
-) -> Setting {
-    Setting { flag, env: "", aliases: &[], default, value, help }
-}
 
 /// Serves until a signal ends the process; `args` are those behind `demo-engine`.
 ///
