@@ -84,6 +84,18 @@ impl std::error::Error for HandoffError {}
 
 /// Reads a handoff file's bytes.
 ///
+/// ```
+/// use llama_orch::wire::handoff::{HandoffFile, parse};
+///
+/// let file = parse(br#"{"url": "http://127.0.0.1:8081", "slots": 4}"#)?;
+/// let HandoffFile::Engine(handoff) = file else { panic!("it names an engine") };
+/// assert_eq!((handoff.key().to_string().as_str(), handoff.slots), ("default/r0", 4));
+///
+/// let refused = parse(br#"{"url": "http://127.0.0.1:8081", "slots": 0}"#).unwrap_err();
+/// assert_eq!(refused.to_string(), "`slots` must be a whole number from 1 to 65536, found 0");
+/// # Ok::<(), llama_orch::wire::handoff::HandoffError>(())
+/// ```
+///
 /// # Errors
 /// [`HandoffError`] for anything that is not one JSON object with fields of the expected types. An
 /// empty or truncated file is an error like any other: whoever watches keeps the last good state.
