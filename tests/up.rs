@@ -91,7 +91,11 @@ impl Up {
                         return line;
                     }
                 }
-                Err(error) => panic!("no line {subject:?} with {part:?} ({error}) behind:\n{}", self.seen),
+                Err(error) => {
+                    let _ = self.child.kill();
+                    let errors = self.errors.take().and_then(|reader| reader.join().ok()).unwrap_or_default();
+                    panic!("no line {subject:?} with {part:?} ({error}) behind:\n{}\n{errors}", self.seen)
+                }
             }
         }
     }

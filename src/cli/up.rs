@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal};
 use serde_json::Value;
 
+use crate::service::machine;
 use crate::settings::{Exit, Setting, Settings, boolean, flag, number};
 use children::{Children, DRAIN_TIMEOUT_MS, Home};
 use client::Client;
@@ -37,8 +38,6 @@ mod timeline;
 const EXIT_INTERRUPTED: u8 = 130;
 /// Names the parent of a child of `up`.
 const PARENT_VARIABLE: &str = "LLORCH_UP_PID";
-/// Port of pool-managerd where it is free.
-const AGENT_PORT: u16 = 9200;
 /// Model name that the demonstration engine goes by.
 const DEMO_MODEL: &str = "llorch-demo";
 /// Daemons answer within milliseconds of their start; one that does not within this never will.
@@ -231,10 +230,9 @@ impl Options {
                 _ => format!("port {port} on 127.0.0.1 cannot be used: {error}; choose another one with --port N"),
             })
         })?;
-        let wanted = if self.once { 0 } else { AGENT_PORT };
-        let agent = listen(wanted).or_else(|_| listen(0));
-        let agent =
-            agent.map_err(|error| Exit::runtime(format!("no port is free for pool-managerd: {error}")))?;
+        // Any free one, always: were it the usual 9200, a second `up` would be answered by this one's.
+        let agent = listen(0)
+            .map_err(|error| Exit::runtime(format!("no port is free for pool-managerd: {error}")))?;
         let port_of = |listener: TcpListener| listener.local_addr().map_or(0, |address| address.port());
         Ok(Ports { orchestratord: port_of(orchestratord), agent: port_of(agent) })
     }
@@ -268,7 +266,10 @@ fn engine_port(command: &[OsString]) -> Result<Option<u16>, Exit> {
 }
 
 fn listen(port: u16) -> std::io::Result<TcpListener> {
-    TcpListener::bind(("127.0.0.1", port))
+    match port {
+        0 => machine::listen_on_free_port(),
+        port => TcpListener::bind(("127.0.0.1", port)),
+    }
 }
 
 /// Where the daemons listen.
@@ -392,10 +393,6 @@ impl Up {
         args.extend(["--node-id".into(), "local".into(), "--state-dir".into(), state]);
         self.children.spawn("pool-managerd", args, false)?;
         self.wait_for_daemon("orchestratord", local(orchestratord))?;
-        if !self.options.once && agent != AGENT_PORT {
-            let text = format!("port {AGENT_PORT} is taken: it listens on {agent} instead");
-            self.screen.line("pool-managerd", &text);
-        }
         self.wait_for_daemon("pool-managerd", local(agent))
     }
 

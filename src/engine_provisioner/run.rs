@@ -27,6 +27,7 @@ use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::plan::{Config, HOST, Plan};
+use crate::service::machine;
 use crate::settings::Exit;
 use crate::wire::handoff::{self, HANDOFF_BYTES_MAX, Handoff, HandoffFile};
 
@@ -495,7 +496,11 @@ fn boot_id() -> Option<String> {
 /// A port that is free right now. It may be gone when the engine asks for it; the engine then fails,
 /// and the error says so.
 fn choose_port(wanted: u16) -> Result<u16, Exit> {
-    let bound = TcpListener::bind((HOST, wanted)).and_then(|listener| listener.local_addr());
+    let listener = match wanted {
+        0 => machine::listen_on_free_port(),
+        wanted => TcpListener::bind((HOST, wanted)),
+    };
+    let bound = listener.and_then(|listener| listener.local_addr());
     bound.map(|address| address.port()).map_err(|error| match error.kind() {
         io::ErrorKind::AddrInUse => Exit::runtime(format!(
             "port {wanted} is already in use: stop what listens there, or give --port 0 for a free one"

@@ -1,7 +1,9 @@
 //! What a daemon reads of its machine once, at start: host name, boot, addresses, size.
 
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener};
+use std::ops::Range;
 
 use crate::wire::node::Capabilities;
 
@@ -35,6 +37,24 @@ pub fn resident_bytes() -> Option<u64> {
     let statm = fs::read_to_string("/proc/self/statm").ok()?;
     let pages: u64 = statm.split_whitespace().nth(1)?.parse().ok()?;
     Some(pages * rustix::param::page_size() as u64)
+}
+
+/// Ports of which free ones are chosen. They lie below those that the kernel gives to outgoing
+/// connections (32768 and above by default), one of which could otherwise take a port between its being
+/// chosen and its being listened on by somebody else.
+const FREE_PORTS: Range<u16> = 15_000..32_768;
+/// Random ports that are tried before the kernel is asked for any.
+const FREE_PORT_ATTEMPTS: usize = 64;
+
+/// Listens on a free port of this machine's loopback, for a program that is told the port and listens
+/// there in its turn.
+///
+/// # Errors
+/// Where not even the kernel has one.
+pub fn listen_on_free_port() -> io::Result<TcpListener> {
+    let listen = |port| TcpListener::bind((Ipv4Addr::LOCALHOST, port));
+    let mut chosen = (0..FREE_PORT_ATTEMPTS).map(|_| fastrand::u16(FREE_PORTS));
+    chosen.find_map(|port| listen(port).ok()).map_or_else(|| listen(0), Ok)
 }
 
 /// Raises the soft limit on open descriptors to the hard one: a connection needs one, a relayed

@@ -61,7 +61,12 @@ pub(super) struct Timeline {
     seen: Option<u64>,
     ready: Option<u64>,
     routable: Option<u64>,
+    /// Events of the replica that came before the report of its handoff: the report takes another way.
+    early: Vec<Event>,
 }
+
+/// Events that wait for the report of the handoff: those of one replica, which takes a handful of steps.
+const EARLY_MAX: usize = 64;
 
 /// What was measured of the request, in nanoseconds from its sending.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -97,13 +102,26 @@ impl Timeline {
             _ => return,
         };
         step.get_or_insert(report.at_ns);
+        if self.written.is_some() {
+            for event in std::mem::take(&mut self.early) {
+                self.event(&event);
+            }
+        }
     }
 
     /// Takes an event of the replica. Events from before its handoff are about what an earlier run
     /// left behind and count for nothing.
     pub(super) fn event(&mut self, event: &Event) {
-        let is_new = self.written.is_some_and(|written| event.at_ns >= written);
-        if !is_new || !event.is_ours() {
+        if !event.is_ours() {
+            return;
+        }
+        let Some(written) = self.written else {
+            if self.early.len() == EARLY_MAX {
+                self.early.remove(0);
+            }
+            return self.early.push(event.clone());
+        };
+        if event.at_ns < written {
             return;
         }
         let step = match event.state.as_str() {
@@ -197,6 +215,19 @@ mod tests {
         let ns: Vec<_> = timeline.rows(&answer, Some(400)).iter().map(|row| row.ns).collect();
         let expected = [9, 50, 7, 13, 1, 3, 23, 87, 400, 330].map(Some);
         assert_eq!(ns, expected);
+    }
+
+    #[test]
+    fn a_report_that_comes_after_the_events_it_led_to_changes_nothing() {
+        let mut timeline = Timeline::default();
+        for (subject, state, at) in
+            [(REPLICA, "found", 21), (REPLICA, "ready", 22), ("local/pool-0/r0", "routable", 23)]
+        {
+            timeline.event(&event(subject, state, at));
+        }
+        assert!(!timeline.is_routable());
+        timeline.report(&report("handoff_written", 20));
+        assert!(timeline.is_routable());
     }
 
     #[test]
