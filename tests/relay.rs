@@ -520,11 +520,15 @@ fn an_engine_that_is_not_there_or_not_http_is_a_bad_gateway() {
 
 #[test]
 fn an_early_answer_is_passed_on_and_its_connection_given_up() {
-    // The engine refuses after the head, with most of the body still to come.
-    let engine = Engine::start(|line| {
+    // The engine refuses after the head, and reads no further before its answer has been passed on: more
+    // of the body than sockets hold is then still to be sent.
+    let (passed_on, waiting) = std::sync::mpsc::channel();
+    let waiting = std::sync::Mutex::new(waiting);
+    let engine = Engine::start(move |line| {
         let mut some = [0; 1024];
         assert!(line.tcp.read(&mut some).expect("a head") > 0);
         line.write(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 3\r\n\r\nbig");
+        waiting.lock().expect("one engine").recv_timeout(DEADLINE).expect("the answer is passed on");
         line.closed_after_anything();
     });
     let gateway = Gateway::start(engine.address);
@@ -532,6 +536,7 @@ fn an_early_answer_is_passed_on_and_its_connection_given_up() {
     for _ in 0..2 {
         let answer = client.post("/", &"b".repeat(16 << 20));
         assert_eq!((answer.status, answer.text().as_str()), (413, "big"));
+        passed_on.send(()).expect("the engine waits");
     }
     assert_eq!(engine.connections(), 2);
     settle(gateway, client);
