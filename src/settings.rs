@@ -21,7 +21,7 @@ pub const EXIT_CONFIG: u8 = 78;
 pub struct Exit {
     /// Process exit code; 0 for `--help` and `--version`, whose text is the message.
     pub code: u8,
-    /// One line for stderr, or the help text for stdout.
+    /// For stderr: one line, below it the end of a log where one explains it. The help text for stdout.
     pub message: String,
 }
 

@@ -248,7 +248,7 @@ pub enum FaultKind {
 pub struct Timing {
     /// [`Net::start`] was called.
     pub started: Mono,
-    /// The first byte of the answer's body (of its head where there is none) arrived.
+    /// The answer's head was complete.
     pub first_byte: Option<Mono>,
     /// It ended.
     pub ended: Mono,

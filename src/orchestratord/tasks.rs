@@ -30,7 +30,7 @@ pub const TASKS_MAX: usize = 10_000;
 pub const EVENTS_BYTES_MAX: usize = 64 * 1024;
 /// A task whose events nobody opens is forgotten (and cancelled) after this long.
 pub const UNREAD_MS: u64 = 120_000;
-/// Longest prompt and inputs, in bytes: the limit of a request's body applies first.
+/// Most tokens that one task may ask for.
 const MAX_TOKENS_MAX: i64 = 50_000;
 /// Longest context that any engine is asked for, in tokens.
 const CTX_MAX: i64 = 32_768 * 32;
