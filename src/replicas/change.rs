@@ -18,6 +18,8 @@ pub enum State {
     Ready,
     /// Answered before and does not now.
     Suspect,
+    /// Held out of use for a [`Cause`], whatever its probes say.
+    Broken,
     /// Takes no new work; what runs may finish.
     Draining,
 }
@@ -31,6 +33,7 @@ impl State {
             State::Probing => "probing",
             State::Ready => "ready",
             State::Suspect => "suspect",
+            State::Broken => "broken",
             State::Draining => "draining",
         }
     }
@@ -40,6 +43,17 @@ impl fmt::Display for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
     }
+}
+
+/// Why a replica is held out of use. Several may hold one; it returns when the last has let go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Cause {
+    /// Its process ended, or never was the one that its handoff means. It is not probed any more.
+    Process,
+    /// A GPU that it uses failed.
+    Gpu,
+    /// It stopped producing and did not answer a trial request.
+    Hung,
 }
 
 /// What became of a file of the runtime directory.
@@ -189,7 +203,10 @@ impl Change {
         let text = self.to_string();
         let (kind, subject, state, is_warning) = match self {
             Change::Found { key, .. } => ("replica", key.to_string(), "found", false),
-            Change::State { key, to, .. } => ("replica", key.to_string(), to.as_str(), *to == State::Suspect),
+            Change::State { key, to, .. } => {
+                let is_warning = matches!(to, State::Suspect | State::Broken);
+                ("replica", key.to_string(), to.as_str(), is_warning)
+            }
             Change::Reason { key, state, .. } => ("replica", key.to_string(), state.as_str(), false),
             Change::Replaced { key, .. } => ("replica", key.to_string(), "replaced", false),
             Change::Updated { key, .. } => ("replica", key.to_string(), "", false),

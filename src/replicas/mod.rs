@@ -16,6 +16,9 @@
 //!                                           Draining ----> (gone, when its last request ended)
 //! ```
 //!
+//! Beside these stands Broken: a replica whose process ended, whose GPU failed or whose engine hangs is
+//! held there until the cause is gone, whatever its probes say.
+//!
 //! Every change is returned as a [`Change`], once. The registry opens no file and no socket and asks
 //! no clock: listings, probe outcomes and the time are handed in, probes are handed out as orders.
 //! The shells around it are [`watch`] with [`scan`] (the directory) and [`probe`] (the engines).
@@ -34,7 +37,7 @@ mod report;
 pub mod scan;
 pub mod watch;
 
-pub use change::{Change, FileState, FileView, Refused, State};
+pub use change::{Cause, Change, FileState, FileView, Refused, State};
 pub use directory::{FileContent, ListedFile};
 pub use policy::{AllowList, EnginePolicy};
 pub use probing::{Fault, ProbeId, ProbeKind, ProbeOrder, ProbeOutcome};

@@ -300,8 +300,7 @@ impl Schedule {
 
     /// As [`Schedule::set`], to what its health asks for; to nothing where it is not to be probed.
     pub(super) fn reset(&mut self, key: &ReplicaKey, replica: &mut Replica) {
-        let wanted = replica.handoff.ready && !replica.is_withdrawn();
-        let at = wanted.then(|| replica.health.next_at());
+        let at = replica.is_probed().then(|| replica.health.next_at());
         self.set(key, replica, at);
     }
 

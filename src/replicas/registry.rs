@@ -11,7 +11,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::change::{Change, Refused, State};
+use super::change::{Cause, Change, Refused, State};
 use super::directory::{Directory, ListedFile};
 use super::health::Health;
 use super::policy::EnginePolicy;
@@ -62,6 +62,8 @@ pub(super) struct Replica {
     pub(super) reason: String,
     pub(super) since: Wall,
     drained: bool,
+    /// What holds it out of use, and why, for people.
+    held: BTreeMap<Cause, String>,
     /// Why no file stands behind it any more.
     withdrawn: Option<String>,
     /// Models that the engine itself told; `None` until it was asked.
@@ -123,8 +125,8 @@ impl Registry {
         match replica.state() {
             State::Ready => {}
             State::Draining => return Err(Refused::Draining),
-            State::Found | State::Probing | State::Suspect => {
-                return Err(Refused::NotReady { reason: replica.reason.clone() });
+            State::Found | State::Probing | State::Suspect | State::Broken => {
+                return Err(Refused::NotReady { reason: replica.reason().to_string() });
             }
         }
         let slots = slots.clamp(1, replica.handoff.slots);
@@ -203,6 +205,66 @@ impl Registry {
     pub fn drain_all(&mut self, now: Now, changes: &mut Vec<Change>) {
         self.all_drained = true;
         self.apply_drains(now, changes);
+    }
+
+    /// Holds a replica out of use until [`Registry::let_go`] is called for the same cause or another
+    /// engine stands behind the name. `generation`: the engine that is meant.
+    pub fn hold(
+        &mut self,
+        key: &ReplicaKey,
+        generation: u64,
+        cause: Cause,
+        reason: String,
+        now: Now,
+        changes: &mut Vec<Change>,
+    ) {
+        let Some(replica) = self.replicas.get_mut(key).filter(|replica| replica.serial == generation) else {
+            return;
+        };
+        if replica.held.get(&cause) == Some(&reason) {
+            return;
+        }
+        let before = (replica.state(), replica.reason().to_string());
+        replica.held.insert(cause, reason);
+        self.held_changed(key, before, now, changes);
+    }
+
+    /// Ends a hold. Nothing happens where there was none.
+    pub fn let_go(
+        &mut self,
+        key: &ReplicaKey,
+        generation: u64,
+        cause: Cause,
+        now: Now,
+        changes: &mut Vec<Change>,
+    ) {
+        let Some(replica) = self.replicas.get_mut(key).filter(|replica| replica.serial == generation) else {
+            return;
+        };
+        let before = (replica.state(), replica.reason().to_string());
+        if replica.held.remove(&cause).is_some() {
+            self.held_changed(key, before, now, changes);
+        }
+    }
+
+    fn held_changed(
+        &mut self,
+        key: &ReplicaKey,
+        (state, reason): (State, String),
+        now: Now,
+        changes: &mut Vec<Change>,
+    ) {
+        let Some(replica) = self.replicas.get_mut(key) else { return };
+        if !replica.is_probed() {
+            self.schedule.cancel(key, replica);
+        } else if replica.probe.is_none() {
+            self.schedule.reset(key, replica);
+        }
+        self.revision += 1;
+        if replica.state() == state && replica.reason() != reason {
+            changes.push(Change::Reason { key: key.clone(), state, reason: replica.reason().to_string() });
+        }
+        self.announce(key, state, now, changes);
     }
 
     /// Grows with every change that a heartbeat must carry at once. Slots that come and go with
@@ -352,8 +414,7 @@ impl Registry {
             assert!(replica.withdrawn.is_none() || replica.leases > 0, "{key}: is gone once nothing runs");
             assert!(replica.phase != State::Ready || replica.handoff.ready, "{key}: ready though not to be");
             assert!(replica.serial < self.next_serial, "{key}: generations are not used twice");
-            let wanted = replica.handoff.ready && replica.withdrawn.is_none();
-            assert_eq!(wanted, replica.due_at.is_some() || replica.probe.is_some(), "{key}: is asked again");
+            assert_eq!(replica.is_probed(), replica.due_at.is_some() || replica.probe.is_some(), "{key}: is asked again");
             assert!(replica.due_at.is_none() || replica.probe.is_none(), "{key}: one probe at a time");
             due += usize::from(replica.due_at.is_some());
             lost += usize::from(replica.probe.is_some());
@@ -377,6 +438,7 @@ impl Replica {
             reason: "announced".into(),
             since: now.wall,
             drained: false,
+            held: BTreeMap::new(),
             withdrawn: None,
             learned: None,
             health: Health::starting(now.mono),
@@ -406,15 +468,26 @@ impl Replica {
     }
 
     pub(super) fn state(&self) -> State {
-        if self.drained || self.withdrawn.is_some() { State::Draining } else { self.phase }
+        if self.drained || self.withdrawn.is_some() {
+            State::Draining
+        } else if !self.held.is_empty() {
+            State::Broken
+        } else {
+            self.phase
+        }
     }
 
     pub(super) fn reason(&self) -> &str {
         match &self.withdrawn {
             Some(why) => why,
             None if self.drained => "drained on request",
-            None => &self.reason,
+            None => self.held.values().next().unwrap_or(&self.reason),
         }
+    }
+
+    /// Whether its engine is to be asked how it is.
+    pub(super) fn is_probed(&self) -> bool {
+        self.handoff.ready && self.withdrawn.is_none() && !self.held.contains_key(&Cause::Process)
     }
 
     pub(super) fn is_withdrawn(&self) -> bool {

@@ -123,7 +123,7 @@ impl Registry {
             .max_by_key(|(_, replica)| replica.since);
         Some(PoolStatus {
             pool_id: key.pool.clone(),
-            live: replicas.iter().any(|(_, replica)| replica.phase == State::Ready),
+            live: replicas.iter().any(|(_, replica)| replica.phase == State::Ready && replica.is_probed()),
             ready: replicas.iter().any(|(_, replica)| replica.state() == State::Ready),
             draining: self.is_pool_draining(replicas),
             active_leases: replicas.iter().map(|(_, replica)| replica.leases).sum(),

@@ -709,3 +709,47 @@ proptest::proptest! {
         proptest::prop_assert_eq!(machine.registry.in_flight(), 0);
     }
 }
+
+#[test]
+fn a_held_replica_returns_when_the_last_cause_is_gone() {
+    let mut machine = Machine::with_ready_engine();
+    let key = key("p", "r0");
+    let generation = machine.registry.pool_beats()[0].replicas.as_ref().expect("replicas")[0].generation;
+    let state = |machine: &Machine| {
+        let status = machine.registry.pool_status(&key.pool).expect("a pool");
+        (status.replicas[0].state.clone(), status.replicas[0].reason.clone())
+    };
+    let mut hold = |machine: &mut Machine, cause, reason: &str| {
+        let Machine { registry, now, changes, .. } = machine;
+        registry.hold(&key, generation, cause, reason.into(), *now, changes);
+        registry.check_invariants();
+    };
+    hold(&mut machine, Cause::Gpu, "GPU 0: XID 79");
+    hold(&mut machine, Cause::Hung, "silent");
+    assert_eq!(state(&machine), ("broken".into(), "GPU 0: XID 79".into()));
+    assert!(machine.registry.acquire(&key, None, 1).is_err());
+    let let_go = |machine: &mut Machine, generation, cause| {
+        let Machine { registry, now, changes, .. } = machine;
+        registry.let_go(&key, generation, cause, *now, changes);
+        registry.check_invariants();
+    };
+    let_go(&mut machine, generation, Cause::Gpu);
+    assert_eq!(state(&machine), ("broken".into(), "silent".into()));
+    let_go(&mut machine, generation - 1, Cause::Hung);
+    assert_eq!(state(&machine).0, "broken", "another engine's hold");
+    let_go(&mut machine, generation, Cause::Hung);
+    assert_eq!(state(&machine).0, "ready");
+    // A process that is gone is not asked any more.
+    let mut hold = |machine: &mut Machine, cause| {
+        let Machine { registry, now, changes, .. } = machine;
+        registry.hold(&key, generation, cause, "process 7 ended".into(), *now, changes);
+    };
+    hold(&mut machine, Cause::Process);
+    assert_eq!(machine.registry.deadline(), None);
+    assert!(!machine.registry.pool_status(&key.pool).expect("a pool").live);
+    // Another engine behind the same name starts from the beginning.
+    machine.write("a.json", &json("p", "r0", 8082, ""));
+    machine.list();
+    machine.answer_all(ProbeOutcome::Healthy);
+    assert_eq!(state(&machine).0, "ready");
+}
