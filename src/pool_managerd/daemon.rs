@@ -12,7 +12,9 @@ use crate::net::{self, FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Si
 use crate::reactor::signal::Signals;
 use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Reactor, Registry, Waker, now};
-use crate::replicas::{EnginePolicy, Fault, ProbeId, ProbeKind, Refused, ReplicaLease, Watch, probe};
+use crate::replicas::{
+    EnginePolicy, Fault, ProbeId, ProbeKind, Processes, Refused, ReplicaLease, Watch, probe,
+};
 use crate::service::auth::{self, Tokens};
 use crate::service::machine;
 use crate::service::shell::Shell;
@@ -36,6 +38,7 @@ pub struct Daemon {
     registry: Registry,
     signals: Signals,
     watch: Watch,
+    processes: Processes,
     net: Net,
     core: Core,
     control: Vec<ControlClient>,
@@ -77,6 +80,7 @@ impl Daemon {
             registry,
             signals,
             watch,
+            processes: Processes::new(),
             net,
             core,
             control,
@@ -101,12 +105,13 @@ impl Daemon {
             let deadline = earliest(deadline, Some(self.watch.deadline()));
             now = self
                 .reactor
-                .wait(deadline, self.net.busy() || self.over)
+                .wait(deadline, self.net.busy() || self.watch.busy() || self.over)
                 .map_err(|error| Exit::runtime(format!("the event loop failed: {error}")))?;
-            let (mut changed, mut stops) = (false, 0);
+            let (mut changed, mut stops, mut ended) = (false, 0, Vec::new());
             for (token, edge) in self.reactor.events() {
                 match token.kind() {
                     Kind::DirWatch => changed = true,
+                    Kind::Process => ended.push(token),
                     Kind::Stop => stops += self.signals.stops(),
                     Kind::Reload => {
                         if self.signals.reloads() > 0 {
@@ -119,6 +124,7 @@ impl Daemon {
                     }
                 }
             }
+            self.take_ended(&ended, now);
             // The directory first: what it announces may be what a waiting request needs.
             self.scan(changed, now);
             self.take_answers(now);
@@ -135,11 +141,21 @@ impl Daemon {
         if let Some(trouble) = scan.trouble {
             self.core.handle(Input::WatchTrouble(trouble), now, &mut self.effects);
         }
-        if let Some(files) = scan.files {
-            self.core.handle(Input::Listing(files), now, &mut self.effects);
+        for listing in scan.listings {
+            self.core.handle(Input::Listing(listing), now, &mut self.effects);
             // Probes and heartbeats leave before anything else is looked at.
             self.perform(now);
         }
+    }
+
+    fn take_ended(&mut self, ended: &[Token], now: Now) {
+        for token in ended {
+            if let Some((key, generation, seen)) = self.processes.ended(*token, &self.registry) {
+                self.core.handle(Input::Process(key, generation, seen), now, &mut self.effects);
+            }
+        }
+        // Control planes hear of it before anything else is looked at.
+        self.perform(now);
     }
 
     fn take_answers(&mut self, now: Now) {
@@ -167,6 +183,13 @@ impl Daemon {
         while !self.effects.is_empty() {
             for effect in std::mem::take(&mut self.effects) {
                 match effect {
+                    Effect::Process(order) => {
+                        if let Some((key, generation, seen)) = self.processes.carry_out(order, &self.registry)
+                        {
+                            let input = Input::Process(key, generation, seen);
+                            self.core.handle(input, now, &mut self.effects);
+                        }
+                    }
                     Effect::Probe(order) => {
                         let exchange = self.net.start(probe::outbound(&order), now.mono);
                         self.exchanges.insert(exchange, Running::Probe(order.id, order.kind));

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::*;
-use crate::replicas::{AllowList, FileContent};
+use crate::replicas::{AllowList, FileContent, ListedFile};
 use crate::time::Wall;
 use crate::wire::handoff::{HandoffFile, parse};
 
@@ -43,7 +43,7 @@ fn a_draining_agent_sleeps_until_its_requests_end() {
         file("a.json", r#"{"url":"http://127.0.0.1:1","replica_id":"a","models":["m"]}"#),
         file("b.json", r#"{"url":"http://127.0.0.1:2","replica_id":"b","models":["m"]}"#),
     ];
-    let effects = handle(&mut core, Input::Listing(listing), NOW);
+    let effects = handle(&mut core, Input::Listing(Listing::whole(listing)), NOW);
     let mut probes = effects.into_iter().filter_map(|effect| match effect {
         Effect::Probe(order) => Some(order),
         _ => None,
