@@ -14,6 +14,7 @@ mod control_client;
 pub mod core;
 pub mod daemon;
 pub mod membership;
+pub mod saved;
 
 /// Runs the daemon until a signal ends it.
 ///
