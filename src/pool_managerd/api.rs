@@ -9,6 +9,7 @@ use crate::service::auth::{Denied, Tokens};
 use crate::wire::id::{PoolId, ReplicaId, ReplicaKey};
 
 use super::core::Core;
+use super::gpus::GpuId;
 use super::membership::PlaneState;
 
 /// Field in which a control plane says which engine it means.
@@ -36,6 +37,8 @@ pub enum Action {
     Drain(PoolId),
     /// Work again for a pool, then answer.
     Resume(PoolId),
+    /// A GPU is sound, an operator says; then answer.
+    ClearGpu(GpuId),
 }
 
 /// What the daemon knows beside the core.
@@ -75,13 +78,19 @@ pub fn route(request: &Request, core: &Core, facts: &Facts<'_>) -> Action {
         ["pools", pool, "drain"] if post => with_known_pool(core, pool, Action::Drain),
         ["pools", pool, "resume"] if post => with_known_pool(core, pool, Action::Resume),
         ["pools", pool, "replicas", replica, "engine", ..] => relay(request, pool, replica),
+        ["gpus"] if get => respond(200, &core.gpus().to_json()),
+        ["gpus", gpu, "clear"] if post => match core.gpus().find(gpu) {
+            Some(id) => Action::ClearGpu(id),
+            None => Action::Respond(not_found("there is no such GPU")),
+        },
         ["handoffs"] if get => respond(200, &core.replicas().files_json(facts.watch_mode)),
         ["events"] if get => {
             let since = head.query("since").and_then(|n| n.parse().ok()).unwrap_or(0);
             respond(200, &core.events().to_json(since))
         }
-        ["health" | "ready" | "metrics" | "pools" | "handoffs" | "events"] => not_allowed("GET"),
+        ["health" | "ready" | "metrics" | "pools" | "gpus" | "handoffs" | "events"] => not_allowed("GET"),
         ["pools", _, "status"] => not_allowed("GET, POST"),
+        ["gpus", _, "clear"] => not_allowed("POST"),
         ["pools", _, "drain" | "resume"] => not_allowed("POST"),
         _ => Action::Respond(not_found("there is nothing at this path")),
     }
@@ -242,6 +251,7 @@ fn scrape(core: &Core, facts: &Facts<'_>) -> Response {
             ("outcome=\"refused\"", counts.relay_refused),
         ],
     );
+    core.gpus().scrape(&mut scrape);
     if let Some(bytes) = facts.resident_bytes {
         scrape.gauge("process_resident_memory_bytes", "Resident memory.", &[("", bytes as f64)]);
     }

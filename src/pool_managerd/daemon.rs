@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use crate::http::server::Request;
 use crate::net::{self, FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Sink, forwardable};
+use crate::reactor::kmsg::KernelLog;
 use crate::reactor::signal::Signals;
 use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Reactor, Registry, Waker, now};
@@ -24,6 +25,8 @@ use super::api::{self, Action};
 use super::config::Config;
 use super::control_client::ControlClient;
 use super::core::{Core, Effect, Identity, Input};
+use super::gpu_reader::GpuReader;
+use super::gpus::{Report, xid};
 
 /// What a relayed request may take: prompts are read for minutes before the first token.
 const RELAY_PATIENCE: Patience = Patience { connect_ms: 2_000, first_byte_ms: 900_000, idle_ms: 300_000 };
@@ -36,6 +39,8 @@ pub struct Daemon {
     registry: Registry,
     signals: Signals,
     watch: Watch,
+    gpus: GpuReader,
+    kernel_log: Option<KernelLog>,
     net: Net,
     core: Core,
     control: Vec<ControlClient>,
@@ -66,6 +71,8 @@ impl Daemon {
         let (core, control) = make_core(&config, bound.port(), &waker)?;
         let watch =
             Watch::new(config.runtime_dir.clone(), config.watch_interval_ms, Token::only(Kind::DirWatch));
+        let gpus = GpuReader::start(config.gpu_discovery_interval_ms, waker)
+            .map_err(|error| Exit::runtime(format!("cannot start a helper thread: {error}")))?;
         log::info!(
             "pool-managerd {} on http://{bound}, node {}, watching {}",
             env!("CARGO_PKG_VERSION"),
@@ -77,6 +84,8 @@ impl Daemon {
             registry,
             signals,
             watch,
+            gpus,
+            kernel_log: None,
             net,
             core,
             control,
@@ -94,16 +103,18 @@ impl Daemon {
     /// [`Exit`] if the reactor fails.
     pub fn run(mut self) -> Result<(), Exit> {
         let mut now = now();
+        self.open_kernel_log(now);
         self.scan(false, now);
         while !self.over {
             self.perform(now);
             let deadline = earliest(self.core.deadline(), self.net.deadline());
             let deadline = earliest(deadline, Some(self.watch.deadline()));
+            let logged_more = self.kernel_log.as_ref().is_some_and(KernelLog::busy);
             now = self
                 .reactor
-                .wait(deadline, self.net.busy() || self.over)
+                .wait(deadline, self.net.busy() || logged_more || self.over)
                 .map_err(|error| Exit::runtime(format!("the event loop failed: {error}")))?;
-            let (mut changed, mut stops) = (false, 0);
+            let (mut changed, mut stops, mut logged) = (false, 0, logged_more);
             for (token, edge) in self.reactor.events() {
                 match token.kind() {
                     Kind::DirWatch => changed = true,
@@ -114,6 +125,7 @@ impl Daemon {
                         }
                     }
                     Kind::Waker => {}
+                    Kind::KernelLog => logged = true,
                     Kind::Listener | Kind::Client | Kind::Upstream | Kind::Exchange => {
                         self.net.on_edge(token, edge);
                     }
@@ -122,6 +134,7 @@ impl Daemon {
             // The directory first: what it announces may be what a waiting request needs.
             self.scan(changed, now);
             self.take_answers(now);
+            self.take_gpu_reports(logged, now);
             self.net.turn(now.mono);
             self.take_net_events(now);
             (0..stops).for_each(|_| self.stop(now));
@@ -147,6 +160,42 @@ impl Daemon {
             while let Some((call, answer)) = self.control[plane].take() {
                 self.core.handle(Input::Told { plane, call, answer }, now, &mut self.effects);
             }
+        }
+    }
+
+    fn take_gpu_reports(&mut self, logged: bool, now: Now) {
+        if logged {
+            self.read_kernel_log(now);
+        }
+        while let Some(report) = self.gpus.take() {
+            self.core.handle(Input::Gpu(report), now, &mut self.effects);
+        }
+        self.gpus.keep_closed(self.core.gpus().any_out());
+    }
+
+    fn open_kernel_log(&mut self, now: Now) {
+        let Some(path) = &self.config.kmsg else { return };
+        let opened = KernelLog::open(path, &self.registry, Token::only(Kind::KernelLog));
+        let told = match &opened {
+            Ok(_) => Ok(()),
+            Err(error) => Err(format!("{}: {error}", path.display())),
+        };
+        self.kernel_log = opened.ok();
+        self.core.handle(Input::Gpu(Report::KernelLog(told)), now, &mut self.effects);
+    }
+
+    fn read_kernel_log(&mut self, now: Now) {
+        let Some(kernel_log) = &mut self.kernel_log else { return };
+        let mut xids = Vec::new();
+        let read = kernel_log.take(|record| xids.extend(xid::parse(record)));
+        if let Err(error) = read {
+            kernel_log.deregister(&self.registry);
+            self.kernel_log = None;
+            let told = Report::KernelLog(Err(format!("it cannot be read any more: {error}")));
+            self.core.handle(Input::Gpu(told), now, &mut self.effects);
+        }
+        for xid in xids {
+            self.core.handle(Input::Gpu(Report::Xid(xid)), now, &mut self.effects);
         }
     }
 
@@ -204,6 +253,11 @@ impl Daemon {
             Action::Resume(pool) => {
                 self.core.handle(Input::Resume(pool.clone()), now, &mut self.effects);
                 self.respond_with_pool(client, 200, &pool, now);
+            }
+            Action::ClearGpu(gpu) => {
+                self.core.handle(Input::ClearGpu(gpu), now, &mut self.effects);
+                let gpu = self.core.gpus().gpu_json(gpu);
+                self.net.respond(client, &crate::http::server::Response::json(200, &gpu), now.mono);
             }
         }
     }

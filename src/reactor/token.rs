@@ -26,9 +26,11 @@ pub enum Kind {
     Stop,
     /// SIGHUP.
     Reload,
+    /// The kernel's log.
+    KernelLog,
 }
 
-const KINDS: [Kind; 8] = [
+const KINDS: [Kind; 9] = [
     Kind::Listener,
     Kind::Client,
     Kind::Upstream,
@@ -37,6 +39,7 @@ const KINDS: [Kind; 8] = [
     Kind::Waker,
     Kind::Stop,
     Kind::Reload,
+    Kind::KernelLog,
 ];
 
 const GENERATION_BITS: u32 = 24;
