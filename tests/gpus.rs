@@ -211,7 +211,11 @@ fn the_control_plane_learns_the_gpus_and_their_memory() {
     let directory = tempfile::tempdir().expect("a directory");
     let (control_port, port) = (free_port(), free_port());
     let addr = format!("127.0.0.1:{control_port}");
-    let own = [("ORCHESTRATORD_CLOUD_PROFILE", "true"), ("ORCHESTRATORD_ADDR", addr.as_str())];
+    let own = [
+        ("ORCHESTRATORD_CLOUD_PROFILE", "true"),
+        ("ORCHESTRATORD_ADDR", addr.as_str()),
+        ("ORCHESTRATORD_HEARTBEAT_INTERVAL_SECS", "1"),
+    ];
     let _control = Process::start(ORCHESTRATORD, &[], &own, directory.path());
     until("orchestratord", || get(control_port, "/health"));
     let (url, address) = (format!("http://{addr}"), format!("http://127.0.0.1:{port}"));
@@ -220,7 +224,6 @@ fn the_control_plane_learns_the_gpus_and_their_memory() {
         ("POOL_MANAGERD_NODE_ID", "gpu-node"),
         ("POOL_MANAGERD_ADDRESS", address.as_str()),
         ("ORCHESTRATORD_URL", url.as_str()),
-        ("ORCHESTRATORD_HEARTBEAT_INTERVAL_SECS", "1"),
     ];
     let node = Node::start(library(), TWO, &cloud);
     let at_control = |what: &str, ask: &dyn Fn(&Value) -> Option<()>| {
@@ -388,6 +391,30 @@ fn a_driver_that_hangs_is_reported_and_delays_nothing() {
     node.state(TWO);
     node.gpus("the driver again", |gpus| (gpus["driver"]["state"] == "ok").then_some(()));
     assert_eq!(reported(), 1);
+}
+
+#[test]
+fn a_driver_that_hangs_does_not_keep_the_agent_from_ending() {
+    let mut node = Node::with_two();
+    node.state(&format!("{TWO}hang 60000\n"));
+    node.gpus("the hang", |gpus| (gpus["driver"]["state"] == "hanging").then_some(()));
+    let begun = Instant::now();
+    node.agent.signal(rustix::process::Signal::TERM);
+    assert_eq!(node.agent.end(), Some(0));
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+}
+
+#[test]
+fn a_driver_that_is_reloaded_ends_the_faults() {
+    let mut node = Node::with_two();
+    node.log("NVRM: Xid (PCI:0000:65:00): 119, pid=5, name=x, Timeout");
+    node.until_state(0, "faulty");
+    // With a GPU out of use the driver is opened anew for every reading, so that it can be unloaded.
+    node.state("init 9\n");
+    node.gpus("no driver", |gpus| (gpus["driver"]["state"] == "missing").then_some(()));
+    node.until_state(0, "faulty");
+    node.state(TWO);
+    node.until_state(0, "ok");
 }
 
 #[test]

@@ -28,14 +28,20 @@ use crate::time::{Mono, Now, Wall};
 use crate::wire::id::{PoolId, ReplicaKey};
 use crate::wire::node::GpuInfo;
 
+mod gpu;
 mod mask;
+mod reading;
 mod report;
 pub mod xid;
 
 #[cfg(test)]
 mod tests;
 
-use xid::{Class, Pci, Source, Xid};
+pub use gpu::GpuState;
+pub use reading::{DriverReading, Memory, Process, Reading, Report, Trouble, Unavailable, Values};
+
+use gpu::Gpu;
+use xid::{Class, Xid};
 
 /// GPUs that are known at once: no machine has more, and it bounds the metrics' labels.
 pub const GPUS_MAX: usize = 64;
@@ -45,144 +51,8 @@ pub const READING_LIMIT_MS: u64 = 5_000;
 /// How long a reading may take that opens the driver first, in milliseconds: GPUs that nobody uses are
 /// woken one after another.
 pub const OPENING_LIMIT_MS: u64 = 30_000;
-/// Within this time, in milliseconds, the same XID on the same GPU from the other source is the same.
-const SAME_XID_MS: u64 = 5_000;
 /// XIDs of a GPU, or of no GPU that is known, that are remembered: a failing GPU writes a burst.
 const XIDS_REMEMBERED_MAX: usize = 16;
-/// Different XIDs that are counted for one GPU; NVIDIA's catalogue has fewer than 200.
-const XID_NUMBERS_MAX: usize = 64;
-
-/// What the outside tells.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Report {
-    /// A reading of the driver ended.
-    Reading(Reading),
-    /// An XID.
-    Xid(Xid),
-    /// The kernel's log is read, or why it is not.
-    KernelLog(Result<(), String>),
-}
-
-/// How a reading ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Reading {
-    /// What it found.
-    pub driver: Result<DriverReading, Unavailable>,
-    /// When the next reading begins.
-    pub next_at: Mono,
-    /// Whether that one opens the driver first, which takes longer.
-    pub next_opens: bool,
-}
-
-/// Why there is no reading.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Unavailable {
-    /// No driver is loaded. Otherwise there is one that does not answer properly.
-    pub is_missing: bool,
-    /// For people.
-    pub reason: String,
-}
-
-/// What the driver says.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DriverReading {
-    /// Its version.
-    pub version: Option<String>,
-    /// Every GPU that it lists: its number, and its values or why there are none.
-    pub gpus: Vec<(u32, Result<Values, Trouble>)>,
-}
-
-/// Why a GPU could not be read.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Trouble {
-    /// The driver says that the GPU is lost or must be reset. Otherwise it may be a passing trouble.
-    pub is_lost: bool,
-    /// For people.
-    pub reason: String,
-}
-
-/// What is read of one GPU; `None` for what it does not tell.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Values {
-    /// `GPU-...`
-    pub uuid: String,
-    /// Where it sits.
-    pub pci: Option<Pci>,
-    /// Product name.
-    pub name: String,
-    /// Memory.
-    pub memory: Option<Memory>,
-    /// Compute capability, `major.minor`.
-    pub compute_capability: Option<String>,
-    /// Share of time in which it computed, in percent.
-    pub utilization_percent: Option<u32>,
-    /// Temperature, in degrees Celsius.
-    pub temperature_celsius: Option<u32>,
-    /// Power that it draws, in milliwatts.
-    pub power_milliwatts: Option<u32>,
-    /// Whether it is divided into MIG instances.
-    pub mig_enabled: Option<bool>,
-    /// Processes that compute on it.
-    pub processes: Vec<Process>,
-}
-
-/// A GPU's memory, in bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Memory {
-    /// All of it.
-    pub total_bytes: u64,
-    /// Taken.
-    pub used_bytes: u64,
-    /// Free.
-    pub free_bytes: u64,
-}
-
-/// A process that computes on a GPU.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Process {
-    /// Its id.
-    pub pid: u32,
-    /// Its command's name, where this machine knows it.
-    pub name: Option<String>,
-    /// Memory of the GPU that it holds, in bytes.
-    pub memory_bytes: Option<u64>,
-    /// Its parent, that one's parent, and so on.
-    pub ancestors: Vec<u32>,
-}
-
-/// How a GPU stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum GpuState {
-    /// Nothing is wrong.
-    Ok,
-    /// The driver lists it and could not be asked about it this time.
-    Unreadable,
-    /// An XID said that it cannot be relied on.
-    Faulty,
-    /// The driver has lost it.
-    Lost,
-}
-
-impl GpuState {
-    /// Every state, in the order of the metrics.
-    pub const ALL: [GpuState; 4] = [GpuState::Ok, GpuState::Unreadable, GpuState::Faulty, GpuState::Lost];
-
-    /// The state as the API spells it.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            GpuState::Ok => "ok",
-            GpuState::Unreadable => "unreadable",
-            GpuState::Faulty => "faulty",
-            GpuState::Lost => "lost",
-        }
-    }
-
-    /// Whether its replicas are held.
-    fn is_out(self) -> bool {
-        matches!(self, GpuState::Faulty | GpuState::Lost)
-    }
-}
 
 /// How the driver stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -270,22 +140,6 @@ struct Driver {
     reason: String,
     since: Wall,
     version: Option<String>,
-}
-
-#[derive(Debug)]
-struct Gpu {
-    id: GpuId,
-    index: u32,
-    /// The last values; `None` for a GPU that could not be read since this process started.
-    values: Option<Values>,
-    is_listed: bool,
-    lost: Option<String>,
-    unreadable: Option<String>,
-    /// The first XID of the fault, and the numbers of those that followed.
-    fault: Option<(String, Vec<u32>)>,
-    since: Wall,
-    xids: BTreeMap<u32, u64>,
-    recent: Vec<(u32, Source, Mono)>,
 }
 
 /// What is known of a replica's GPUs.
@@ -580,18 +434,7 @@ impl Gpus {
         }
         let id = self.next_id;
         self.next_id = self.next_id.wrapping_add(1);
-        self.gpus.push(Gpu {
-            id,
-            index,
-            values: None,
-            is_listed: true,
-            lost: None,
-            unreadable: None,
-            fault: None,
-            since: now.wall,
-            xids: BTreeMap::new(),
-            recent: Vec::new(),
-        });
+        self.gpus.push(Gpu::unread(id, index, now));
         Some(self.gpus.len() - 1)
     }
 
@@ -687,103 +530,6 @@ impl Gpus {
             (gpu.id, gpu.index, gpu.reason(), gpu.state().is_out(), pids)
         };
         self.gpus.iter().map(of).collect()
-    }
-}
-
-impl Gpu {
-    fn uuid(&self) -> Option<&str> {
-        self.values.as_ref().map(|values| values.uuid.as_str())
-    }
-
-    fn pci(&self) -> Option<Pci> {
-        self.values.as_ref().and_then(|values| values.pci)
-    }
-
-    fn processes(&self) -> &[Process] {
-        self.values.as_ref().map_or(&[], |values| &values.processes)
-    }
-
-    fn state(&self) -> GpuState {
-        match self {
-            Gpu { lost: Some(_), .. } => GpuState::Lost,
-            Gpu { fault: Some(_), .. } => GpuState::Faulty,
-            Gpu { unreadable: Some(_), .. } => GpuState::Unreadable,
-            _ => GpuState::Ok,
-        }
-    }
-
-    /// Why it stands so, for people; empty where nothing is wrong. What went before a loss is told too.
-    fn reason(&self) -> String {
-        let fault = self.fault.as_ref().map(|(first, later)| {
-            later.iter().fold(first.clone(), |text, number| format!("{text}, then XID {number}"))
-        });
-        let unreadable = self.unreadable.clone().filter(|_| self.lost.is_none());
-        [self.lost.clone(), fault, unreadable].into_iter().flatten().collect::<Vec<_>>().join("; ")
-    }
-
-    /// Makes a change and reports it where it makes a difference.
-    fn change(&mut self, now: Now, out: &mut Vec<Happening>, make: impl FnOnce(&mut Gpu)) {
-        let (state, reason) = (self.state(), self.reason());
-        make(self);
-        let (to, why) = (self.state(), self.reason());
-        if (state, &reason) == (to, &why) {
-            return;
-        }
-        let text = if state == to {
-            format!("GPU {}: still {}: {why}", self.index, to.as_str())
-        } else {
-            self.since = now.wall;
-            let why = if to == GpuState::Ok { format!("over: {reason}") } else { why };
-            format!("GPU {}: {} -> {}: {why}", self.index, state.as_str(), to.as_str())
-        };
-        out.push(happening(&self.index.to_string(), to.as_str(), text, to != GpuState::Ok));
-    }
-
-    /// Whether the other source has told of this XID a moment ago.
-    fn is_told_again(&mut self, xid: &Xid, now: Mono) -> bool {
-        self.recent.retain(|(.., at)| now.ms_since(*at) <= SAME_XID_MS);
-        let is_same =
-            |(number, source, _): &(u32, Source, Mono)| *number == xid.number && *source != xid.source;
-        if let Some(position) = self.recent.iter().position(is_same) {
-            // Each telling has one counterpart.
-            self.recent.remove(position);
-            return true;
-        }
-        if self.recent.len() >= XIDS_REMEMBERED_MAX {
-            self.recent.remove(0);
-        }
-        self.recent.push((xid.number, xid.source, now));
-        false
-    }
-
-    /// Takes an XID. Whether it makes the GPU unusable.
-    fn suffer(&mut self, xid: &Xid, now: Now, out: &mut Vec<Happening>) -> bool {
-        if self.xids.len() < XID_NUMBERS_MAX || self.xids.contains_key(&xid.number) {
-            *self.xids.entry(xid.number).or_default() += 1;
-        }
-        let detail = if xid.detail.is_empty() { String::new() } else { format!(": {}", xid.detail) };
-        if xid.class() != Class::Fault {
-            let text = format!("GPU {}: {xid}{detail}", self.index);
-            out.push(happening(&self.index.to_string(), "xid", text, false));
-            return false;
-        }
-        self.change(now, out, |gpu| match &mut gpu.fault {
-            Some((first, later)) => {
-                let is_new = !later.contains(&xid.number) && !first.starts_with(&xid.to_string());
-                if is_new && later.len() < XIDS_REMEMBERED_MAX {
-                    later.push(xid.number);
-                }
-            }
-            None => gpu.fault = Some((format!("{xid}{detail}"), Vec::new())),
-        });
-        true
-    }
-}
-
-impl Process {
-    /// Whether it is the process `pid`, or was started by it.
-    fn descends_from(&self, pid: u32) -> bool {
-        self.pid == pid || self.ancestors.contains(&pid)
     }
 }
 

@@ -2,8 +2,9 @@
 
 use serde_json::{Value, json};
 
+use super::gpu::Gpu;
 use super::xid::Class;
-use super::{Binding, DriverState, Gpu, GpuId, GpuState, Gpus, Process};
+use super::{Binding, DriverState, GpuId, GpuState, Gpus, Process};
 use crate::metrics::{Scrape, label_value};
 use crate::wire::id::ReplicaKey;
 

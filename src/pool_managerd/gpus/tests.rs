@@ -1,5 +1,7 @@
 //! The GPUs' state, driven by readings, XIDs and the time.
 
+use super::gpu::SAME_XID_MS;
+use super::xid::{Pci, Source};
 use super::*;
 use crate::wire::id::{PoolId, ReplicaId};
 
