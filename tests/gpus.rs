@@ -410,7 +410,7 @@ fn a_driver_that_is_reloaded_ends_the_faults() {
     node.log("NVRM: Xid (PCI:0000:65:00): 119, pid=5, name=x, Timeout");
     node.until_state(0, "faulty");
     // With a GPU out of use the driver is opened anew for every reading, so that it can be unloaded.
-    node.state("init 9\n");
+    node.state(&format!("init 9\n{TWO}"));
     node.gpus("no driver", |gpus| (gpus["driver"]["state"] == "missing").then_some(()));
     node.until_state(0, "faulty");
     node.state(TWO);

@@ -21,7 +21,7 @@
 //! Which GPUs a replica uses is settled once for each of its engines, as the numbers of the others
 //! move up when a GPU vanishes. Its device mask says it; without one, the processes that hold memory.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::service::events::Happening;
 use crate::time::{Mono, Now, Wall};
@@ -262,11 +262,13 @@ impl Gpus {
     #[must_use]
     pub fn memory_of(&self, pool: &PoolId) -> Memory {
         let mut sum = Memory::default();
-        for gpu in self.gpus.iter().filter(|gpu| gpu.lost.is_none()) {
-            let uses =
-                |(key, binding): (&ReplicaKey, &Binding)| key.pool == *pool && binding.gpus.contains(&gpu.id);
-            let memory = gpu.values.as_ref().and_then(|values| values.memory);
-            if let Some(memory) = memory.filter(|_| self.bindings.iter().any(uses)) {
+        if self.gpus.is_empty() {
+            return sum;
+        }
+        let of_pool = self.bindings.iter().filter(|(key, _)| key.pool == *pool);
+        let used: BTreeSet<GpuId> = of_pool.flat_map(|(_, binding)| binding.gpus.iter().copied()).collect();
+        for gpu in self.gpus.iter().filter(|gpu| gpu.lost.is_none() && used.contains(&gpu.id)) {
+            if let Some(memory) = gpu.values.as_ref().and_then(|values| values.memory) {
                 sum.total_bytes = sum.total_bytes.saturating_add(memory.total_bytes);
                 sum.used_bytes = sum.used_bytes.saturating_add(memory.used_bytes);
                 sum.free_bytes = sum.free_bytes.saturating_add(memory.free_bytes);
