@@ -414,11 +414,7 @@ impl Registry {
             assert!(replica.withdrawn.is_none() || replica.leases > 0, "{key}: is gone once nothing runs");
             assert!(replica.phase != State::Ready || replica.handoff.ready, "{key}: ready though not to be");
             assert!(replica.serial < self.next_serial, "{key}: generations are not used twice");
-            assert_eq!(
-                replica.is_probed(),
-                replica.due_at.is_some() || replica.probe.is_some(),
-                "{key}: is asked again"
-            );
+            assert_eq!(replica.is_probed(), replica.due_at.is_some() || replica.probe.is_some(), "{key}: is asked again");
             assert!(replica.due_at.is_none() || replica.probe.is_none(), "{key}: one probe at a time");
             due += usize::from(replica.due_at.is_some());
             lost += usize::from(replica.probe.is_some());
