@@ -5,7 +5,7 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use llama_orch::replicas::{AllowList, EnginePolicy, FileContent, ListedFile, Registry};
+use llama_orch::replicas::{AllowList, EnginePolicy, FileContent, ListedFile, Listing, Registry};
 use llama_orch::time::{Mono, Now, Wall};
 use llama_orch::wire::handoff::{self, HandoffFile};
 
@@ -52,6 +52,7 @@ fn listing(c: &mut Criterion) {
         let listed: Vec<ListedFile> = (0..files).map(|n| file(n, 4)).collect();
         let mut other = listed.clone();
         other[files / 2] = file(files / 2, 8);
+        let (listed, other) = (Listing::whole(listed), Listing::whole(other));
         let mut changes = Vec::new();
 
         let mut group = c.benchmark_group("handoff_listing");

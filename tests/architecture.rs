@@ -42,7 +42,7 @@ const PURE_ROOMS: &[(&str, &[&str])] = &[
     ("metrics", &[]),
     ("wire", &[]),
     ("http", &[]),
-    ("replicas", &["replicas/probe.rs", "replicas/scan.rs", "replicas/watch.rs"]),
+    ("replicas", &["replicas/liveness.rs", "replicas/probe.rs", "replicas/scan.rs", "replicas/watch.rs"]),
     (
         "pool_managerd",
         &[

@@ -186,6 +186,7 @@ impl Plan {
             pid: None,
             pid_start: None,
             boot_id: None,
+            pid_ns: None,
             generation: 0,
             health_path: config.health_path.clone(),
             auth_file: config.auth_file.clone(),

@@ -27,7 +27,7 @@ use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::plan::{Config, HOST, Plan};
-use crate::service::machine;
+use crate::service::machine::{self, boot_id, pid_namespace, process};
 use crate::settings::Exit;
 use crate::wire::handoff::{self, HANDOFF_BYTES_MAX, Handoff, HandoffFile};
 
@@ -302,6 +302,7 @@ impl Engine {
             pid: Some(self.pid()),
             pid_start: Some(pid_start),
             boot_id: boot_id(),
+            pid_ns: pid_namespace(),
             generation: unix_ns() / 1_000_000,
             ..planned.clone()
         })
@@ -476,23 +477,6 @@ fn refuse_a_living_predecessor(file: &Path) -> Result<(), Exit> {
     Ok(())
 }
 
-/// Whether `pid` has ended but was not reaped yet, and when it started, in clock ticks after boot.
-fn process(pid: u32) -> Option<(bool, u64)> {
-    state_and_start(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
-}
-
-/// Fields 3 (zombie or not) and 22 of `/proc/PID/stat`. Field 2, the program's name in parentheses,
-/// may hold blanks and parentheses itself, so counting starts at its last one.
-fn state_and_start(stat: &str) -> Option<(bool, u64)> {
-    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
-    let zombie = fields.next()? == "Z";
-    Some((zombie, fields.nth(18)?.parse().ok()?))
-}
-
-fn boot_id() -> Option<String> {
-    fs::read_to_string("/proc/sys/kernel/random/boot_id").ok().map(|id| id.trim().to_string())
-}
-
 /// A port that is free right now. It may be gone when the engine asks for it; the engine then fails,
 /// and the error says so.
 fn choose_port(wanted: u16) -> Result<u16, Exit> {
@@ -609,20 +593,6 @@ fn unix_ns() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn start_ticks_are_found_behind_any_program_name() {
-        let tail = "S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 987654 20 21";
-        for name in ["(sh)", "(a b)", "(evil) S 1 2 3)", "())"] {
-            assert_eq!(state_and_start(&format!("42 {name} {tail}")), Some((false, 987_654)), "{name}");
-        }
-        let dead = format!("42 (sh) {}", tail.replacen('S', "Z", 1));
-        assert_eq!(state_and_start(&dead), Some((true, 987_654)));
-        for broken in ["", "42", "42 (sh", "42 (sh) S 1 2"] {
-            assert_eq!(state_and_start(broken), None, "{broken:?}");
-        }
-        assert_eq!(process(std::process::id()).map(|(zombie, _)| zombie), Some(false));
-    }
 
     #[test]
     fn a_shown_log_ends_with_the_last_words_and_moves_no_cursor() {

@@ -14,7 +14,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::replicas::{self, Fault};
+use crate::replicas::{self, Fault, Trouble};
 use crate::service::events::{Events, Happening};
 use crate::time::{Mono, Now, earliest};
 use crate::wire::id::NodeId;
@@ -76,7 +76,7 @@ pub struct Core {
     events: Events,
     counts: Counts,
     service_ms_average: u64,
-    watch_trouble: Option<String>,
+    watch_trouble: Option<Trouble>,
     listed: bool,
 }
 
@@ -127,10 +127,13 @@ impl Core {
                 let done = self.registry.deregister(&node, incarnation, now, &mut changes);
                 self.answer(reply, done.map(|()| Effect::Removed(reply)), effects);
             }
-            Input::Listing(files) => {
-                self.listed = true;
-                self.with_local(now, effects, |local, now, found| local.listing(&files, now, found));
+            Input::Listing(listing) => {
+                self.listed |= listing.completes;
+                self.with_local(now, effects, |local, now, found| local.listing(&listing, now, found));
             }
+            Input::Process(key, generation, seen) => self.with_local(now, effects, |local, now, found| {
+                local.process_seen(&key, generation, seen, now, found);
+            }),
             Input::Probed(id, outcome) => {
                 self.with_local(now, effects, |local, now, found| local.probed(&id, outcome, now, found));
             }
@@ -225,8 +228,8 @@ impl Core {
         if self.ends_at.is_some() {
             return Err("shutting down".into());
         }
-        if let Some(trouble) = &self.watch_trouble {
-            return Err(trouble.clone());
+        if let Some(trouble) = self.watch_trouble.as_ref().filter(|trouble| trouble.is_blind) {
+            return Err(trouble.text.clone());
         }
         if self.local.is_some() && !self.listed {
             return Err("the runtime directory has not been listed yet".into());
@@ -308,10 +311,10 @@ impl Core {
         }
     }
 
-    fn note_watch(&mut self, trouble: Option<String>, now: Now, effects: &mut Vec<Effect>) {
+    fn note_watch(&mut self, trouble: Option<Trouble>, now: Now, effects: &mut Vec<Effect>) {
         self.watch_trouble.clone_from(&trouble);
         let (text, is_warning) = match trouble {
-            Some(trouble) => (trouble, true),
+            Some(trouble) => (trouble.text, true),
             None => ("the runtime directory is watched again".into(), false),
         };
         let happening = Happening { kind: "daemon", subject: "watch".into(), state: "", text, is_warning };
@@ -539,6 +542,9 @@ impl Core {
     }
 
     fn send_probes(&mut self, now: Now, effects: &mut Vec<Effect>) {
+        if let Some(local) = &mut self.local {
+            effects.extend(local.replicas.take_process_orders().into_iter().map(Effect::Process));
+        }
         let mut orders = Vec::new();
         if let Some(local) = self.local.as_mut().filter(|_| self.ends_at.is_none()) {
             local.replicas.due_probes(now, &mut orders);

@@ -12,7 +12,7 @@ use crate::net::{FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Sink, fo
 use crate::reactor::signal::Signals;
 use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Reactor, Registry, now};
-use crate::replicas::{EnginePolicy, ProbeId, ProbeKind, Watch, probe};
+use crate::replicas::{EnginePolicy, ProbeId, ProbeKind, Processes, Watch, probe};
 use crate::service::auth::{self, Tokens};
 use crate::service::machine;
 use crate::service::shell::Shell;
@@ -49,6 +49,7 @@ pub struct Daemon {
     registry: Registry,
     signals: Signals,
     watch: Option<Watch>,
+    processes: Processes,
     net: Net,
     core: Core,
     tasks: Tasks,
@@ -113,6 +114,7 @@ impl Daemon {
             registry,
             signals,
             watch,
+            processes: Processes::new(),
             net,
             core,
             tasks: Tasks::default(),
@@ -139,16 +141,18 @@ impl Daemon {
         while !self.over {
             self.perform(now);
             let watch = self.watch.as_ref().map(Watch::deadline);
+            let is_scanning = self.watch.as_ref().is_some_and(Watch::busy);
             let deadline = earliest(earliest(self.core.deadline(), self.net.deadline()), watch);
             let deadline = earliest(deadline, self.tasks.deadline());
             now = self
                 .reactor
-                .wait(deadline, self.net.busy() || self.over)
+                .wait(deadline, self.net.busy() || is_scanning || self.over)
                 .map_err(|error| Exit::runtime(format!("the event loop failed: {error}")))?;
-            let (mut changed, mut stops) = (false, 0);
+            let (mut changed, mut stops, mut ended) = (false, 0, Vec::new());
             for (token, edge) in self.reactor.events() {
                 match token.kind() {
                     Kind::DirWatch => changed = true,
+                    Kind::Process => ended.push(token),
                     Kind::Stop => stops += self.signals.stops(),
                     Kind::Reload => {
                         if self.signals.reloads() > 0 {
@@ -163,6 +167,7 @@ impl Daemon {
             }
             // Sockets before clocks: after a stall of this process, heartbeats that arrived during it
             // must renew their leases before any lease is looked at.
+            self.take_ended(&ended, now);
             self.scan(changed, now);
             self.net.turn(now.mono);
             self.take_net_events(now);
@@ -185,10 +190,19 @@ impl Daemon {
         if let Some(trouble) = scan.trouble {
             self.core.handle(Input::WatchTrouble(trouble), now, &mut self.effects);
         }
-        if let Some(files) = scan.files {
-            self.core.handle(Input::Listing(files), now, &mut self.effects);
+        for listing in scan.listings {
+            self.core.handle(Input::Listing(listing), now, &mut self.effects);
             self.perform(now);
         }
+    }
+
+    fn take_ended(&mut self, ended: &[Token], now: Now) {
+        for token in ended {
+            if let Some((key, generation, seen)) = self.processes.ended(*token, &self.registry) {
+                self.core.handle(Input::Process(key, generation, seen), now, &mut self.effects);
+            }
+        }
+        self.perform(now);
     }
 
     fn take_net_events(&mut self, now: Now) {
@@ -216,6 +230,13 @@ impl Daemon {
                     // Tasks were told when they were created; other clients just wait.
                     Effect::Waiting { .. } => {}
                     Effect::Dispatch(request, dispatch) => self.dispatch(request, &dispatch, now),
+                    Effect::Process(order) => {
+                        if let Some((key, generation, seen)) = self.processes.carry_out(order, &self.registry)
+                        {
+                            let input = Input::Process(key, generation, seen);
+                            self.core.handle(input, now, &mut self.effects);
+                        }
+                    }
                     Effect::Probe(order) => {
                         let exchange = self.net.start(probe::outbound(&order), now.mono);
                         self.exchanges.insert(exchange, Running::Probe(order.id, order.kind));

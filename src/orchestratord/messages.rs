@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::metrics::Histogram;
-use crate::replicas::{EnginePolicy, ListedFile, ProbeId, ProbeOrder, ProbeOutcome};
+use crate::replicas::{
+    EnginePolicy, Listing, ProbeId, ProbeOrder, ProbeOutcome, ProcessOrder, ProcessSeen, Trouble,
+};
 use crate::service::events::Happening;
 use crate::wire::id::{NodeId, PoolId, ReplicaKey};
 use crate::wire::node::{Heartbeat, HeartbeatReply, RegisterReply, RegisterRequest};
@@ -84,10 +86,12 @@ pub enum Input {
         /// Which start of it.
         incarnation: Option<u64>,
     },
-    /// The local runtime directory's full listing.
-    Listing(Vec<ListedFile>),
-    /// The local runtime directory cannot be watched or listed (a reason), or can again.
-    WatchTrouble(Option<String>),
+    /// What was found in the local runtime directory.
+    Listing(Listing),
+    /// Something is wrong with the local runtime directory, or no longer is.
+    WatchTrouble(Option<Trouble>),
+    /// What was seen of the process of a local replica's generation.
+    Process(ReplicaKey, u64, ProcessSeen),
     /// A probe of a local engine ended.
     Probed(ProbeId, ProbeOutcome),
     /// A node's agent told about a pool.
@@ -140,6 +144,8 @@ pub enum Effect {
     },
     /// Send a request to an engine.
     Dispatch(RequestId, Dispatch),
+    /// Watch a process, or forget it.
+    Process(ProcessOrder),
     /// Send a probe.
     Probe(ProbeOrder),
     /// Ask a node's agent for a pool's status.

@@ -11,8 +11,8 @@
 //! plane is shown the revision after every input, and sends what is new at once.
 
 use crate::replicas::{
-    Cause, Change, EnginePolicy, Fault, ListedFile, ProbeId, ProbeOrder, ProbeOutcome, Refused, Registry,
-    ReplicaLease,
+    Cause, Change, EnginePolicy, Fault, Listing, ProbeId, ProbeOrder, ProbeOutcome, ProcessOrder,
+    ProcessSeen, Refused, Registry, ReplicaLease, Trouble,
 };
 use crate::service::events::{Events, Happening};
 use crate::time::{Mono, Now, earliest};
@@ -49,10 +49,12 @@ pub struct Identity {
 /// What happened.
 #[derive(Debug)]
 pub enum Input {
-    /// The runtime directory's full listing.
-    Listing(Vec<ListedFile>),
-    /// The runtime directory cannot be watched or listed (a reason), or can again.
-    WatchTrouble(Option<String>),
+    /// What was found in the runtime directory.
+    Listing(Listing),
+    /// Something is wrong with the runtime directory, or no longer is.
+    WatchTrouble(Option<Trouble>),
+    /// What was seen of the process of a replica's generation.
+    Process(ReplicaKey, u64, ProcessSeen),
     /// A probe ended.
     Probed(ProbeId, ProbeOutcome),
     /// A control plane answered a call.
@@ -88,6 +90,8 @@ pub enum Input {
 /// What to do about it.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Effect {
+    /// Watch a process, or forget it.
+    Process(ProcessOrder),
     /// Send a probe.
     Probe(ProbeOrder),
     /// Call a control plane.
@@ -130,7 +134,7 @@ pub struct Core {
     planes: Vec<Plane>,
     events: Events,
     listed: bool,
-    watch_trouble: Option<String>,
+    watch_trouble: Option<Trouble>,
     drain_timeout_ms: u64,
     shutdown: Shutdown,
     random: fastrand::Rng,
@@ -203,12 +207,15 @@ impl Core {
         let mut changes = Vec::new();
         let mut happenings = Vec::new();
         match input {
-            Input::Listing(files) => {
-                self.listed = true;
-                self.counts.listings += 1;
-                self.replicas.listing(&files, now, &mut changes);
+            Input::Listing(listing) => {
+                self.listed |= listing.completes;
+                self.counts.listings += u64::from(listing.completes);
+                self.replicas.listing(&listing, now, &mut changes);
             }
             Input::WatchTrouble(trouble) => self.note_watch(trouble, now, effects),
+            Input::Process(key, generation, seen) => {
+                self.replicas.process_seen(&key, generation, seen, now, &mut changes);
+            }
             Input::Probed(id, outcome) => self.replicas.probed(&id, outcome, now, &mut changes),
             Input::Told { plane, call, answer } => self.told(plane, call, answer, now, effects),
             Input::Relayed { lease, fault } => self.relayed(lease, fault, now, &mut changes),
@@ -346,8 +353,8 @@ impl Core {
         if self.shutdown != Shutdown::No {
             return Err("shutting down".into());
         }
-        if let Some(trouble) = &self.watch_trouble {
-            return Err(trouble.clone());
+        if let Some(trouble) = self.watch_trouble.as_ref().filter(|trouble| trouble.is_blind) {
+            return Err(trouble.text.clone());
         }
         if !self.listed {
             return Err("the runtime directory has not been listed yet".into());
@@ -412,10 +419,10 @@ impl Core {
         }
     }
 
-    fn note_watch(&mut self, trouble: Option<String>, now: Now, effects: &mut Vec<Effect>) {
+    fn note_watch(&mut self, trouble: Option<Trouble>, now: Now, effects: &mut Vec<Effect>) {
         self.watch_trouble.clone_from(&trouble);
         let (text, is_warning) = match trouble {
-            Some(trouble) => (trouble, true),
+            Some(trouble) => (trouble.text, true),
             None => ("the runtime directory is watched again".into(), false),
         };
         self.happened(
@@ -470,6 +477,7 @@ impl Core {
 
     /// What follows from the state, whatever the input was: probes, calls, the steps of a shutdown.
     fn proceed(&mut self, now: Now, effects: &mut Vec<Effect>) {
+        effects.extend(self.replicas.take_process_orders().into_iter().map(Effect::Process));
         let mut orders = Vec::new();
         if self.shutdown == Shutdown::No {
             self.replicas.due_probes(now, &mut orders);

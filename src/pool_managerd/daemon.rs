@@ -13,7 +13,9 @@ use crate::reactor::kmsg::KernelLog;
 use crate::reactor::signal::Signals;
 use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Reactor, Registry, Waker, now};
-use crate::replicas::{EnginePolicy, Fault, ProbeId, ProbeKind, Refused, ReplicaLease, Watch, probe};
+use crate::replicas::{
+    EnginePolicy, Fault, ProbeId, ProbeKind, Processes, Refused, ReplicaLease, Watch, probe,
+};
 use crate::service::auth::{self, Tokens};
 use crate::service::machine;
 use crate::service::shell::Shell;
@@ -41,6 +43,7 @@ pub struct Daemon {
     watch: Watch,
     gpus: GpuReader,
     kernel_log: Option<KernelLog>,
+    processes: Processes,
     net: Net,
     core: Core,
     control: Vec<ControlClient>,
@@ -86,6 +89,7 @@ impl Daemon {
             watch,
             gpus,
             kernel_log: None,
+            processes: Processes::new(),
             net,
             core,
             control,
@@ -112,12 +116,14 @@ impl Daemon {
             let logged_more = self.kernel_log.as_ref().is_some_and(KernelLog::busy);
             now = self
                 .reactor
-                .wait(deadline, self.net.busy() || logged_more || self.over)
+                .wait(deadline, self.net.busy() || self.watch.busy() || logged_more || self.over)
                 .map_err(|error| Exit::runtime(format!("the event loop failed: {error}")))?;
-            let (mut changed, mut stops, mut logged) = (false, 0, logged_more);
+            let (mut changed, mut stops, mut ended) = (false, 0, Vec::new());
+            let mut logged = logged_more;
             for (token, edge) in self.reactor.events() {
                 match token.kind() {
                     Kind::DirWatch => changed = true,
+                    Kind::Process => ended.push(token),
                     Kind::Stop => stops += self.signals.stops(),
                     Kind::Reload => {
                         if self.signals.reloads() > 0 {
@@ -131,6 +137,7 @@ impl Daemon {
                     }
                 }
             }
+            self.take_ended(&ended, now);
             // The directory first: what it announces may be what a waiting request needs.
             self.scan(changed, now);
             self.take_answers(now);
@@ -148,11 +155,21 @@ impl Daemon {
         if let Some(trouble) = scan.trouble {
             self.core.handle(Input::WatchTrouble(trouble), now, &mut self.effects);
         }
-        if let Some(files) = scan.files {
-            self.core.handle(Input::Listing(files), now, &mut self.effects);
+        for listing in scan.listings {
+            self.core.handle(Input::Listing(listing), now, &mut self.effects);
             // Probes and heartbeats leave before anything else is looked at.
             self.perform(now);
         }
+    }
+
+    fn take_ended(&mut self, ended: &[Token], now: Now) {
+        for token in ended {
+            if let Some((key, generation, seen)) = self.processes.ended(*token, &self.registry) {
+                self.core.handle(Input::Process(key, generation, seen), now, &mut self.effects);
+            }
+        }
+        // Control planes hear of it before anything else is looked at.
+        self.perform(now);
     }
 
     fn take_answers(&mut self, now: Now) {
@@ -216,6 +233,13 @@ impl Daemon {
         while !self.effects.is_empty() {
             for effect in std::mem::take(&mut self.effects) {
                 match effect {
+                    Effect::Process(order) => {
+                        if let Some((key, generation, seen)) = self.processes.carry_out(order, &self.registry)
+                        {
+                            let input = Input::Process(key, generation, seen);
+                            self.core.handle(input, now, &mut self.effects);
+                        }
+                    }
                     Effect::Probe(order) => {
                         let exchange = self.net.start(probe::outbound(&order), now.mono);
                         self.exchanges.insert(exchange, Running::Probe(order.id, order.kind));

@@ -132,6 +132,8 @@ pub struct Gpus {
     xids_by_class: [u64; Class::ALL.len()],
     kernel_log: Result<(), String>,
     revision: u64,
+    /// The revision with which the bindings were settled.
+    bound_at: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -177,6 +179,7 @@ impl Gpus {
             xids_by_class: [0; Class::ALL.len()],
             kernel_log: Err("off".into()),
             revision: 0,
+            bound_at: None,
         }
     }
 
@@ -227,15 +230,28 @@ impl Gpus {
     ) -> Vec<Verdict> {
         let mut verdicts = Vec::new();
         let mut bindings = BTreeMap::new();
+        let nothing_new = self.bound_at == Some(self.revision);
+        self.bound_at = Some(self.revision);
         for engine in engines {
-            let same = |old: &Binding| old.generation == engine.generation;
-            let old = self.bindings.remove(engine.key).filter(same);
+            let (key, old) = match self.bindings.remove_entry(engine.key) {
+                Some((key, old)) if old.generation == engine.generation => (key, Some(old)),
+                Some((key, _)) => (key, None),
+                None => (engine.key.clone(), None),
+            };
+            let old = match old {
+                // A directory that fills up is told in pieces: what is settled must cost little.
+                Some(old) if nothing_new && old.is_of(&engine) => {
+                    bindings.insert(key, old);
+                    continue;
+                }
+                old => old,
+            };
             let binding = self.binding(&engine, old.as_ref(), out);
             if binding.hold != old.and_then(|old| old.hold) {
                 let hold = binding.hold.clone();
                 verdicts.push(Verdict { key: engine.key.clone(), generation: engine.generation, hold });
             }
-            bindings.insert(engine.key.clone(), binding);
+            bindings.insert(key, binding);
         }
         self.bindings = bindings;
         verdicts
@@ -532,6 +548,12 @@ impl Gpus {
             (gpu.id, gpu.index, gpu.reason(), gpu.state().is_out(), pids)
         };
         self.gpus.iter().map(of).collect()
+    }
+}
+
+impl Binding {
+    fn is_of(&self, engine: &Engine<'_>) -> bool {
+        self.mask.as_deref() == engine.mask && self.pid == engine.pid
     }
 }
 

@@ -6,6 +6,7 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use inotify::{EventMask, Inotify, WatchMask};
@@ -17,10 +18,10 @@ use super::token::Token;
 /// Enough for about a hundred events a read. The kernel refuses buffers below one event's size.
 const BUFFER_BYTES: usize = 8 * 1024;
 
-/// What the events since the last call mean.
+/// What the events since the last call mean, beside the names that changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Hint {
-    /// List the directory.
+    /// Names were lost, or the directory itself changed: list all of it.
     pub dirty: bool,
     /// The watch is gone: arm it again.
     pub lost: bool,
@@ -31,6 +32,12 @@ pub struct Hint {
 pub struct DirWatch {
     inotify: Inotify,
     buffer: Vec<u8>,
+    inode: (u64, u64),
+}
+
+fn inode_of(directory: &Path) -> io::Result<(u64, u64)> {
+    let metadata = directory.metadata()?;
+    Ok((metadata.dev(), metadata.ino()))
 }
 
 impl DirWatch {
@@ -40,6 +47,7 @@ impl DirWatch {
     /// The directory does not exist or is not readable, or the kernel's limits on inotify instances or
     /// watches are reached.
     pub fn arm(directory: &Path, registry: &Registry, token: Token) -> io::Result<DirWatch> {
+        let inode = inode_of(directory)?;
         let inotify = Inotify::init()?;
         let mask = WatchMask::CREATE
             | WatchMask::CLOSE_WRITE
@@ -52,11 +60,11 @@ impl DirWatch {
             | WatchMask::ONLYDIR;
         inotify.watches().add(directory, mask)?;
         registry.register(&mut SourceFd(&inotify.as_raw_fd()), token.into(), mio::Interest::READABLE)?;
-        Ok(DirWatch { inotify, buffer: vec![0; BUFFER_BYTES] })
+        Ok(DirWatch { inotify, buffer: vec![0; BUFFER_BYTES], inode })
     }
 
-    /// Takes all pending events.
-    pub fn take(&mut self) -> Hint {
+    /// Takes all pending events, and tells the names of what changed.
+    pub fn take(&mut self, changed: &mut impl FnMut(&str)) -> Hint {
         let mut hint = Hint::default();
         loop {
             let events = match self.inotify.read_events(&mut self.buffer) {
@@ -67,17 +75,23 @@ impl DirWatch {
                 Err(_) => return Hint { dirty: true, lost: true },
             };
             for event in events {
-                // Names that can be no handoff (temporary files of writers) are not worth a listing.
-                let relevant = event.name.is_none_or(|name| {
-                    let name = name.as_encoded_bytes();
-                    name.ends_with(b".json") && !name.starts_with(b".")
-                });
                 let gone =
                     EventMask::DELETE_SELF | EventMask::MOVE_SELF | EventMask::IGNORED | EventMask::UNMOUNT;
                 hint.lost |= event.mask.intersects(gone);
-                hint.dirty |= relevant || event.mask.contains(EventMask::Q_OVERFLOW);
+                match event.name {
+                    // Nobody who starts engines writes a name that is not UTF-8.
+                    Some(name) => changed(name.to_str().unwrap_or_default()),
+                    None => hint.dirty = true,
+                }
             }
         }
+    }
+
+    /// Whether the path still leads to the directory that is watched. Something mounted over it sends
+    /// no event.
+    #[must_use]
+    pub fn is_still(&self, directory: &Path) -> bool {
+        inode_of(directory).is_ok_and(|inode| inode == self.inode)
     }
 
     /// Leaves the poll before it is dropped.

@@ -9,8 +9,11 @@
 //! everything that became possible at that one time.
 
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
+
+use mio::unix::SourceFd;
 
 use crate::time::{Mono, Now, Wall};
 
@@ -40,6 +43,26 @@ pub struct Edge {
     pub writable: bool,
     /// The peer has closed its side, or the connection is broken: reading will reach the end.
     pub hangup: bool,
+}
+
+/// A descriptor that is only waited for until it becomes readable.
+#[derive(Debug)]
+pub struct Descriptor(OwnedFd);
+
+impl Descriptor {
+    /// Waits for it under `token`.
+    ///
+    /// # Errors
+    /// Where the kernel cannot wait for such a descriptor, or for one more.
+    pub fn register(descriptor: OwnedFd, registry: &Registry, token: Token) -> io::Result<Descriptor> {
+        registry.register(&mut SourceFd(&descriptor.as_raw_fd()), token.into(), mio::Interest::READABLE)?;
+        Ok(Descriptor(descriptor))
+    }
+
+    /// Leaves the poll before it is dropped.
+    pub fn deregister(&self, registry: &Registry) {
+        let _ = registry.deregister(&mut SourceFd(&self.0.as_raw_fd()));
+    }
 }
 
 /// The poll and its events.

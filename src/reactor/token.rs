@@ -20,6 +20,8 @@ pub enum Kind {
     Exchange,
     /// The watch on the runtime directory.
     DirWatch,
+    /// A process whose end is awaited.
+    Process,
     /// Helper threads that have results.
     Waker,
     /// SIGTERM and SIGINT.
@@ -30,12 +32,13 @@ pub enum Kind {
     KernelLog,
 }
 
-const KINDS: [Kind; 9] = [
+const KINDS: [Kind; 10] = [
     Kind::Listener,
     Kind::Client,
     Kind::Upstream,
     Kind::Exchange,
     Kind::DirWatch,
+    Kind::Process,
     Kind::Waker,
     Kind::Stop,
     Kind::Reload,

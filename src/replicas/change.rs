@@ -113,8 +113,8 @@ pub enum Change {
     Found {
         /// The replica.
         key: ReplicaKey,
-        /// The file that announces it.
-        file: Arc<str>,
+        /// The file that announces it; `None` where its handoff was adopted.
+        file: Option<Arc<str>>,
     },
     /// A replica's state.
     State {
@@ -140,8 +140,8 @@ pub enum Change {
     Replaced {
         /// The replica.
         key: ReplicaKey,
-        /// The file that says so.
-        file: Arc<str>,
+        /// The file that says so, if one does.
+        file: Option<Arc<str>>,
         /// The new engine's generation.
         generation: u64,
     },
@@ -149,11 +149,18 @@ pub enum Change {
     Updated {
         /// The replica.
         key: ReplicaKey,
-        /// The file that says so.
-        file: Arc<str>,
+        /// The file that says so, if one does.
+        file: Option<Arc<str>>,
     },
     /// A replica is no longer known.
     Gone {
+        /// The replica.
+        key: ReplicaKey,
+        /// Why.
+        reason: String,
+    },
+    /// Nobody can tell whether a replica's process lives: its probes decide alone.
+    Unwatched {
         /// The replica.
         key: ReplicaKey,
         /// Why.
@@ -210,6 +217,7 @@ impl Change {
             Change::Reason { key, state, .. } => ("replica", key.to_string(), state.as_str(), false),
             Change::Replaced { key, .. } => ("replica", key.to_string(), "replaced", false),
             Change::Updated { key, .. } => ("replica", key.to_string(), "", false),
+            Change::Unwatched { key, .. } => ("replica", key.to_string(), "", true),
             Change::Gone { key, .. } => ("replica", key.to_string(), "gone", false),
             Change::FileAccepted { name, .. } => ("file", name.escape_debug().to_string(), "accepted", false),
             Change::FileSkipped { name } => ("file", name.escape_debug().to_string(), "skipped", false),
@@ -225,13 +233,19 @@ impl Change {
 impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Change::Found { key, file } => write!(f, "{key}: found in {file:?}"),
+            Change::Found { key, file } => write!(f, "{key}: found in {}", Source(file.as_deref())),
             Change::State { key, from, to, reason } => write!(f, "{key}: {from} -> {to}: {reason}"),
             Change::Reason { key, state, reason } => write!(f, "{key}: still {state}: {reason}"),
             Change::Replaced { key, file, generation } => {
-                write!(f, "{key}: {file:?} announces another engine, now generation {generation}")
+                let source = Source(file.as_deref());
+                write!(f, "{key}: {source} announces another engine, now generation {generation}")
             }
-            Change::Updated { key, file } => write!(f, "{key}: details changed in {file:?}"),
+            Change::Updated { key, file } => {
+                write!(f, "{key}: details changed in {}", Source(file.as_deref()))
+            }
+            Change::Unwatched { key, reason } => {
+                write!(f, "{key}: whether its process lives cannot be told, probes decide: {reason}")
+            }
             Change::Gone { key, reason } => write!(f, "{key}: gone: {reason}"),
             Change::FileAccepted { name, key } => write!(f, "{name:?}: accepted for {key}"),
             Change::FileSkipped { name } => {
@@ -244,6 +258,18 @@ impl fmt::Display for Change {
             Change::FileShadowed { name, reason } => write!(f, "{name:?}: not used: {reason}"),
             Change::LimitReached { reason } => f.write_str(reason),
             Change::LimitCleared => f.write_str("the runtime directory is within its limits again"),
+        }
+    }
+}
+
+/// Where a handoff was found, for people.
+struct Source<'a>(Option<&'a str>);
+
+impl fmt::Display for Source<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(file) => write!(f, "{file:?}"),
+            None => f.write_str("the accepted handoffs"),
         }
     }
 }

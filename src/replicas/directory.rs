@@ -1,25 +1,56 @@
 //! Which file of the runtime directory announces which replica.
 //!
-//! The full listing is compared with the last one; what is the same costs one comparison of pointers
-//! a file. Several files may name a replica: the higher generation wins, then the later write, then
-//! the first by name. A file that can no longer be used keeps its claim with what it said last.
+//! A [`Listing`] is the truth about the names that it covers: what it holds is there, what it does not
+//! hold is gone. A directory is told in one listing or in many small ones, in any order; what follows
+//! from them is the same. What is the same as before costs one comparison of pointers a file.
+//!
+//! Several files may name a replica: the higher generation wins, then the later write, then the first
+//! by name. A file that can no longer be used keeps its claim with what it said last.
+//!
+//! A handoff can also be *adopted*: then it stands without its file, which may be deleted. A file
+//! beside it wins unless its generation is lower.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound;
 use std::sync::Arc;
 
 use super::change::{Change, FileState};
 use super::policy::EnginePolicy;
 use crate::time::Wall;
 use crate::wire::handoff::Handoff;
-use crate::wire::id::{PoolId, ReplicaKey};
+use crate::wire::id::{PoolId, ReplicaId, ReplicaKey};
 use crate::wire::node::{POOLS_MAX, REPLICAS_MAX};
 
 /// Most files taken from one directory, the first by name: ten times the largest machine that we
-/// test, and still a listing of a few milliseconds.
+/// test, and still a listing of a few hundred milliseconds, in small pieces.
 pub const FILES_MAX: usize = 100_000;
+/// Most handoffs that stand without a file: what the state file holds is read at once, at start.
+pub const ADOPTED_MAX: usize = 4_096;
 /// What files beyond the limits are told.
 const BEYOND_LIMIT: &str = "beyond the limit of pools or replicas";
+
+/// What was found at some or all names of the directory.
+#[derive(Clone, Debug)]
+pub struct Listing {
+    /// The names that were looked at.
+    pub scope: Scope,
+    /// The files that are there, sorted by name, each name once and all of them in the scope.
+    pub files: Vec<ListedFile>,
+    /// The directory holds more than [`FILES_MAX`] files, and only the first by name are told.
+    pub truncated: bool,
+    /// With this, every name of the directory has been looked at.
+    pub completes: bool,
+}
+
+/// Names of a directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// All from one bound to the other.
+    Range(Bound<Arc<str>>, Bound<Arc<str>>),
+    /// These, sorted.
+    Names(Vec<Arc<str>>),
+}
 
 /// One file of a listing.
 #[derive(Clone, Debug)]
@@ -44,28 +75,39 @@ pub enum FileContent {
 }
 
 /// The handoff and the file that stand behind a replica, or why none does.
-pub(super) type Election = Result<(Arc<Handoff>, Arc<str>), &'static str>;
+pub(super) type Election = Result<(Arc<Handoff>, Option<Arc<str>>), &'static str>;
 
 /// The files as they were last listed.
 #[derive(Debug)]
 pub(super) struct Directory {
     policy: EnginePolicy,
-    /// By name, each once.
-    pub(super) files: Vec<File>,
-    /// Files that name a replica, whether they win or not; no entry is empty.
-    claims: BTreeMap<ReplicaKey, BTreeSet<Arc<str>>>,
-    /// Replicas that are claimed but beyond the limits of a heartbeat.
-    excess: BTreeSet<ReplicaKey>,
+    pub(super) files: BTreeMap<Arc<str>, File>,
+    /// What speaks for each replica; no pool is empty.
+    claims: BTreeMap<PoolId, BTreeMap<ReplicaId, Claim>>,
+    /// The last pool within [`POOLS_MAX`], where there are more.
+    last_pool: Option<PoolId>,
+    /// The last replica within [`REPLICAS_MAX`], of pools that have more.
+    last_replicas: BTreeMap<PoolId, ReplicaId>,
+    truncated: bool,
+    adopted: usize,
+    /// Grows with every change of what is adopted.
+    adopted_revision: u64,
     /// The limit that was last reported as reached.
     limit: Option<String>,
+}
+
+/// What speaks for a replica; never nothing.
+#[derive(Debug, Default)]
+struct Claim {
+    files: BTreeSet<Arc<str>>,
+    adopted: Option<Arc<Handoff>>,
 }
 
 /// A file as it was last read.
 #[derive(Debug)]
 pub(super) struct File {
-    pub(super) name: Arc<str>,
     pub(super) modified: Wall,
-    content: Arc<FileContent>,
+    pub(super) content: Arc<FileContent>,
     pub(super) good: Option<Good>,
     /// `None` between reading it and choosing among the files for its replica.
     pub(super) state: Option<FileState>,
@@ -79,32 +121,148 @@ pub(super) struct Good {
     modified: Wall,
 }
 
+impl Listing {
+    /// The whole directory at once. `files` are sorted by name, each name once.
+    #[must_use]
+    pub fn whole(mut files: Vec<ListedFile>) -> Listing {
+        let truncated = files.len() > FILES_MAX;
+        files.truncate(FILES_MAX);
+        let scope = Scope::Range(Bound::Unbounded, Bound::Unbounded);
+        Listing { scope, files, truncated, completes: true }
+    }
+}
+
 impl Directory {
     pub(super) fn new(policy: EnginePolicy) -> Directory {
-        Directory { policy, files: Vec::new(), claims: BTreeMap::new(), excess: BTreeSet::new(), limit: None }
+        Directory {
+            policy,
+            files: BTreeMap::new(),
+            claims: BTreeMap::new(),
+            last_pool: None,
+            last_replicas: BTreeMap::new(),
+            truncated: false,
+            adopted: 0,
+            adopted_revision: 0,
+            limit: None,
+        }
     }
 
-    /// Takes the directory's full listing, sorted by name, each name once.
-    ///
-    /// Returns every replica whose files changed, with what stands behind it now.
+    /// Takes what was found. Returns every replica whose files changed, with what stands behind it now.
     pub(super) fn listing(
         &mut self,
-        files: &[ListedFile],
+        listing: &Listing,
         changes: &mut Vec<Change>,
     ) -> Vec<(ReplicaKey, Election)> {
-        debug_assert!(files.is_sorted_by(|a, b| a.name < b.name), "a listing is sorted by name");
-        let within = &files[..files.len().min(FILES_MAX)];
-        let too_many = files.len() > FILES_MAX;
+        debug_assert!(listing.files.is_sorted_by(|a, b| a.name < b.name), "a listing is sorted by name");
         let mut touched = BTreeSet::new();
-        if !self.is_same(within) {
-            self.merge(within, &mut touched, changes);
-            self.find_excess(&mut touched);
+        for name in self.missing(listing) {
+            if let Some(mut gone) = self.files.remove(&name) {
+                self.unclaim(&name, &mut gone, &mut touched);
+            }
         }
-        let limit = if too_many {
+        for listed in &listing.files {
+            let known = self.files.get(&listed.name);
+            if known.is_some_and(|known| known.is(listed)) {
+                continue;
+            }
+            let mut file = self.files.remove(&listed.name).unwrap_or_else(|| File::unread(listed));
+            self.reread(&mut file, listed, &mut touched, changes);
+            self.files.insert(listed.name.clone(), file);
+        }
+        self.truncated = listing.truncated;
+        self.settle_touched(touched, changes)
+    }
+
+    /// Lets a handoff stand without a file. `None` ends that.
+    pub(super) fn adopt(
+        &mut self,
+        key: &ReplicaKey,
+        handoff: Option<Arc<Handoff>>,
+        changes: &mut Vec<Change>,
+    ) -> Vec<(ReplicaKey, Election)> {
+        let mut touched = BTreeSet::new();
+        let held = self.adopted(key);
+        if held == handoff.as_ref() || (held.is_none() && self.adopted >= ADOPTED_MAX) {
+            return Vec::new();
+        }
+        self.adopted = self.adopted + usize::from(handoff.is_some()) - usize::from(held.is_some());
+        self.adopted_revision += 1;
+        self.claim_mut(key).adopted = handoff;
+        self.drop_empty_claim(key);
+        touched.insert(key.clone());
+        self.settle_touched(touched, changes)
+    }
+
+    /// The handoff of a replica that stands without a file.
+    pub(super) fn adopted(&self, key: &ReplicaKey) -> Option<&Arc<Handoff>> {
+        self.claim_of(key)?.adopted.as_ref()
+    }
+
+    /// Every handoff that stands without a file, and the revision of the whole.
+    pub(super) fn all_adopted(&self) -> (u64, Vec<Arc<Handoff>>) {
+        (self.adopted_revision, self.all_claims().filter_map(|(_, claim)| claim.adopted.clone()).collect())
+    }
+
+    /// Whether an engine URL is allowed here.
+    pub(super) fn check_policy(&self, handoff: &Handoff) -> Result<(), String> {
+        self.policy.check(&handoff.url)
+    }
+
+    /// Whether a file or an adopted handoff stands behind a replica.
+    pub(super) fn announces(&self, key: &ReplicaKey) -> bool {
+        self.claim_of(key).is_some() && !self.is_excess(key)
+    }
+
+    /// Every replica behind which a file or an adopted handoff stands.
+    pub(super) fn announced(&self) -> impl Iterator<Item = ReplicaKey> {
+        self.all_claims().map(|(key, _)| key).filter(|key| !self.is_excess(key))
+    }
+
+    fn all_claims(&self) -> impl Iterator<Item = (ReplicaKey, &Claim)> {
+        self.claims.iter().flat_map(|(pool, replicas)| {
+            let key = move |replica: &ReplicaId| ReplicaKey { pool: pool.clone(), replica: replica.clone() };
+            replicas.iter().map(move |(replica, claim)| (key(replica), claim))
+        })
+    }
+
+    fn claim_of(&self, key: &ReplicaKey) -> Option<&Claim> {
+        self.claims.get(&key.pool)?.get(&key.replica)
+    }
+
+    /// Names in the listing's scope that are known and not in the listing.
+    fn missing(&self, listing: &Listing) -> Vec<Arc<str>> {
+        let is_listed = |name: &Arc<str>| listing.files.binary_search_by(|file| file.name.cmp(name)).is_ok();
+        match &listing.scope {
+            Scope::Names(names) => names
+                .iter()
+                .filter(|name| self.files.contains_key(*name) && !is_listed(name))
+                .cloned()
+                .collect(),
+            Scope::Range(from, to) => {
+                let mut listed = listing.files.iter().peekable();
+                let known = self.files.range::<Arc<str>, _>((from.as_ref(), to.as_ref()));
+                let gone = known.filter(|(name, _)| {
+                    while listed.next_if(|file| file.name < **name).is_some() {}
+                    listed.peek().is_none_or(|file| file.name != **name)
+                });
+                gone.map(|(name, _)| name.clone()).collect()
+            }
+        }
+    }
+
+    /// Chooses again for every replica that was touched, and for those that a limit now cuts off or lets
+    /// in.
+    fn settle_touched(
+        &mut self,
+        mut touched: BTreeSet<ReplicaKey>,
+        changes: &mut Vec<Change>,
+    ) -> Vec<(ReplicaKey, Election)> {
+        self.find_limits(&mut touched);
+        let limit = if self.truncated {
             Some(format!(
                 "the runtime directory holds more than {FILES_MAX} files: the first by name are used"
             ))
-        } else if self.excess.is_empty() {
+        } else if self.last_pool.is_none() && self.last_replicas.is_empty() {
             None
         } else {
             Some(format!(
@@ -125,57 +283,6 @@ impl Directory {
                 (key, election)
             })
             .collect()
-    }
-
-    /// Whether a file stands behind a replica.
-    pub(super) fn announces(&self, key: &ReplicaKey) -> bool {
-        self.claims.contains_key(key) && !self.excess.contains(key)
-    }
-
-    /// Every replica behind which a file stands.
-    pub(super) fn announced(&self) -> impl Iterator<Item = &ReplicaKey> {
-        self.claims.keys().filter(|key| !self.excess.contains(key))
-    }
-
-    fn is_same(&self, listed: &[ListedFile]) -> bool {
-        self.files.len() == listed.len()
-            && self.files.iter().zip(listed).all(|(known, listed)| {
-                Arc::ptr_eq(&known.content, &listed.content)
-                    && known.modified == listed.modified
-                    && (Arc::ptr_eq(&known.name, &listed.name) || known.name == listed.name)
-            })
-    }
-
-    /// Brings `files` and `claims` up to the listing; `touched` gets every replica whose files changed.
-    fn merge(
-        &mut self,
-        listed: &[ListedFile],
-        touched: &mut BTreeSet<ReplicaKey>,
-        changes: &mut Vec<Change>,
-    ) {
-        let mut known = std::mem::take(&mut self.files).into_iter().peekable();
-        let mut merged = Vec::with_capacity(listed.len());
-        for listed in listed {
-            while let Some(mut gone) = known.next_if(|file| file.name < listed.name) {
-                self.unclaim(&mut gone, touched);
-            }
-            let mut file = match known.next_if(|file| file.name == listed.name) {
-                Some(file) => {
-                    if Arc::ptr_eq(&file.content, &listed.content) && file.modified == listed.modified {
-                        merged.push(file);
-                        continue;
-                    }
-                    file
-                }
-                None => File::unread(listed),
-            };
-            self.reread(&mut file, listed, touched, changes);
-            merged.push(file);
-        }
-        for mut gone in known {
-            self.unclaim(&mut gone, touched);
-        }
-        self.files = merged;
     }
 
     fn reread(
@@ -201,17 +308,17 @@ impl Directory {
         let refused = match &*listed.content {
             FileContent::Handoff(handoff) => match self.policy.check(&handoff.url) {
                 Ok(()) => {
-                    self.unclaim(file, touched);
-                    self.claim(file, Arc::new((**handoff).clone()), touched);
+                    self.unclaim(&listed.name, file, touched);
+                    self.claim(&listed.name, file, Arc::new((**handoff).clone()), touched);
                     return;
                 }
                 Err(why) => why,
             },
             FileContent::ModelOnly => {
-                self.unclaim(file, touched);
+                self.unclaim(&listed.name, file, touched);
                 file.state = Some(FileState::Skipped);
                 file.error = None;
-                changes.push(Change::FileSkipped { name: file.name.clone() });
+                changes.push(Change::FileSkipped { name: listed.name.clone() });
                 return;
             }
             FileContent::Refused(why) => why.clone(),
@@ -219,84 +326,128 @@ impl Directory {
         let keeps = file.good.as_ref().map(|good| good.handoff.key());
         let state = if keeps.is_some() { FileState::KeepingLastGood } else { FileState::Refused };
         if file.state != Some(state) || file.error.as_deref() != Some(&refused) {
-            changes.push(Change::FileRefused { name: file.name.clone(), reason: refused.clone(), keeps });
+            changes.push(Change::FileRefused { name: listed.name.clone(), reason: refused.clone(), keeps });
         }
         file.state = Some(state);
         file.error = Some(refused);
     }
 
-    fn claim(&mut self, file: &mut File, handoff: Arc<Handoff>, touched: &mut BTreeSet<ReplicaKey>) {
+    fn claim(
+        &mut self,
+        name: &Arc<str>,
+        file: &mut File,
+        handoff: Arc<Handoff>,
+        touched: &mut BTreeSet<ReplicaKey>,
+    ) {
         let key = handoff.key();
-        self.claims.entry(key.clone()).or_default().insert(file.name.clone());
+        self.claim_mut(&key).files.insert(name.clone());
         touched.insert(key);
         file.good = Some(Good { handoff, modified: file.modified });
         file.state = None;
         file.error = None;
     }
 
-    fn unclaim(&mut self, file: &mut File, touched: &mut BTreeSet<ReplicaKey>) {
+    fn unclaim(&mut self, name: &Arc<str>, file: &mut File, touched: &mut BTreeSet<ReplicaKey>) {
         let Some(good) = file.good.take() else { return };
         let key = good.handoff.key();
-        if let Some(names) = self.claims.get_mut(&key) {
-            names.remove(&file.name);
-            if names.is_empty() {
-                self.claims.remove(&key);
-            }
-        }
+        self.claim_mut(&key).files.remove(name);
+        self.drop_empty_claim(&key);
         touched.insert(key);
     }
 
-    /// Finds the replicas beyond the limits of a heartbeat: of pools, and within each pool of
-    /// replicas, the first by name are in.
-    fn find_excess(&mut self, touched: &mut BTreeSet<ReplicaKey>) {
-        let mut excess = BTreeSet::new();
-        if self.claims.len() > POOLS_MAX.min(REPLICAS_MAX) {
-            let (mut pools, mut replicas) = (0, 0);
-            let mut pool: Option<&PoolId> = None;
-            for key in self.claims.keys() {
-                if pool != Some(&key.pool) {
-                    pool = Some(&key.pool);
-                    pools += 1;
-                    replicas = 0;
-                }
-                replicas += 1;
-                if pools > POOLS_MAX || replicas > REPLICAS_MAX {
-                    excess.insert(key.clone());
-                }
-            }
-        }
-        touched.extend(self.excess.symmetric_difference(&excess).cloned());
-        self.excess = excess;
+    fn claim_mut(&mut self, key: &ReplicaKey) -> &mut Claim {
+        self.claims.entry(key.pool.clone()).or_default().entry(key.replica.clone()).or_default()
     }
 
-    /// Chooses among the files that name a replica.
-    fn elect(&mut self, key: &ReplicaKey, changes: &mut Vec<Change>) -> Election {
-        let names = self.claims.get(key).cloned().unwrap_or_default();
-        let ranked = |name: &Arc<str>| {
-            let at = self.files.binary_search_by(|file| file.name.cmp(name)).ok()?;
-            let good = self.files[at].good.as_ref()?;
-            Some((good.handoff.generation, good.modified, Reverse(name.clone()), at))
-        };
-        let mut candidates: Vec<_> = names.iter().filter_map(ranked).collect();
-        candidates.sort_unstable();
-        let Some((generation, modified, Reverse(winner), winner_at)) = candidates.pop() else {
-            return Err("its handoff file is gone");
-        };
-        let is_excess = self.excess.contains(key);
-        for (other_generation, other_modified, Reverse(name), at) in candidates {
-            let why = if other_generation < generation {
-                format!("with the higher generation {generation}")
-            } else if other_modified < modified {
-                "written later".to_string()
-            } else {
-                "first by name".to_string()
+    fn drop_empty_claim(&mut self, key: &ReplicaKey) {
+        let Some(replicas) = self.claims.get_mut(&key.pool) else { return };
+        if replicas.get(&key.replica).is_some_and(|claim| claim.files.is_empty() && claim.adopted.is_none()) {
+            replicas.remove(&key.replica);
+        }
+        if replicas.is_empty() {
+            self.claims.remove(&key.pool);
+        }
+    }
+
+    fn is_excess(&self, key: &ReplicaKey) -> bool {
+        self.last_pool.as_ref().is_some_and(|last| key.pool > *last)
+            || self.last_replicas.get(&key.pool).is_some_and(|last| key.replica > *last)
+    }
+
+    /// Finds where the limits of a heartbeat cut: of pools, and within each pool of replicas, the first
+    /// by name are in. Whatever lies between an old cut and a new one is touched.
+    fn find_limits(&mut self, touched: &mut BTreeSet<ReplicaKey>) {
+        let pools: BTreeSet<PoolId> = touched.iter().map(|key| key.pool.clone()).collect();
+        for pool in pools {
+            let replicas = self.claims.get(&pool).filter(|replicas| replicas.len() > REPLICAS_MAX);
+            let cut = replicas.and_then(|replicas| replicas.keys().nth(REPLICAS_MAX - 1)).cloned();
+            let before = match &cut {
+                Some(cut) => self.last_replicas.insert(pool.clone(), cut.clone()),
+                None => self.last_replicas.remove(&pool),
             };
-            let reason = format!("{winner:?} announces {key} too and wins, {why}");
-            if self.files[at].settle(FileState::Shadowed, Some(reason.clone())) {
+            if let Some((low, high)) = between(before, cut)
+                && let Some(replicas) = self.claims.get(&pool)
+            {
+                let moved =
+                    replicas.range((Bound::Excluded(low), Bound::Unbounded)).map(|(replica, _)| replica);
+                let moved = moved.take_while(|replica| high.as_ref().is_none_or(|high| *replica <= high));
+                touched.extend(moved.map(|id| ReplicaKey { pool: pool.clone(), replica: id.clone() }));
+            }
+        }
+        let too_many = self.claims.len() > POOLS_MAX;
+        let cut = too_many.then(|| self.claims.keys().nth(POOLS_MAX - 1).cloned()).flatten();
+        let before = std::mem::replace(&mut self.last_pool, cut.clone());
+        if let Some((low, high)) = between(before, cut) {
+            for (pool, replicas) in self.claims.range((Bound::Excluded(low), Bound::Unbounded)) {
+                if high.as_ref().is_some_and(|high| pool > high) {
+                    break;
+                }
+                let key = |replica: &ReplicaId| ReplicaKey { pool: pool.clone(), replica: replica.clone() };
+                touched.extend(replicas.keys().map(key));
+            }
+        }
+    }
+
+    /// Chooses among what speaks for a replica.
+    fn elect(&mut self, key: &ReplicaKey, changes: &mut Vec<Change>) -> Election {
+        let Some(claim) = self.claim_of(key) else { return Err("its handoff file is gone") };
+        let adopted = claim.adopted.clone();
+        let ranked = |name: &Arc<str>| {
+            let good = self.files.get(name)?.good.as_ref()?;
+            Some((good.handoff.generation, good.modified, Reverse(name.clone())))
+        };
+        let mut candidates: Vec<_> = claim.files.iter().filter_map(ranked).collect();
+        candidates.sort_unstable();
+        let is_excess = self.is_excess(key);
+        let outranked = |generation: u64| adopted.as_ref().is_some_and(|held| held.generation > generation);
+        let winner = candidates.pop_if(|(generation, ..)| !outranked(*generation));
+        for (generation, modified, Reverse(name)) in candidates {
+            let reason = match &winner {
+                Some((best, latest, Reverse(winner))) => {
+                    let why = if generation < *best {
+                        format!("with the higher generation {best}")
+                    } else if modified < *latest {
+                        "written later".to_string()
+                    } else {
+                        "first by name".to_string()
+                    };
+                    format!("{winner:?} announces {key} too and wins, {why}")
+                }
+                None => format!("{key} was accepted before with a higher generation than {generation}"),
+            };
+            let Some(file) = self.files.get_mut(&name) else { continue };
+            if file.settle(FileState::Shadowed, Some(reason.clone())) {
                 changes.push(Change::FileShadowed { name, reason });
             }
         }
-        let file = &mut self.files[winner_at];
+        let Some((_, _, Reverse(winner))) = winner else {
+            return match adopted {
+                Some(_) if is_excess => Err(BEYOND_LIMIT),
+                Some(handoff) => Ok((handoff, None)),
+                None => Err("its handoff file is gone"),
+            };
+        };
+        let Some(file) = self.files.get_mut(&winner) else { return Err("its handoff file is gone") };
         if is_excess {
             file.settle(FileState::Refused, Some(BEYOND_LIMIT.into()));
             return Err(BEYOND_LIMIT);
@@ -305,39 +456,58 @@ impl Directory {
             changes.push(Change::FileAccepted { name: winner.clone(), key: key.clone() });
         }
         let handoff = file.good.as_ref().map(|good| good.handoff.clone());
-        handoff.map(|handoff| (handoff, winner)).ok_or("its handoff file is gone")
+        handoff.map(|handoff| (handoff, Some(winner))).ok_or("its handoff file is gone")
     }
 
     /// Part of [`super::Registry::check_invariants`].
     pub(super) fn check_invariants(&self) {
-        assert!(self.files.is_sorted_by(|a, b| a.name < b.name), "files are sorted");
         let mut claimed = 0;
-        for file in &self.files {
-            assert!(file.state.is_some(), "{} was judged", file.name);
+        for (name, file) in &self.files {
+            assert!(file.state.is_some(), "{name} was judged");
             if let Some(good) = &file.good {
                 claimed += 1;
-                let names = self.claims.get(&good.handoff.key());
-                assert!(names.is_some_and(|names| names.contains(&file.name)), "{} claims", file.name);
+                let claim = self.claim_of(&good.handoff.key());
+                assert!(claim.is_some_and(|claim| claim.files.contains(name)), "{name} claims");
             }
         }
-        assert_eq!(
-            claimed,
-            self.claims.values().map(BTreeSet::len).sum::<usize>(),
-            "no claim without its file"
-        );
+        let count = |of: fn(&Claim) -> usize| self.all_claims().map(|(_, claim)| of(claim)).sum::<usize>();
+        assert_eq!(claimed, count(|claim| claim.files.len()), "no claim without its file");
+        assert_eq!(self.adopted, count(|claim| usize::from(claim.adopted.is_some())), "adopted are counted");
+        let mut taken: BTreeMap<PoolId, usize> = BTreeMap::new();
+        for key in self.announced() {
+            *taken.entry(key.pool).or_default() += 1;
+        }
+        assert!(taken.len() <= POOLS_MAX, "pools are limited");
+        assert!(taken.values().all(|replicas| *replicas <= REPLICAS_MAX), "replicas are limited");
+    }
+}
+
+/// What lies between two cuts, `None` meaning that nothing is cut off: after the lower, up to the
+/// higher one or to the end. `None` where they are the same.
+fn between<T: Ord>(a: Option<T>, b: Option<T>) -> Option<(T, Option<T>)> {
+    match (a, b) {
+        (Some(a), Some(b)) if a == b => None,
+        (Some(a), Some(b)) if a < b => Some((a, Some(b))),
+        (Some(a), Some(b)) => Some((b, Some(a))),
+        (Some(only), None) | (None, Some(only)) => Some((only, None)),
+        (None, None) => None,
     }
 }
 
 impl File {
     fn unread(listed: &ListedFile) -> File {
         File {
-            name: listed.name.clone(),
             modified: listed.modified,
             content: listed.content.clone(),
             good: None,
             state: None,
             error: None,
         }
+    }
+
+    /// Whether it was read as it is listed.
+    fn is(&self, listed: &ListedFile) -> bool {
+        Arc::ptr_eq(&self.content, &listed.content) && self.modified == listed.modified
     }
 
     /// Sets the outcome of the choice among files; true if it is another one than before. A file

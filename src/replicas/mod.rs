@@ -21,7 +21,8 @@
 //!
 //! Every change is returned as a [`Change`], once. The registry opens no file and no socket and asks
 //! no clock: listings, probe outcomes and the time are handed in, probes are handed out as orders.
-//! The shells around it are [`watch`] with [`scan`] (the directory) and [`probe`] (the engines).
+//! The shells around it are [`watch`] with [`scan`] (the directory), [`probe`] (the engines) and
+//! [`liveness`] (their processes).
 //!
 //! Both daemons use this room: the node agent always, the control plane where it runs on the same
 //! machine as the engines (HOME profile).
@@ -29,20 +30,24 @@
 pub mod change;
 pub mod directory;
 pub mod health;
+pub mod liveness;
 pub mod policy;
 pub mod probe;
 pub mod probing;
+pub mod process;
 pub mod registry;
 mod report;
 pub mod scan;
 pub mod watch;
 
 pub use change::{Cause, Change, FileState, FileView, Refused, State};
-pub use directory::{FileContent, ListedFile};
+pub use directory::{FileContent, ListedFile, Listing, Scope};
+pub use liveness::Processes;
 pub use policy::{AllowList, EnginePolicy};
 pub use probing::{Fault, ProbeId, ProbeKind, ProbeOrder, ProbeOutcome};
+pub use process::{ProcessOrder, ProcessSeen};
 pub use registry::{Registry, ReplicaLease};
-pub use watch::Watch;
+pub use watch::{Trouble, Watch};
 
 #[cfg(test)]
 mod tests;

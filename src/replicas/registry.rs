@@ -12,10 +12,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::change::{Cause, Change, Refused, State};
-use super::directory::{Directory, ListedFile};
+use super::directory::{ADOPTED_MAX, Directory, Election, Listing};
 use super::health::Health;
 use super::policy::EnginePolicy;
 use super::probing::{Outstanding, ProbeKind, Schedule};
+use super::process::ProcessOrder;
 use crate::time::{Mono, Now, Wall};
 use crate::wire::handoff::Handoff;
 use crate::wire::id::{PoolId, ReplicaKey};
@@ -43,6 +44,8 @@ pub struct Registry {
     drained_replicas: BTreeSet<ReplicaKey>,
     all_drained: bool,
     pub(super) schedule: Schedule,
+    /// What the shell is to do about processes.
+    pub(super) process_orders: Vec<ProcessOrder>,
     next_serial: u64,
     pub(super) next_seq: u64,
     /// Requests that run, on engines that were replaced meanwhile too.
@@ -55,13 +58,16 @@ pub struct Registry {
 #[derive(Debug)]
 pub(super) struct Replica {
     pub(super) handoff: Arc<Handoff>,
-    pub(super) file: Arc<str>,
+    /// The file that announces it; `None` where its handoff was adopted.
+    pub(super) file: Option<Arc<str>>,
     pub(super) serial: u64,
     /// Without regard to drains: [`State::Found`] to [`State::Suspect`].
     pub(super) phase: State,
     pub(super) reason: String,
     pub(super) since: Wall,
     drained: bool,
+    /// Its process was not looked for yet: it is not asked before that.
+    pub(super) awaits_process: bool,
     /// What holds it out of use, and why, for people.
     held: BTreeMap<Cause, String>,
     /// Why no file stands behind it any more.
@@ -89,6 +95,7 @@ impl Registry {
             drained_replicas: BTreeSet::new(),
             all_drained: false,
             schedule: Schedule::default(),
+            process_orders: Vec::new(),
             next_serial: first_serial.max(1),
             next_seq: 1,
             in_flight: 0,
@@ -97,9 +104,54 @@ impl Registry {
         }
     }
 
-    /// Takes the directory's full listing, sorted by name, each name once.
-    pub fn listing(&mut self, files: &[ListedFile], now: Now, changes: &mut Vec<Change>) {
-        for (key, election) in self.directory.listing(files, changes) {
+    /// Takes what was found in the directory.
+    pub fn listing(&mut self, listing: &Listing, now: Now, changes: &mut Vec<Change>) {
+        let elections = self.directory.listing(listing, changes);
+        self.elected(elections, now, changes);
+    }
+
+    /// Lets a handoff stand without a file, as if a file were there that nobody can remove.
+    ///
+    /// # Errors
+    /// Why it is refused: an engine URL that is not allowed here.
+    pub fn adopt(
+        &mut self,
+        handoff: Arc<Handoff>,
+        now: Now,
+        changes: &mut Vec<Change>,
+    ) -> Result<(), String> {
+        self.directory.check_policy(&handoff)?;
+        let elections = self.directory.adopt(&handoff.key(), Some(handoff.clone()), changes);
+        self.elected(elections, now, changes);
+        match self.directory.adopted(&handoff.key()) {
+            Some(_) => Ok(()),
+            None => Err(format!("at most {ADOPTED_MAX} handoffs can stand without a file")),
+        }
+    }
+
+    /// Ends [`Registry::adopt`]; a file, if there is one, goes on speaking for the replica. False where
+    /// nothing was adopted.
+    pub fn abandon(&mut self, key: &ReplicaKey, now: Now, changes: &mut Vec<Change>) -> bool {
+        let was = self.directory.adopted(key).is_some();
+        let elections = self.directory.adopt(key, None, changes);
+        self.elected(elections, now, changes);
+        was
+    }
+
+    /// The handoff of a replica that stands without a file.
+    #[must_use]
+    pub fn adopted(&self, key: &ReplicaKey) -> Option<&Arc<Handoff>> {
+        self.directory.adopted(key)
+    }
+
+    /// Every handoff that stands without a file, and a number that grows with every change of them.
+    #[must_use]
+    pub fn all_adopted(&self) -> (u64, Vec<Arc<Handoff>>) {
+        self.directory.all_adopted()
+    }
+
+    fn elected(&mut self, elections: Vec<(ReplicaKey, Election)>, now: Now, changes: &mut Vec<Change>) {
+        for (key, election) in elections {
             match election {
                 Ok((handoff, file)) => self.announce_handoff(&key, handoff, file, now, changes),
                 Err(why) => self.withdraw(&key, why, now, changes),
@@ -254,13 +306,9 @@ impl Registry {
         now: Now,
         changes: &mut Vec<Change>,
     ) {
-        let Some(replica) = self.replicas.get_mut(key) else { return };
-        if !replica.is_probed() {
-            self.schedule.cancel(key, replica);
-        } else if replica.probe.is_none() {
-            self.schedule.reset(key, replica);
-        }
+        self.schedule_again(key);
         self.revision += 1;
+        let Some(replica) = self.replicas.get_mut(key) else { return };
         if replica.state() == state && replica.reason() != reason {
             changes.push(Change::Reason { key: key.clone(), state, reason: replica.reason().to_string() });
         }
@@ -284,7 +332,7 @@ impl Registry {
         &mut self,
         key: &ReplicaKey,
         handoff: Arc<Handoff>,
-        file: Arc<str>,
+        file: Option<Arc<str>>,
         now: Now,
         changes: &mut Vec<Change>,
     ) {
@@ -296,8 +344,9 @@ impl Registry {
             self.revision += 1;
             replica.drained = drained;
             replica.start(now.mono);
-            self.schedule.reset(key, &mut replica);
             self.replicas.insert(key.clone(), replica);
+            self.order_process(key);
+            self.schedule_again(key);
             self.announce(key, State::Found, now, changes);
             return;
         };
@@ -322,10 +371,16 @@ impl Registry {
             self.schedule.cancel(key, replica);
             *replica = successor;
             replica.start(now.mono);
+            self.forget_process(key);
+            self.order_process(key);
         } else {
             if old != replica.handoff {
                 changes.push(Change::Updated { key: key.clone(), file: replica.file.clone() });
             }
+            if returns {
+                self.order_process(key);
+            }
+            let Some(replica) = self.replicas.get_mut(key) else { return };
             if returns || old.ready != replica.handoff.ready || old.health_path != replica.handoff.health_path
             {
                 self.schedule.cancel(key, replica);
@@ -333,10 +388,18 @@ impl Registry {
             }
         }
         self.revision += 1;
-        if replica.probe.is_none() {
+        self.schedule_again(key);
+        self.announce(key, before, now, changes);
+    }
+
+    /// Schedules the next probe, where one is wanted and none is under way.
+    pub(super) fn schedule_again(&mut self, key: &ReplicaKey) {
+        let Some(replica) = self.replicas.get_mut(key) else { return };
+        if !replica.is_probed() {
+            self.schedule.cancel(key, replica);
+        } else if replica.probe.is_none() {
             self.schedule.reset(key, replica);
         }
-        self.announce(key, before, now, changes);
     }
 
     fn withdraw(&mut self, key: &ReplicaKey, why: &str, now: Now, changes: &mut Vec<Change>) {
@@ -346,8 +409,10 @@ impl Registry {
         let before = replica.state();
         self.schedule.cancel(key, replica);
         replica.withdrawn = Some(why.to_string());
+        let is_busy = replica.leases > 0;
         self.revision += 1;
-        if replica.leases > 0 {
+        self.forget_process(key);
+        if is_busy {
             self.announce(key, before, now, changes);
         }
         self.forget_if_done(key, changes);
@@ -414,7 +479,11 @@ impl Registry {
             assert!(replica.withdrawn.is_none() || replica.leases > 0, "{key}: is gone once nothing runs");
             assert!(replica.phase != State::Ready || replica.handoff.ready, "{key}: ready though not to be");
             assert!(replica.serial < self.next_serial, "{key}: generations are not used twice");
-            assert_eq!(replica.is_probed(), replica.due_at.is_some() || replica.probe.is_some(), "{key}: is asked again");
+            assert_eq!(
+                replica.is_probed(),
+                replica.due_at.is_some() || replica.probe.is_some(),
+                "{key}: is asked again"
+            );
             assert!(replica.due_at.is_none() || replica.probe.is_none(), "{key}: one probe at a time");
             due += usize::from(replica.due_at.is_some());
             lost += usize::from(replica.probe.is_some());
@@ -423,13 +492,13 @@ impl Registry {
         assert_eq!(leases, self.in_flight, "every lease is counted once");
         assert_eq!((due, lost), self.schedule.counts(), "nothing is scheduled for others");
         for key in self.directory.announced() {
-            assert!(self.replicas.contains_key(key), "{key}: announced and known");
+            assert!(self.replicas.contains_key(&key), "{key}: announced and known");
         }
     }
 }
 
 impl Replica {
-    fn found(handoff: Arc<Handoff>, file: Arc<str>, serial: u64, now: Now) -> Replica {
+    fn found(handoff: Arc<Handoff>, file: Option<Arc<str>>, serial: u64, now: Now) -> Replica {
         Replica {
             handoff,
             file,
@@ -438,6 +507,7 @@ impl Replica {
             reason: "announced".into(),
             since: now.wall,
             drained: false,
+            awaits_process: false,
             held: BTreeMap::new(),
             withdrawn: None,
             learned: None,
@@ -487,7 +557,10 @@ impl Replica {
 
     /// Whether its engine is to be asked how it is.
     pub(super) fn is_probed(&self) -> bool {
-        self.handoff.ready && self.withdrawn.is_none() && !self.held.contains_key(&Cause::Process)
+        self.handoff.ready
+            && self.withdrawn.is_none()
+            && !self.awaits_process
+            && !self.held.contains_key(&Cause::Process)
     }
 
     pub(super) fn is_withdrawn(&self) -> bool {

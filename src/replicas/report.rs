@@ -43,8 +43,8 @@ impl Registry {
 
     /// Every file of the last listing, by name, and what became of it.
     pub fn files(&self) -> impl Iterator<Item = FileView<'_>> {
-        self.directory.files.iter().map(|file| FileView {
-            name: &file.name,
+        self.directory.files.iter().map(|(name, file)| FileView {
+            name,
             state: file.state.unwrap_or(FileState::Refused),
             error: file.error.as_deref(),
             replica: file.good.as_ref().map(|good| good.handoff.key()),
@@ -161,7 +161,7 @@ impl Registry {
                     engine: Some(replica.handoff.engine.clone()),
                     engine_version: replica.handoff.engine_version.clone(),
                     device_mask: replica.handoff.device_mask.clone(),
-                    handoff_file: Some(replica.file.to_string()),
+                    handoff_file: replica.file.as_deref().map(str::to_string),
                 })
                 .collect(),
         })

@@ -1,36 +1,93 @@
 //! The shell around the runtime directory: which files are there, and what they say.
 //!
-//! A scan lists the whole directory and reads the files whose identity (inode, size, times) differs
-//! from the last scan's; all others keep their shared contents. Files are opened without following
-//! links and without blocking, and read up to their limit. Who may write here decides where prompts
-//! go, so a file counts only if it belongs to root or to this process's user and nobody else may
-//! write it.
+//! Two ways lead to a file. A *pass* looks at every name: the truth, in pieces that are small enough
+//! for a turn of the loop. A *hint* names one file of which the kernel said that it changed; it is
+//! looked at before anything else. Both end in a [`Listing`]. A file whose identity (inode, size,
+//! times) is the same as before keeps its shared contents; all others are read.
+//!
+//! Files are opened without following links and without blocking, and read up to their limit. Who may
+//! write here decides where prompts go, so directory and files count only if they belong to root or to
+//! this process's user and nobody else may write them. A file that ends too early gets a moment to
+//! become whole before it is refused: its writer may be at work.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::fd::AsFd;
+use std::ops::Bound;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{Mode, OFlags, Stat};
+use rustix::fs::{AtFlags, Dir, Mode, OFlags, Stat};
 
-use crate::time::Wall;
+use crate::reactor;
+use crate::time::{Mono, Wall};
 use crate::wire::handoff::{self, HANDOFF_BYTES_MAX, HandoffFile};
 
-use super::directory::{FILES_MAX, FileContent, ListedFile};
+use super::directory::{FILES_MAX, FileContent, ListedFile, Listing, Scope};
+
+/// Files that are read in one step.
+const READS_MAX: usize = 64;
+/// Files that are looked at in one step.
+const LOOKS_MAX: usize = 1_024;
+/// Names that are taken from the kernel in one step.
+const NAMES_MAX: usize = 4_096;
+/// When a step stops early, in nanoseconds: a loop's turn should stay below 5 ms.
+const STEP_NS_MAX: u64 = 1_500_000;
+/// Names that changed and wait to be looked at; beyond that a pass is cheaper.
+const HINTS_MAX: usize = 1_024;
+/// NFS, SMB (three generations), FUSE, 9P, Ceph, AFS, GFS2, OCFS2, Lustre, overlay: numbers from the
+/// kernel's `magic.h` and from the file systems' own documentation.
+const SHARED_FILE_SYSTEMS: &[u32] = &[
+    0x6969,
+    0x517b,
+    0xfe53_4d42,
+    0xff53_4d42,
+    0x6573_5546,
+    0x0102_1997,
+    0x00c3_6400,
+    0x5346_414f,
+    0x0116_1970,
+    0x7461_636f,
+    0x0bd0_0bd0,
+    0x794c_7630,
+];
+/// How long a file may end too early before that counts, in milliseconds.
+pub const WRITING_MS_MAX: u64 = 250;
 
 /// The directory and what was read of it so far.
 #[derive(Debug)]
 pub struct Scanner {
     directory: PathBuf,
     known: BTreeMap<Arc<str>, Known>,
+    pass: Option<Pass>,
+    /// A pass is wanted after the one that is under way.
+    again: bool,
+    hints: BTreeSet<Arc<str>>,
+    /// Files that end too early, and when that counts.
+    unfinished: BTreeMap<Arc<str>, Mono>,
+    truncated: bool,
 }
 
 #[derive(Debug)]
 struct Known {
     identity: Identity,
-    file: ListedFile,
+    /// `None` while it has never been whole.
+    file: Option<ListedFile>,
+    /// It could not be read, which may pass without an event.
+    unreadable: bool,
+}
+
+/// A look at every name.
+#[derive(Debug)]
+struct Pass {
+    /// `None` once all names were taken.
+    entries: Option<Dir>,
+    /// Names that are still to be looked at.
+    names: BTreeSet<Arc<str>>,
+    /// The last name that was looked at.
+    done: Bound<Arc<str>>,
+    truncated: bool,
 }
 
 /// What changes when a file is written, replaced or touched.
@@ -42,11 +99,26 @@ struct Identity {
     changed_ns: u64,
 }
 
+/// What a step may still do.
+struct Budget {
+    looks: usize,
+    reads: usize,
+    until: Mono,
+}
+
 impl Scanner {
     /// A scanner that has seen nothing.
     #[must_use]
     pub fn new(directory: PathBuf) -> Scanner {
-        Scanner { directory, known: BTreeMap::new() }
+        Scanner {
+            directory,
+            known: BTreeMap::new(),
+            pass: None,
+            again: false,
+            hints: BTreeSet::new(),
+            unfinished: BTreeMap::new(),
+            truncated: false,
+        }
     }
 
     /// The directory.
@@ -64,76 +136,306 @@ impl Scanner {
         fs::DirBuilder::new().recursive(true).mode(0o750).create(&self.directory)
     }
 
-    /// Lists the directory: every `*.json` that is not hidden, sorted by name.
+    /// Whether the directory lies on a file system that does not report every change to this machine's
+    /// kernel: network file systems, FUSE, and overlays whose lower layers change.
+    #[must_use]
+    pub fn is_shared(&self) -> bool {
+        rustix::fs::statfs(&self.directory)
+            .is_ok_and(|stat| SHARED_FILE_SYSTEMS.contains(&(stat.f_type as u32)))
+    }
+
+    /// Wants every name to be looked at, once more if that is under way already.
+    pub fn want_pass(&mut self) {
+        self.again = true;
+    }
+
+    /// Says that a name changed.
+    pub fn hint(&mut self, name: &str) {
+        if !is_handoff_name(name) {
+            return;
+        }
+        let is_new = !self.known.contains_key(name);
+        if self.hints.len() >= HINTS_MAX || (is_new && self.known.len() >= FILES_MAX) {
+            // Beyond the limit, what one name more means depends on all the others.
+            self.want_pass();
+        } else {
+            self.hints.insert(name.into());
+        }
+    }
+
+    /// Whether [`Scanner::step`] has something to do at once.
+    #[must_use]
+    pub fn is_busy(&self) -> bool {
+        self.again || self.pass.is_some() || !self.hints.is_empty()
+    }
+
+    /// When [`Scanner::step`] has something to do without further hints.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Mono> {
+        self.unfinished.values().min().copied()
+    }
+
+    /// Whether a file could not be read: nothing may say so when it can.
+    #[must_use]
+    pub fn has_unreadable(&self) -> bool {
+        self.known.values().any(|known| known.unreadable)
+    }
+
+    /// Does a bounded piece of what is to be done.
     ///
     /// # Errors
-    /// The directory cannot be listed. What was known stays known: a directory that is away for a
-    /// moment (remounted, recreated) is no reason to stop anything.
-    pub fn scan(&mut self) -> io::Result<Vec<ListedFile>> {
-        let directory = rustix::fs::open(
-            &self.directory,
-            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?;
-        let mut names: Vec<String> = Vec::new();
-        for entry in rustix::fs::Dir::read_from(&directory)? {
+    /// The directory cannot be opened or is not to be trusted. What was known stays known: a directory
+    /// that is away for a moment (remounted, recreated) is no reason to stop anything. The pass is
+    /// given up; the hints are too, for only a pass tells the truth after that.
+    pub fn step(&mut self, now: Mono) -> io::Result<Vec<Listing>> {
+        let due = self.unfinished.iter().filter(|(_, at)| **at <= now).map(|(name, _)| name.clone());
+        self.hints.extend(due.collect::<Vec<_>>());
+        if !self.is_busy() {
+            return Ok(Vec::new());
+        }
+        let stepped = self.open_directory().and_then(|directory| self.step_in(&directory, now));
+        if stepped.is_err() {
+            self.pass = None;
+            self.again = false;
+            self.hints.clear();
+            self.unfinished.clear();
+        }
+        stepped
+    }
+
+    /// Does everything that is to be done, for callers without a loop.
+    ///
+    /// # Errors
+    /// As [`Scanner::step`].
+    pub fn finish(&mut self, now: Mono) -> io::Result<Vec<Listing>> {
+        let mut listings = Vec::new();
+        while self.is_busy() {
+            listings.extend(self.step(now)?);
+        }
+        Ok(listings)
+    }
+
+    fn step_in(&mut self, directory: &OwnedFd, now: Mono) -> io::Result<Vec<Listing>> {
+        let until = Mono(reactor::now().mono.0.saturating_add(STEP_NS_MAX));
+        let mut budget = Budget { looks: LOOKS_MAX, reads: READS_MAX, until };
+        let mut listings = Vec::new();
+        if !self.hints.is_empty() {
+            listings.push(self.follow_hints(directory, &mut budget, now));
+        }
+        if self.pass.is_none() && self.again {
+            self.again = false;
+            let entries = Dir::read_from(directory)?;
+            let names = BTreeSet::new();
+            self.pass =
+                Some(Pass { entries: Some(entries), names, done: Bound::Unbounded, truncated: false });
+        }
+        if let Some(mut pass) = self.pass.take() {
+            if pass.entries.is_some() {
+                self.enumerate(&mut pass)?;
+            }
+            let listing = match pass.entries {
+                None => self.look(&mut pass, directory, &mut budget, now),
+                Some(_) => None,
+            };
+            if listing.as_ref().is_none_or(|listing| !listing.completes) {
+                self.pass = Some(pass);
+            }
+            listings.extend(listing);
+        }
+        Ok(listings)
+    }
+
+    fn open_directory(&self) -> io::Result<OwnedFd> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = rustix::fs::open(&self.directory, flags, Mode::empty())?;
+        check_owner(&rustix::fs::fstat(&directory)?, "the directory").map_err(io::Error::other)?;
+        Ok(directory)
+    }
+
+    fn follow_hints(&mut self, directory: &OwnedFd, budget: &mut Budget, now: Mono) -> Listing {
+        let mut names = Vec::new();
+        let mut files = Vec::new();
+        while !budget.is_spent()
+            && let Some(name) = self.hints.pop_first()
+        {
+            if let Some(file) = self.look_at(directory, &name, budget, now) {
+                // A pass that took its names before this one existed must not miss it.
+                if let Some(pass) = self.pass.as_mut().filter(|pass| pass.is_ahead(&name)) {
+                    pass.names.insert(name.clone());
+                }
+                files.push(file);
+            }
+            names.push(name);
+        }
+        Listing { scope: Scope::Names(names), files, truncated: self.truncated, completes: false }
+    }
+
+    /// Takes names from the kernel.
+    fn enumerate(&self, pass: &mut Pass) -> io::Result<()> {
+        let Some(entries) = &mut pass.entries else { return Ok(()) };
+        for _ in 0..NAMES_MAX {
+            let Some(entry) = entries.next() else {
+                // A name that was known is looked at even if the kernel did not tell it: directories
+                // that change while they are read may leave out what is there.
+                let last = pass.names.last().filter(|_| pass.truncated).cloned();
+                let within = |name: &&Arc<str>| last.as_ref().is_none_or(|last| *name <= last);
+                pass.names.extend(self.known.keys().filter(within).cloned());
+                pass.entries = None;
+                return Ok(());
+            };
             let entry = entry?;
             // A name that is not UTF-8 was written by no starter of engines.
-            let Ok(name) = entry.file_name().to_str() else { continue };
-            if name.ends_with(".json") && !name.starts_with('.') {
-                names.push(name.to_string());
+            if let Ok(name) = entry.file_name().to_str()
+                && is_handoff_name(name)
+            {
+                pass.names.insert(name.into());
+                if pass.names.len() > FILES_MAX {
+                    pass.names.pop_last();
+                    pass.truncated = true;
+                }
             }
         }
-        names.sort_unstable();
-        // One more than the registry takes, so that it can tell that there are too many.
-        names.truncate(FILES_MAX + 1);
-        let mut before = std::mem::take(&mut self.known);
-        for name in names {
-            let known = before.remove_entry(name.as_str());
-            let (name, known) = match known {
-                Some((name, known)) => (name, Some(known)),
-                None => (Arc::from(name), None),
-            };
-            // Gone between listing and reading: the next event says so again.
-            if let Some(read) = read(&directory, &name, known) {
-                self.known.insert(name, read);
-            }
+        Ok(())
+    }
+
+    /// Looks at the next names of a pass. `None` if there was no time for any.
+    fn look(
+        &mut self,
+        pass: &mut Pass,
+        directory: &OwnedFd,
+        budget: &mut Budget,
+        now: Mono,
+    ) -> Option<Listing> {
+        let from = pass.done.clone();
+        let mut files: Vec<ListedFile> = Vec::new();
+        let mut last = None;
+        while !budget.is_spent()
+            && let Some(name) = pass.names.pop_first()
+        {
+            files.extend(self.look_at(directory, &name, budget, now));
+            last = Some(name);
         }
-        Ok(self.known.values().map(|known| known.file.clone()).collect())
+        let completes = pass.names.is_empty();
+        let to = match last {
+            _ if completes => Bound::Unbounded,
+            Some(last) => {
+                pass.done = Bound::Excluded(last.clone());
+                Bound::Included(last)
+            }
+            None => return None,
+        };
+        // What is known and was not among the names is gone.
+        let is_listed = |name: &Arc<str>| files.binary_search_by(|file| file.name.cmp(name)).is_ok();
+        let known = self.known.range::<Arc<str>, _>((from.as_ref(), to.as_ref()));
+        let gone = known.filter(|(name, known)| known.file.is_some() && !is_listed(name));
+        for name in gone.map(|(name, _)| name.clone()).collect::<Vec<_>>() {
+            self.known.remove(&name);
+        }
+        if completes {
+            self.truncated = pass.truncated;
+        }
+        let truncated = self.truncated || pass.truncated;
+        Some(Listing { scope: Scope::Range(from, to), files, truncated, completes })
+    }
+
+    /// Looks at one name, and reads the file if it is another one than before.
+    fn look_at(
+        &mut self,
+        directory: &OwnedFd,
+        name: &Arc<str>,
+        budget: &mut Budget,
+        now: Mono,
+    ) -> Option<ListedFile> {
+        budget.looks = budget.looks.saturating_sub(1);
+        let stat = match rustix::fs::statat(directory, &**name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) => stat,
+            Err(rustix::io::Errno::NOENT) => {
+                self.unfinished.remove(name);
+                // There is room for a file that was beyond the limit.
+                self.again |= self.known.remove(name).is_some() && self.truncated;
+                return None;
+            }
+            Err(error) => {
+                return self.keep(
+                    name,
+                    refused(name, Wall(0), format!("cannot be looked at: {error}")),
+                    true,
+                );
+            }
+        };
+        let identity = Identity::of(&stat);
+        let limit = self.unfinished.get(name).copied();
+        let known = self.known.get(name);
+        if let Some(known) = known
+            && known.identity == identity
+            && limit.is_none_or(|limit| limit > now)
+        {
+            return known.file.clone();
+        }
+        budget.reads = budget.reads.saturating_sub(1);
+        let modified = Wall(identity.modified_ns);
+        let bytes = match read_checked(directory, name, &stat) {
+            Ok(bytes) => bytes,
+            // Without an identity it is read again by every pass: the cause may pass (permissions, EIO).
+            Err(reason) => return self.keep(name, refused(name, modified, reason), true),
+        };
+        let content = match handoff::parse(&bytes) {
+            Ok(HandoffFile::Engine(handoff)) => FileContent::Handoff(handoff),
+            Ok(HandoffFile::ModelOnly) => FileContent::ModelOnly,
+            Err(error) if error.is_incomplete() && limit.is_none_or(|limit| limit > now) => {
+                self.unfinished.entry(name.clone()).or_insert_with(|| now.plus_ms(WRITING_MS_MAX));
+                let file = known.and_then(|known| known.file.clone());
+                self.known.insert(name.clone(), Known { identity, file: file.clone(), unreadable: false });
+                return file;
+            }
+            Err(error) => FileContent::Refused(error.to_string()),
+        };
+        self.unfinished.remove(name);
+        let file = ListedFile { name: name.clone(), modified, content: Arc::new(content) };
+        self.known.insert(name.clone(), Known { identity, file: Some(file.clone()), unreadable: false });
+        Some(file)
+    }
+
+    fn keep(&mut self, name: &Arc<str>, file: ListedFile, unreadable: bool) -> Option<ListedFile> {
+        self.unfinished.remove(name);
+        // The same refusal again is the same file.
+        let same = self
+            .known
+            .get(name)
+            .and_then(|known| known.file.as_ref())
+            .filter(|known| known.content == file.content && known.modified == file.modified);
+        let file = same.cloned().unwrap_or(file);
+        let known = Known { identity: Identity::NONE, file: Some(file.clone()), unreadable };
+        self.known.insert(name.clone(), known);
+        Some(file)
     }
 }
 
-fn read(directory: &impl AsFd, name: &Arc<str>, known: Option<Known>) -> Option<Known> {
-    let stat = match rustix::fs::statat(directory, &**name, rustix::fs::AtFlags::SYMLINK_NOFOLLOW) {
-        Ok(stat) => stat,
-        Err(rustix::io::Errno::NOENT) => return None,
-        Err(error) => {
-            return Some(refused(name, Identity::NONE, Wall(0), format!("cannot be looked at: {error}")));
+impl Pass {
+    fn is_ahead(&self, name: &Arc<str>) -> bool {
+        match &self.done {
+            Bound::Excluded(done) | Bound::Included(done) => name > done,
+            Bound::Unbounded => true,
         }
-    };
-    let identity = Identity::of(&stat);
-    if let Some(known) = known.filter(|known| known.identity == identity) {
-        return Some(known);
-    }
-    let modified = Wall(identity.modified_ns);
-    match read_checked(directory, name, &stat) {
-        Ok(bytes) => {
-            let content = match handoff::parse(&bytes) {
-                Ok(HandoffFile::Engine(handoff)) => FileContent::Handoff(handoff),
-                Ok(HandoffFile::ModelOnly) => FileContent::ModelOnly,
-                Err(error) => FileContent::Refused(error.to_string()),
-            };
-            let file = ListedFile { name: name.clone(), modified, content: Arc::new(content) };
-            Some(Known { identity, file })
-        }
-        // Without an identity it is read again by every scan: the cause may pass (permissions, EIO).
-        Err(reason) => Some(refused(name, Identity::NONE, modified, reason)),
     }
 }
 
-fn refused(name: &Arc<str>, identity: Identity, modified: Wall, reason: String) -> Known {
-    let content = Arc::new(FileContent::Refused(reason));
-    Known { identity, file: ListedFile { name: name.clone(), modified, content } }
+impl Budget {
+    fn is_spent(&self) -> bool {
+        // The clock is asked now and then: asking costs about a tenth of a look.
+        self.looks == 0
+            || self.reads == 0
+            || (self.looks.is_multiple_of(16) && reactor::now().mono >= self.until)
+    }
+}
+
+/// Whether a name can be a handoff's: `*.json`, not hidden.
+fn is_handoff_name(name: &str) -> bool {
+    name.ends_with(".json") && !name.starts_with('.')
+}
+
+fn refused(name: &Arc<str>, modified: Wall, reason: String) -> ListedFile {
+    ListedFile { name: name.clone(), modified, content: Arc::new(FileContent::Refused(reason)) }
 }
 
 fn read_checked(directory: &impl AsFd, name: &str, listed: &Stat) -> Result<Vec<u8>, String> {
@@ -144,7 +446,7 @@ fn read_checked(directory: &impl AsFd, name: &str, listed: &Stat) -> Result<Vec<
         .map_err(|error| format!("cannot be opened: {error}"))?;
     let stat = rustix::fs::fstat(&file).map_err(|error| format!("cannot be looked at: {error}"))?;
     check_kind(&stat)?;
-    check_owner(&stat)?;
+    check_owner(&stat, "it")?;
     let mut bytes = Vec::with_capacity(usize::try_from(stat.st_size).unwrap_or(0).min(HANDOFF_BYTES_MAX) + 1);
     File::from(file)
         .take(HANDOFF_BYTES_MAX as u64 + 1)
@@ -165,16 +467,16 @@ fn check_kind(stat: &Stat) -> Result<(), String> {
     Ok(())
 }
 
-fn check_owner(stat: &Stat) -> Result<(), String> {
+fn check_owner(stat: &Stat, what: &str) -> Result<(), String> {
     let own = rustix::process::geteuid().as_raw();
     if stat.st_uid != 0 && stat.st_uid != own {
         return Err(format!(
-            "belongs to user {}: handoffs must belong to root or to the user that this daemon runs as ({own})",
+            "{what} belongs to user {}: handoffs must belong to root or to the user that this daemon runs as ({own})",
             stat.st_uid
         ));
     }
     if stat.st_mode & 0o002 != 0 {
-        return Err("every user may write it: remove that permission (chmod o-w)".into());
+        return Err(format!("every user may write {what}: remove that permission (chmod o-w)"));
     }
     Ok(())
 }
@@ -198,8 +500,16 @@ impl Identity {
 mod tests {
     use super::*;
 
+    /// A pass from beginning to end, as one listing of the whole directory.
+    fn scan(scanner: &mut Scanner) -> Vec<ListedFile> {
+        scanner.want_pass();
+        let listings = scanner.finish(reactor::now().mono).expect("the directory can be listed");
+        assert!(listings.last().is_some_and(|listing| listing.completes));
+        listings.into_iter().flat_map(|listing| listing.files).collect()
+    }
+
     fn states(scanner: &mut Scanner) -> Vec<(String, String)> {
-        let listed = scanner.scan().expect("the directory can be listed");
+        let listed = scan(scanner);
         let say = |content: &FileContent| match content {
             FileContent::Handoff(handoff) => handoff.key().to_string(),
             FileContent::ModelOnly => "model".into(),
@@ -248,15 +558,15 @@ mod tests {
         let path = directory.path().join("a.json");
         fs::write(&path, r#"{"url":"http://127.0.0.1:1"}"#).expect("written");
         let mut scanner = Scanner::new(directory.path().into());
-        let first = scanner.scan().expect("listed");
-        let second = scanner.scan().expect("listed");
+        let first = scan(&mut scanner);
+        let second = scan(&mut scanner);
         assert!(Arc::ptr_eq(&first[0].content, &second[0].content));
         let other = directory.path().join(".a.tmp");
         fs::write(&other, r#"{"url":"http://127.0.0.1:2"}"#).expect("written");
         fs::rename(&other, &path).expect("renamed");
-        let third = scanner.scan().expect("listed");
+        let third = scan(&mut scanner);
         assert!(!Arc::ptr_eq(&first[0].content, &third[0].content));
         fs::remove_file(&path).expect("removed");
-        assert!(scanner.scan().expect("listed").is_empty());
+        assert!(scan(&mut scanner).is_empty());
     }
 }

@@ -1,7 +1,8 @@
 //! The room as a whole, in virtual time: listings, probes and requests against one registry.
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound;
 use std::sync::Arc;
 
 use super::health::{PROBE_TIMEOUT_MS, READY_INTERVAL_MS};
@@ -75,9 +76,39 @@ impl Machine {
     }
 
     fn list(&mut self) {
-        let files: Vec<ListedFile> = self.dir.values().cloned().collect();
-        self.registry.listing(&files, self.now, &mut self.changes);
+        let listing = Listing::whole(self.dir.values().cloned().collect());
+        self.registry.listing(&listing, self.now, &mut self.changes);
         self.registry.check_invariants();
+        self.look_at_processes(|_| ProcessSeen::Alive);
+    }
+
+    /// The same directory as [`Machine::list`] tells, a name at a time.
+    fn list_in_pieces(&mut self, as_ranges: bool) {
+        let known = self.registry.files().map(|file| Arc::from(file.name)).collect::<BTreeSet<Arc<str>>>();
+        let names: BTreeSet<Arc<str>> = self.dir.keys().cloned().chain(known).collect();
+        let mut from = Bound::Unbounded;
+        for name in &names {
+            let files = self.dir.get(name).cloned().into_iter().collect();
+            let scope = if as_ranges {
+                Scope::Range(from, Bound::Included(name.clone()))
+            } else {
+                Scope::Names(vec![name.clone()])
+            };
+            from = Bound::Excluded(name.clone());
+            let listing = Listing { scope, files, truncated: false, completes: false };
+            self.registry.listing(&listing, self.now, &mut self.changes);
+            self.registry.check_invariants();
+        }
+        self.look_at_processes(|_| ProcessSeen::Alive);
+    }
+
+    /// Carries out the orders about processes, seeing of each pid what `see` says.
+    fn look_at_processes(&mut self, see: impl Fn(u32) -> ProcessSeen) {
+        for order in self.registry.take_process_orders() {
+            let ProcessOrder::Watch { key, generation, pid, .. } = order else { continue };
+            self.registry.process_seen(&key, generation, see(pid), self.now, &mut self.changes);
+            self.registry.check_invariants();
+        }
     }
 
     /// Orders what is due now.
@@ -221,13 +252,11 @@ fn other_details_are_taken_in_place_and_another_engine_starts_anew() {
     assert_eq!(machine.registry.pool_beats()[0].slots_total, Some(9));
 
     let lease = machine.registry.acquire(&key("p", "r0"), Some(generation), 2).expect("a slot");
-    for change in [
-        r#","pid":7"#,
-        r#","pid":7,"generation":3"#,
-        r#","pid":7,"generation":3,"url":"http://127.0.0.1:8082""#,
-    ] {
+    for (port, change) in
+        [(8081, r#","pid":7"#), (8081, r#","pid":7,"generation":3"#), (8082, r#","pid":7,"generation":3"#)]
+    {
         let before = machine.generation("p", "r0");
-        machine.write("a.json", &json("p", "r0", 8081, change));
+        machine.write("a.json", &json("p", "r0", port, change));
         machine.list();
         assert!(machine.generation("p", "r0") > before, "{change}");
         assert_eq!(machine.state("p", "r0").as_deref(), Some("probing"));
@@ -529,17 +558,43 @@ fn expected(files: &BTreeMap<Arc<str>, (Handoff, Wall)>) -> BTreeMap<ReplicaKey,
 
 #[derive(Clone, Debug)]
 enum Op {
-    Write { file: u8, text: String },
-    Remove { file: u8 },
-    List,
-    Pass { ms: u64 },
+    Write {
+        file: u8,
+        text: String,
+    },
+    Remove {
+        file: u8,
+    },
+    /// All at once, in ranges of one name, or name by name.
+    List {
+        how: u8,
+    },
+    Pass {
+        ms: u64,
+    },
     Order,
-    Answer { which: usize, outcome: u8 },
-    Acquire { replica: u8, slots: u32 },
-    Release { which: usize },
-    Fail { replica: u8, connect: bool },
-    Work { replica: u8 },
-    Drain { replica: u8, what: u8 },
+    Answer {
+        which: usize,
+        outcome: u8,
+    },
+    Acquire {
+        replica: u8,
+        slots: u32,
+    },
+    Release {
+        which: usize,
+    },
+    Fail {
+        replica: u8,
+        connect: bool,
+    },
+    Work {
+        replica: u8,
+    },
+    Drain {
+        replica: u8,
+        what: u8,
+    },
 }
 
 fn op() -> impl proptest::strategy::Strategy<Value = Op> {
@@ -565,7 +620,7 @@ fn op() -> impl proptest::strategy::Strategy<Value = Op> {
     prop_oneof![
         4 => (0u8..4, text).prop_map(|(file, text)| Op::Write { file, text }),
         1 => (0u8..4).prop_map(|file| Op::Remove { file }),
-        4 => Just(Op::List),
+        4 => (0u8..3).prop_map(|how| Op::List { how }),
         2 => (0u64..12_000).prop_map(|ms| Op::Pass { ms }),
         4 => Just(Op::Order),
         5 => (0usize..4, 0u8..9).prop_map(|(which, outcome)| Op::Answer { which, outcome }),
@@ -615,8 +670,11 @@ proptest::proptest! {
         let mut good: BTreeMap<Arc<str>, (Handoff, Wall)> = BTreeMap::new();
         let mut leases: Vec<ReplicaLease> = Vec::new();
         let mut story = BTreeMap::new();
-        let list = |machine: &mut Machine, good: &mut BTreeMap<Arc<str>, (Handoff, Wall)>| {
-            machine.list();
+        let list = |machine: &mut Machine, how: u8, good: &mut BTreeMap<Arc<str>, (Handoff, Wall)>| {
+            match how {
+                0 => machine.list(),
+                _ => machine.list_in_pieces(how == 1),
+            }
             good.retain(|name, _| machine.dir.contains_key(name));
             for file in machine.dir.values() {
                 match &*file.content {
@@ -633,7 +691,7 @@ proptest::proptest! {
             match op {
                 Op::Write { file, text } => machine.write(&format!("{file}.json"), &text),
                 Op::Remove { file } => { machine.dir.remove(format!("{file}.json").as_str()); }
-                Op::List => list(&mut machine, &mut good),
+                Op::List { how } => list(&mut machine, how, &mut good),
                 Op::Pass { ms } => machine.pass_ms(ms),
                 Op::Order => { machine.due(); }
                 Op::Answer { which, outcome: kind } => if which < machine.orders.len() {
@@ -683,7 +741,7 @@ proptest::proptest! {
             proptest::prop_assert_eq!(story.len(), machine.registry.pools().iter().map(|pool| pool.replicas.len()).sum::<usize>());
         }
 
-        list(&mut machine, &mut good);
+        list(&mut machine, 0, &mut good);
         for lease in leases {
             machine.registry.release(lease, &mut machine.changes);
         }
@@ -719,7 +777,7 @@ fn a_held_replica_returns_when_the_last_cause_is_gone() {
         let status = machine.registry.pool_status(&key.pool).expect("a pool");
         (status.replicas[0].state.clone(), status.replicas[0].reason.clone())
     };
-    let mut hold = |machine: &mut Machine, cause, reason: &str| {
+    let hold = |machine: &mut Machine, cause, reason: &str| {
         let Machine { registry, now, changes, .. } = machine;
         registry.hold(&key, generation, cause, reason.into(), *now, changes);
         registry.check_invariants();
@@ -740,7 +798,7 @@ fn a_held_replica_returns_when_the_last_cause_is_gone() {
     let_go(&mut machine, generation, Cause::Hung);
     assert_eq!(state(&machine).0, "ready");
     // A process that is gone is not asked any more.
-    let mut hold = |machine: &mut Machine, cause| {
+    let hold = |machine: &mut Machine, cause| {
         let Machine { registry, now, changes, .. } = machine;
         registry.hold(&key, generation, cause, "process 7 ended".into(), *now, changes);
     };
@@ -752,4 +810,76 @@ fn a_held_replica_returns_when_the_last_cause_is_gone() {
     machine.list();
     machine.answer_all(ProbeOutcome::Healthy);
     assert_eq!(state(&machine).0, "ready");
+}
+
+#[test]
+fn a_replica_is_asked_once_its_process_was_found_and_broken_once_it_ended() {
+    let mut machine = Machine::new();
+    machine.write("a.json", &json("p", "r0", 8081, r#","pid":7"#));
+    let listing = Listing::whole(machine.dir.values().cloned().collect());
+    machine.registry.listing(&listing, machine.now, &mut machine.changes);
+    assert_eq!(machine.due(), 0, "not before its process was looked for");
+    machine.look_at_processes(|_| ProcessSeen::Alive);
+    machine.answer_all(ProbeOutcome::Healthy);
+    assert_eq!(machine.state("p", "r0").as_deref(), Some("ready"));
+    let generation = machine.generation("p", "r0");
+    let (key, now) = (key("p", "r0"), machine.now);
+    let ended = || ProcessSeen::Ended("process 7 ended".into());
+    machine.registry.process_seen(&key, generation - 1, ended(), now, &mut machine.changes);
+    assert_eq!(machine.state("p", "r0").as_deref(), Some("ready"), "an earlier engine's process");
+    let revision = machine.registry.revision();
+    machine.registry.process_seen(&key, generation, ended(), now, &mut machine.changes);
+    assert_eq!(machine.state("p", "r0").as_deref(), Some("broken"));
+    assert_eq!(machine.reason("p", "r0"), "process 7 ended");
+    assert!(machine.registry.revision() > revision, "heartbeats carry it at once");
+    assert_eq!(machine.registry.deadline(), None, "what answers on its port now is not it");
+    // Its successor is another engine.
+    machine.write("a.json", &json("p", "r0", 8081, r#","pid":8"#));
+    machine.list();
+    machine.answer_all(ProbeOutcome::Healthy);
+    assert_eq!(machine.state("p", "r0").as_deref(), Some("ready"));
+    // Where nobody can tell, probes decide.
+    machine.write("b.json", &json("p", "r1", 8082, r#","pid":9"#));
+    let listing = Listing::whole(machine.dir.values().cloned().collect());
+    machine.registry.listing(&listing, machine.now, &mut machine.changes);
+    machine.look_at_processes(|_| ProcessSeen::Unknown("elsewhere".into()));
+    machine.answer_all(ProbeOutcome::Healthy);
+    assert_eq!(machine.state("p", "r1").as_deref(), Some("ready"));
+}
+
+#[test]
+fn an_adopted_handoff_outlives_its_file_and_ends_with_its_process() {
+    let mut machine = Machine::new();
+    machine.write("a.json", &json("p", "r0", 8081, r#","pid":7,"generation":5"#));
+    machine.list();
+    machine.answer_all(ProbeOutcome::Healthy);
+    let key = key("p", "r0");
+    let handoff = machine.registry.handoff(&key).cloned().expect("a handoff");
+    let generation = machine.generation("p", "r0");
+    machine.changes.clear();
+    let Machine { registry, now, changes, .. } = &mut machine;
+    registry.adopt(Arc::new(handoff), *now, changes).expect("allowed");
+    machine.dir.clear();
+    machine.list();
+    assert!(machine.told().is_empty(), "the file's removal is no news");
+    assert_eq!(machine.generation("p", "r0"), generation);
+    assert_eq!(machine.state("p", "r0").as_deref(), Some("ready"));
+    // An older file does not displace it, a newer one does, and a file without generations wins over none.
+    machine.write("old.json", &json("p", "r0", 8090, r#","generation":4"#));
+    machine.list();
+    assert_eq!(machine.file("old.json").0, FileState::Shadowed);
+    assert_eq!(machine.generation("p", "r0"), generation);
+    machine.write("new.json", &json("p", "r0", 8091, r#","generation":6"#));
+    machine.list();
+    assert_eq!(machine.file("new.json").0, FileState::Accepted);
+    assert!(machine.generation("p", "r0") > generation);
+    machine.dir.clear();
+    machine.list();
+    assert_eq!(machine.registry.handoff(&key).map(|handoff| handoff.url.port()), Some(8081));
+    let (generation, now) = (machine.generation("p", "r0"), machine.now);
+    let ended = ProcessSeen::Ended("process 7 ended".into());
+    machine.registry.process_seen(&key, generation, ended, now, &mut machine.changes);
+    machine.registry.check_invariants();
+    assert_eq!(machine.state("p", "r0"), None, "nothing stands behind it any more");
+    assert!(machine.registry.all_adopted().1.is_empty());
 }

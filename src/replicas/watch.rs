@@ -1,10 +1,10 @@
-//! When to scan the runtime directory: at once when the kernel reports a change, and now and then in
-//! any case.
+//! When to look at the runtime directory: at once at what the kernel reports, and now and then at all
+//! of it.
 //!
-//! Events are a hint. Where there are none (no inotify instances left, a network file system) the
-//! directory is listed every watch interval; where there are, the listing is a safety net and comes
-//! [`SAFETY_NET_FACTOR`] times more rarely. A directory that is missing, removed, renamed or
-//! recreated is found again by path within the watch interval.
+//! Events are a hint. Where there are none (no inotify instances left, a network file system) every
+//! name is looked at every watch interval; where there are, that is a safety net and comes
+//! [`SAFETY_NET_FACTOR`] times more rarely. A directory that is missing, removed, renamed, recreated or
+//! mounted over is found again by path.
 
 use std::io;
 use std::path::PathBuf;
@@ -12,13 +12,16 @@ use std::path::PathBuf;
 use crate::reactor::Registry;
 use crate::reactor::dirwatch::DirWatch;
 use crate::reactor::token::Token;
-use crate::time::Mono;
+use crate::time::{Mono, earliest};
 
-use super::directory::ListedFile;
+use super::directory::Listing;
 use super::scan::Scanner;
 
-/// How much rarer the listing is while events arrive.
+/// How much rarer the look at every name is while events arrive.
 pub const SAFETY_NET_FACTOR: u64 = 30;
+/// First pause before a directory that is away is looked for again, in milliseconds; it doubles up to
+/// the watch interval.
+pub const AWAY_MS_MIN: u64 = 50;
 
 /// A directory under watch.
 #[derive(Debug)]
@@ -27,98 +30,163 @@ pub struct Watch {
     token: Token,
     interval_ms: u64,
     armed: Option<DirWatch>,
+    /// The kernel reports what this machine does to the file system, and others write to it too.
+    is_shared: bool,
     due_at: Mono,
-    /// Why the directory cannot be watched or listed, as last reported.
-    trouble: Option<String>,
+    away_ms: u64,
+    /// It was never listed: it is created where it does not exist.
+    is_new: bool,
+    /// As last reported.
+    trouble: Option<Trouble>,
+}
+
+/// What is wrong with the directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trouble {
+    /// What, and what to do.
+    pub text: String,
+    /// It cannot be listed: what is known may be out of date. Otherwise it is only noticed later.
+    pub is_blind: bool,
 }
 
 /// What a call of [`Watch::turn`] found.
 #[derive(Debug, Default)]
 pub struct Scan {
-    /// The full listing, if one was made.
-    pub files: Option<Vec<ListedFile>>,
+    /// What was found, to be taken in this order.
+    pub listings: Vec<Listing>,
     /// Trouble that began or changed (`Some(Some(..))`), or that ended (`Some(None)`).
-    pub trouble: Option<Option<String>>,
+    pub trouble: Option<Option<Trouble>>,
 }
 
 impl Watch {
-    /// Watches `directory`, listing it every `interval_ms` where there are no events. Creates the
-    /// directory where it does not exist.
+    /// Watches `directory`, looking at all of it every `interval_ms` where there are no events. Creates
+    /// the directory where it does not exist at first.
     #[must_use]
     pub fn new(directory: PathBuf, interval_ms: u64, token: Token) -> Watch {
-        let scanner = Scanner::new(directory);
-        Watch { scanner, token, interval_ms, armed: None, due_at: Mono(0), trouble: None }
+        Watch {
+            scanner: Scanner::new(directory),
+            token,
+            interval_ms,
+            armed: None,
+            is_shared: false,
+            due_at: Mono(0),
+            away_ms: AWAY_MS_MIN,
+            is_new: true,
+            trouble: None,
+        }
     }
 
-    /// `inotify` or `poll`: how changes are noticed.
+    /// How changes are noticed: `inotify`, `poll`, or both where the file system is shared with others.
     #[must_use]
     pub fn mode(&self) -> &'static str {
-        if self.armed.is_some() { "inotify" } else { "poll" }
+        match (&self.armed, self.is_shared) {
+            (Some(_), false) => "inotify",
+            (Some(_), true) => "inotify+poll",
+            (None, _) => "poll",
+        }
     }
 
     /// When [`Watch::turn`] must run at the latest.
     #[must_use]
     pub fn deadline(&self) -> Mono {
-        self.due_at
+        earliest(Some(self.due_at), self.scanner.deadline()).unwrap_or(self.due_at)
     }
 
-    /// Scans if the kernel `signalled` a change that matters, or if it is time.
+    /// Whether a look is under way that must go on before the loop blocks.
+    #[must_use]
+    pub fn busy(&self) -> bool {
+        self.scanner.is_busy()
+    }
+
+    /// Looks at what the kernel `signalled`, and at everything if it is time. Each call does a bounded
+    /// piece of it.
     pub fn turn(&mut self, signalled: bool, now: Mono, registry: &Registry) -> Scan {
-        let mut dirty = now >= self.due_at;
         if signalled && let Some(watch) = &mut self.armed {
-            let hint = watch.take();
-            dirty |= hint.dirty || hint.lost;
+            let scanner = &mut self.scanner;
+            let hint = watch.take(&mut |name| scanner.hint(name));
             if hint.lost {
-                watch.deregister(registry);
-                self.armed = None;
+                self.disarm(registry);
+            }
+            if hint.dirty || hint.lost {
+                self.due_at = now;
             }
         }
-        if !dirty {
-            return Scan::default();
+        let mut trouble = self.trouble.clone();
+        if now >= self.due_at {
+            trouble = self.prepare(registry);
+            self.scanner.want_pass();
+            self.due_at = now.plus_ms(self.interval_ms);
         }
-        let mut trouble = None;
-        if self.armed.is_none() {
-            match self.arm(registry) {
-                Ok(watch) => self.armed = Some(watch),
-                Err(error) => trouble = Some(self.explain(&error)),
-            }
-        }
-        let files = match self.scanner.scan() {
-            Ok(files) => Some(files),
+        let listings = match self.scanner.step(now) {
+            Ok(listings) => listings,
             Err(error) => {
-                trouble = Some(self.explain(&error));
-                None
+                self.disarm(registry);
+                trouble = Some(self.explain(&error, true));
+                self.due_at = now.plus_ms(self.away_ms.min(self.interval_ms));
+                self.away_ms = (self.away_ms * 2).min(self.interval_ms);
+                Vec::new()
             }
         };
-        let factor = if self.armed.is_some() && files.is_some() { SAFETY_NET_FACTOR } else { 1 };
-        self.due_at = now.plus_ms(self.interval_ms * factor);
+        if listings.iter().any(|listing| listing.completes) {
+            self.away_ms = AWAY_MS_MIN;
+            self.is_new = false;
+            let events_suffice = self.armed.is_some() && !self.is_shared && !self.scanner.has_unreadable();
+            let factor = if events_suffice { SAFETY_NET_FACTOR } else { 1 };
+            self.due_at = now.plus_ms(self.interval_ms * factor);
+        }
         let changed = trouble != self.trouble;
         self.trouble.clone_from(&trouble);
-        Scan { files, trouble: changed.then_some(trouble) }
+        Scan { listings, trouble: changed.then_some(trouble) }
     }
 
-    fn arm(&self, registry: &Registry) -> io::Result<DirWatch> {
-        match DirWatch::arm(self.scanner.directory(), registry, self.token) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                self.scanner.create_directory()?;
-                DirWatch::arm(self.scanner.directory(), registry, self.token)
+    /// Arms the watch before everything is looked at, so that nothing falls between the two. Trouble
+    /// with that is none with looking.
+    fn prepare(&mut self, registry: &Registry) -> Option<Trouble> {
+        if self.is_new {
+            // If that fails, looking says so.
+            let _ = self.scanner.create_directory();
+        }
+        if self.armed.as_ref().is_some_and(|watch| !watch.is_still(self.scanner.directory())) {
+            self.disarm(registry);
+        }
+        if self.armed.is_none() {
+            match DirWatch::arm(self.scanner.directory(), registry, self.token) {
+                Ok(watch) => {
+                    self.is_shared = self.scanner.is_shared();
+                    self.armed = Some(watch);
+                }
+                Err(error) => return Some(self.explain(&error, false)),
             }
-            armed => armed,
+        }
+        self.is_shared.then(|| Trouble {
+            text: format!(
+                "runtime directory {}: its file system does not report what other machines or layers change; every file is looked at every {} ms instead",
+                self.scanner.directory().display(),
+                self.interval_ms
+            ),
+            is_blind: false,
+        })
+    }
+
+    fn disarm(&mut self, registry: &Registry) {
+        if let Some(watch) = self.armed.take() {
+            watch.deregister(registry);
         }
     }
 
-    fn explain(&self, error: &io::Error) -> String {
+    fn explain(&self, error: &io::Error, is_blind: bool) -> Trouble {
         let directory = self.scanner.directory().display();
         let advice = match error.kind() {
             io::ErrorKind::PermissionDenied => {
                 "give the user of this daemon access to it, or name another directory with --runtime-dir"
             }
             io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
-                "create it, or name another directory with --runtime-dir"
+                "create it, or name another directory with --runtime-dir; what was known stays in use"
             }
+            _ if is_blind => "what was known stays in use, and it is tried again",
             // ENOSPC and EMFILE mean the limits fs.inotify.max_user_watches and max_user_instances.
-            _ => "it is listed regularly instead; fs.inotify limits may be too low",
+            _ => "it is looked at every watch interval instead; fs.inotify limits may be too low",
         };
-        format!("runtime directory {directory}: {error}: {advice}")
+        Trouble { text: format!("runtime directory {directory}: {error}: {advice}"), is_blind }
     }
 }

@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener};
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 
 use crate::wire::node::Capabilities;
 
@@ -18,6 +19,26 @@ pub fn host_name() -> String {
 #[must_use]
 pub fn boot_id() -> Option<String> {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").ok().map(|id| id.trim().to_string())
+}
+
+/// Whether `pid` has ended but was not reaped yet, and when it started, in clock ticks after boot.
+#[must_use]
+pub fn process(pid: u32) -> Option<(bool, u64)> {
+    state_and_start(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+}
+
+/// Fields 3 (zombie or not) and 22 of `/proc/PID/stat`. Field 2, the program's name in parentheses,
+/// may hold blanks and parentheses itself, so counting starts at its last one.
+fn state_and_start(stat: &str) -> Option<(bool, u64)> {
+    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
+    let zombie = fields.next()? == "Z";
+    Some((zombie, fields.nth(18)?.parse().ok()?))
+}
+
+/// The pid namespace of this process, by its inode: pids mean something within one only.
+#[must_use]
+pub fn pid_namespace() -> Option<u64> {
+    fs::metadata("/proc/self/ns/pid").ok().map(|namespace| namespace.ino())
 }
 
 /// Processors and memory; GPUs are read elsewhere.
@@ -105,6 +126,20 @@ fn local_v6(text: &str) -> impl Iterator<Item = Ipv6Addr> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn start_ticks_are_found_behind_any_program_name() {
+        let tail = "S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 987654 20 21";
+        for name in ["(sh)", "(a b)", "(evil) S 1 2 3)", "())"] {
+            assert_eq!(state_and_start(&format!("42 {name} {tail}")), Some((false, 987_654)), "{name}");
+        }
+        let dead = format!("42 (sh) {}", tail.replacen('S', "Z", 1));
+        assert_eq!(state_and_start(&dead), Some((true, 987_654)));
+        for broken in ["", "42", "42 (sh", "42 (sh) S 1 2"] {
+            assert_eq!(state_and_start(broken), None, "{broken:?}");
+        }
+        assert_eq!(process(std::process::id()).map(|(zombie, _)| zombie), Some(false));
+    }
 
     #[test]
     fn kernel_tables_are_read() {

@@ -53,6 +53,8 @@ pub struct Handoff {
     pub pid_start: Option<u64>,
     /// Boot in which that pid lives.
     pub boot_id: Option<String>,
+    /// Inode of the pid namespace in which that pid counts; the reader's own where absent.
+    pub pid_ns: Option<u64>,
     /// Between two files that name the same replica the higher generation wins.
     pub generation: u64,
     /// Path of the health probe, default `/health`.
@@ -72,11 +74,22 @@ pub enum HandoffFile {
 
 /// Why a file is no handoff. The text names the field and what was expected.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HandoffError(String);
+pub struct HandoffError {
+    text: String,
+    is_incomplete: bool,
+}
+
+impl HandoffError {
+    /// Whether more bytes could make it good: its writer may not have finished.
+    #[must_use]
+    pub fn is_incomplete(&self) -> bool {
+        self.is_incomplete
+    }
+}
 
 impl fmt::Display for HandoffError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.text)
     }
 }
 
@@ -101,21 +114,28 @@ impl std::error::Error for HandoffError {}
 /// empty or truncated file is an error like any other: whoever watches keeps the last good state.
 pub fn parse(bytes: &[u8]) -> Result<HandoffFile, HandoffError> {
     if bytes.len() > HANDOFF_BYTES_MAX {
-        return Err(HandoffError(format!("larger than {HANDOFF_BYTES_MAX} bytes")));
+        return Err(error(format!("larger than {HANDOFF_BYTES_MAX} bytes")));
     }
     if bytes.is_empty() {
-        return Err(HandoffError(
-            "empty file: its writer has not finished, or does not write to a temporary name first".into(),
-        ));
+        let text =
+            "empty file: its writer has not finished, or does not write to a temporary name first".into();
+        return Err(HandoffError { text, is_incomplete: true });
     }
     if bytes.starts_with(b"\xef\xbb\xbf") {
-        return Err(HandoffError("starts with a byte order mark, which JSON does not allow".into()));
+        return Err(error("starts with a byte order mark, which JSON does not allow"));
     }
-    let text = std::str::from_utf8(bytes)
-        .map_err(|e| HandoffError(format!("not UTF-8 at byte {}", e.valid_up_to())))?;
-    let value: Value = serde_json::from_str(text).map_err(|e| HandoffError(format!("not JSON: {e}")))?;
-    let Value::Object(fields) = value else { return Err(HandoffError("not a JSON object".into())) };
+    let text = std::str::from_utf8(bytes).map_err(|e| HandoffError {
+        text: format!("not UTF-8 at byte {}", e.valid_up_to()),
+        is_incomplete: e.error_len().is_none(),
+    })?;
+    let value = unambiguous_json::from_str(text)
+        .map_err(|e| HandoffError { text: format!("not usable JSON: {e}"), is_incomplete: e.is_eof() })?;
+    let Value::Object(fields) = value else { return Err(error("not a JSON object")) };
     Fields(fields).read()
+}
+
+fn error(text: impl Into<String>) -> HandoffError {
+    HandoffError { text: text.into(), is_incomplete: false }
 }
 
 impl Handoff {
@@ -166,6 +186,7 @@ impl Handoff {
         put("pid", json!(self.pid));
         put("pid_start", json!(self.pid_start));
         put("boot_id", json!(self.boot_id));
+        put("pid_ns", json!(self.pid_ns));
         put("generation", json!(self.generation));
         put("health_path", json!(self.health_path));
         put("auth", self.auth_file.as_ref().map_or(Value::Null, |file| json!({ "file": file })));
@@ -181,14 +202,14 @@ struct Fields(Map<String, Value>);
 impl Fields {
     fn read(self) -> Result<HandoffFile, HandoffError> {
         let url = match self.text_of(&["url", "endpoint", "http_endpoint"])? {
-            Some(url) => BaseUrl::new(url).map_err(|e| HandoffError(format!("`url`: {e}")))?,
+            Some(url) => BaseUrl::new(url).map_err(|e| error(format!("`url`: {e}")))?,
             None if self.get("model").is_some() => return Ok(HandoffFile::ModelOnly),
-            None => return Err(HandoffError("`url` is missing".into())),
+            None => return Err(error("`url` is missing")),
         };
         let pool_id = PoolId::new(self.text("pool_id")?.unwrap_or("default"))
-            .map_err(|e| HandoffError(format!("`pool_id`: {e}")))?;
+            .map_err(|e| error(format!("`pool_id`: {e}")))?;
         let replica_id = ReplicaId::new(self.text("replica_id")?.unwrap_or("r0"))
-            .map_err(|e| HandoffError(format!("`replica_id`: {e}")))?;
+            .map_err(|e| error(format!("`replica_id`: {e}")))?;
         let slots = self.slots("slots_total", 1)?.or(self.slots("slots", 1)?).unwrap_or(1);
         let slots_free = self.slots("slots_free", 0)?.unwrap_or(slots).min(slots);
         let device_mask = match self.text("device_mask")? {
@@ -197,7 +218,7 @@ impl Fields {
         };
         let health_path = self.text("health_path")?.unwrap_or("/health");
         if !health_path.starts_with('/') || !health_path.bytes().all(|b| b.is_ascii_graphic() && b != b'#') {
-            return Err(HandoffError(format!(
+            return Err(error(format!(
                 "`health_path` must be a path such as /health, found {health_path:?}"
             )));
         }
@@ -218,6 +239,7 @@ impl Fields {
                 .filter(|pid| *pid > 0),
             pid_start: self.uint("pid_start", u64::MAX)?,
             boot_id: self.text("boot_id")?.map(str::to_string),
+            pid_ns: self.uint("pid_ns", u64::MAX)?,
             generation: self.uint("generation", u64::MAX)?.unwrap_or(0),
             health_path: health_path.to_string(),
             auth_file: self.auth_file()?,
@@ -232,9 +254,7 @@ impl Fields {
         match self.get(name) {
             None => Ok(None),
             Some(Value::String(text)) if text.len() <= TEXT_BYTES_MAX => Ok(Some(text)),
-            Some(Value::String(_)) => {
-                Err(HandoffError(format!("`{name}` is longer than {TEXT_BYTES_MAX} bytes")))
-            }
+            Some(Value::String(_)) => Err(error(format!("`{name}` is longer than {TEXT_BYTES_MAX} bytes"))),
             Some(other) => Err(wrong(name, "a string", other)),
         }
     }
@@ -285,7 +305,7 @@ impl Fields {
             None => [].iter(),
             Some(Value::Array(list)) if list.len() <= MODELS_MAX => list.iter(),
             Some(Value::Array(_)) => {
-                return Err(HandoffError(format!("`models` names more than {MODELS_MAX}")));
+                return Err(error(format!("`models` names more than {MODELS_MAX}")));
             }
             Some(other) => return Err(wrong("models", "a list", other)),
         };
@@ -303,7 +323,7 @@ impl Fields {
             };
             let Some(name) = name.filter(|name| !name.is_empty()) else { continue };
             if name.len() > TEXT_BYTES_MAX {
-                return Err(HandoffError(format!("a model name is longer than {TEXT_BYTES_MAX} bytes")));
+                return Err(error(format!("a model name is longer than {TEXT_BYTES_MAX} bytes")));
             }
             if !names.iter().any(|known| known == name) {
                 names.push(name.to_string());
@@ -318,16 +338,93 @@ impl Fields {
             Some(Value::Object(fields)) => match fields.get("file") {
                 Some(Value::String(file)) if file.starts_with('/') => Ok(Some(file.clone())),
                 // What was found is not shown: it may be the key that should have been in a file.
-                _ => Err(HandoffError("`auth.file` must be an absolute path".into())),
+                _ => Err(error("`auth.file` must be an absolute path")),
             },
-            Some(_) => Err(HandoffError("`auth` must be an object {\"file\": path}".into())),
+            Some(_) => Err(error("`auth` must be an object {\"file\": path}")),
         }
     }
 }
 
 fn wrong(name: &str, expected: &str, found: &Value) -> HandoffError {
     let found: String = found.to_string().chars().take(80).collect();
-    HandoffError(format!("`{name}` must be {expected}, found {found}"))
+    error(format!("`{name}` must be {expected}, found {found}"))
+}
+
+/// JSON in which no object says anything twice: two readers could believe different halves of it.
+mod unambiguous_json {
+    use std::fmt;
+
+    use serde::de::{DeserializeSeed, Error, MapAccess, SeqAccess, Visitor};
+    use serde_json::{Map, Number, Value};
+
+    pub(super) fn from_str(text: &str) -> Result<Value, serde_json::Error> {
+        let mut reader = serde_json::Deserializer::from_str(text);
+        let value = Unambiguous.deserialize(&mut reader)?;
+        reader.end()?;
+        Ok(value)
+    }
+
+    struct Unambiguous;
+
+    impl<'de> DeserializeSeed<'de> for Unambiguous {
+        type Value = Value;
+
+        fn deserialize<D: serde::Deserializer<'de>>(self, reader: D) -> Result<Value, D::Error> {
+            reader.deserialize_any(self)
+        }
+    }
+
+    impl<'de> Visitor<'de> for Unambiguous {
+        type Value = Value;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("JSON")
+        }
+
+        fn visit_bool<E: Error>(self, value: bool) -> Result<Value, E> {
+            Ok(Value::Bool(value))
+        }
+
+        fn visit_u64<E: Error>(self, value: u64) -> Result<Value, E> {
+            Ok(value.into())
+        }
+
+        fn visit_i64<E: Error>(self, value: i64) -> Result<Value, E> {
+            Ok(value.into())
+        }
+
+        fn visit_f64<E: Error>(self, value: f64) -> Result<Value, E> {
+            Ok(Number::from_f64(value).map_or(Value::Null, Value::Number))
+        }
+
+        fn visit_str<E: Error>(self, value: &str) -> Result<Value, E> {
+            Ok(Value::String(value.to_string()))
+        }
+
+        fn visit_unit<E: Error>(self) -> Result<Value, E> {
+            Ok(Value::Null)
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Value, A::Error> {
+            let mut values = Vec::new();
+            while let Some(value) = list.next_element_seed(Unambiguous)? {
+                values.push(value);
+            }
+            Ok(Value::Array(values))
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut object: A) -> Result<Value, A::Error> {
+            let mut fields = Map::new();
+            while let Some(name) = object.next_key::<String>()? {
+                let value = object.next_value_seed(Unambiguous)?;
+                let shown: String = name.chars().take(80).collect();
+                if fields.insert(name, value).is_some() {
+                    return Err(A::Error::custom(format!("the field `{shown}` is there twice")));
+                }
+            }
+            Ok(Value::Object(fields))
+        }
+    }
 }
 
 #[cfg(test)]
@@ -404,7 +501,9 @@ mod tests {
             ("", "empty file"),
             ("\u{feff}{}", "byte order mark"),
             ("[]", "not a JSON object"),
-            ("{", "not JSON"),
+            ("{", "not usable JSON: EOF"),
+            (r#"{"url":"http://h:1","url":"http://h:2"}"#, "the field `url` is there twice"),
+            (r#"{"url":"http://h:1","auth":{"file":"/a","file":"/b"}}"#, "the field `file` is there twice"),
             ("{}", "`url` is missing"),
             (r#"{"url":"not a url"}"#, "`url`"),
             (r#"{"url":7}"#, "`url` must be a string"),
@@ -423,10 +522,14 @@ mod tests {
         assert!(
             parse(&vec![b' '; HANDOFF_BYTES_MAX + 1]).expect_err("too large").to_string().contains("larger")
         );
-        assert!(parse(&vec![b'['; 60_000]).expect_err("too deep").to_string().contains("not JSON"));
+        assert!(parse(&vec![b'['; 60_000]).expect_err("too deep").to_string().contains("recursion limit"));
         assert!(
             parse(b"{\"url\":\"\xff\"}").expect_err("latin-1").to_string().contains("not UTF-8 at byte 8")
         );
+        for (cut, is_incomplete) in [(r#"{"url":"http://h"#, true), ("", true), ("{x", false), ("[]", false)]
+        {
+            assert_eq!(parse(cut.as_bytes()).expect_err(cut).is_incomplete(), is_incomplete, "{cut}");
+        }
         let secret = parse(br#"{"url":"http://h:1","auth":"sk-secret"}"#).expect_err("auth").to_string();
         assert!(!secret.contains("sk-secret"), "{secret}");
     }
@@ -442,7 +545,7 @@ mod tests {
                 pool_id: PoolId::new(&pool).expect("an id"), replica_id: ReplicaId::new(&replica).expect("an id"),
                 url: BaseUrl::new(&format!("http://127.0.0.1:{port}")).expect("a URL"), engine: "llamacpp".into(), engine_version: None,
                 slots, slots_free: slots / 2, ready, device_mask: mask, models: models.into_iter().collect(), pid, pid_start: pid.map(u64::from),
-                boot_id: None, generation, health_path: "/health".into(), auth_file: None,
+                boot_id: None, pid_ns: None, generation, health_path: "/health".into(), auth_file: None,
             };
             proptest::prop_assert_eq!(parse(handoff.to_json().as_bytes()), Ok(HandoffFile::Engine(Box::new(handoff))));
         }

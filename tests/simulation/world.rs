@@ -10,7 +10,8 @@ use llama_orch::orchestratord::service_registry::{Limits, Target};
 use llama_orch::pool_managerd::core::{self as agent_core, CallBody, Identity};
 use llama_orch::pool_managerd::membership::{Answer, Call};
 use llama_orch::replicas::{
-    AllowList, EnginePolicy, Fault, ListedFile, ProbeId, ProbeKind, ProbeOrder, ProbeOutcome, ReplicaLease,
+    AllowList, EnginePolicy, Fault, ListedFile, Listing, ProbeId, ProbeKind, ProbeOrder, ProbeOutcome,
+    ReplicaLease,
 };
 use llama_orch::time::{Mono, Now, Wall, earliest};
 use llama_orch::wire::id::{NodeId, ReplicaKey};
@@ -371,8 +372,8 @@ impl World {
                     if again {
                         self.after(RELIST_MS, Event::List { node, life, again });
                     }
-                    let files = self.nodes[node].files.values().cloned().collect();
-                    self.agent_input(node, life, agent_core::Input::Listing(files));
+                    let listing = Listing::whole(self.nodes[node].files.values().cloned().collect());
+                    self.agent_input(node, life, agent_core::Input::Listing(listing));
                 }
             }
             Event::ExchangeArrives(id) => self.exchange_arrives(id),
@@ -442,8 +443,8 @@ impl World {
         known.agent = Some(Agent { core, life, call: None, exit_by: None });
         self.note(&format!("n{node} agent starts"));
         self.after(RELIST_MS, Event::List { node, life, again: true });
-        let files = self.nodes[node].files.values().cloned().collect();
-        self.agent_turn(node, vec![agent_core::Input::Listing(files)]);
+        let listing = Listing::whole(self.nodes[node].files.values().cloned().collect());
+        self.agent_turn(node, vec![agent_core::Input::Listing(listing)]);
     }
 
     fn agent(&mut self, node: usize, life: u64) -> Option<&mut Agent> {
@@ -494,6 +495,8 @@ impl World {
                 }
                 self.after(delay_ms, Event::CallArrives { node, life, id, body });
             }
+            // Handoffs of this world name no process.
+            agent_core::Effect::Process(_) => {}
             agent_core::Effect::Log(happening) => self.note(&format!("n{node} {}", happening.text)),
             agent_core::Effect::Exit => {
                 self.note(&format!("n{node} agent exits"));
@@ -689,6 +692,7 @@ impl World {
     fn control_effect(&mut self, effect: control_core::Effect) {
         use control_core::Effect;
         match effect {
+            Effect::Process(_) => {}
             Effect::Registered(call, reply) => {
                 let answer = Answer::Ok {
                     next_heartbeat_ms: reply.next_heartbeat_ms,

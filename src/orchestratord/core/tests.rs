@@ -6,7 +6,7 @@ use super::*;
 use crate::orchestratord::admission::Priority;
 use crate::orchestratord::replica_table::BACKOFF_FIRST_MS;
 use crate::orchestratord::service_registry::Limits;
-use crate::replicas::{AllowList, EnginePolicy, FileContent, ListedFile, ProbeOutcome};
+use crate::replicas::{AllowList, EnginePolicy, FileContent, ListedFile, Listing, ProbeOutcome};
 use crate::time::Wall;
 use crate::wire::handoff::{HandoffFile, parse};
 use crate::wire::node::{Heartbeat, RegisterRequest};
@@ -37,7 +37,7 @@ fn handle(core: &mut Core, input: Input, now: Now) -> Vec<Effect> {
 fn listing(text: &str) -> Input {
     let HandoffFile::Engine(handoff) = parse(text.as_bytes()).expect("a handoff") else { panic!("a URL") };
     let content = Arc::new(FileContent::Handoff(handoff));
-    Input::Listing(vec![ListedFile { name: "a.json".into(), modified: NOW.wall, content }])
+    Input::Listing(Listing::whole(vec![ListedFile { name: "a.json".into(), modified: NOW.wall, content }]))
 }
 
 fn ask(request: RequestId, ask: Ask) -> Input {
@@ -83,7 +83,9 @@ fn a_waiter_is_served_when_an_idle_engine_comes_to_fit() {
         let mut core = serving(&text(r#""m""#, "0"));
         let both = |first: &str| match (listing(first), listing(other)) {
             (Input::Listing(mut files), Input::Listing(more)) => {
-                files.extend(more.into_iter().map(|file| ListedFile { name: "b.json".into(), ..file }));
+                files
+                    .files
+                    .extend(more.files.into_iter().map(|file| ListedFile { name: "b.json".into(), ..file }));
                 Input::Listing(files)
             }
             _ => panic!("listings"),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::*;
-use crate::replicas::{AllowList, FileContent};
+use crate::replicas::{AllowList, FileContent, ListedFile};
 use crate::time::Wall;
 use crate::wire::handoff::{HandoffFile, parse};
 
@@ -43,7 +43,7 @@ fn a_draining_agent_sleeps_until_its_requests_end() {
         file("a.json", r#"{"url":"http://127.0.0.1:1","replica_id":"a","models":["m"]}"#),
         file("b.json", r#"{"url":"http://127.0.0.1:2","replica_id":"b","models":["m"]}"#),
     ];
-    let effects = handle(&mut core, Input::Listing(listing), NOW);
+    let effects = handle(&mut core, Input::Listing(Listing::whole(listing)), NOW);
     let mut probes = effects.into_iter().filter_map(|effect| match effect {
         Effect::Probe(order) => Some(order),
         _ => None,
@@ -103,7 +103,8 @@ fn a_gpu_that_breaks_is_told_at_once() {
     let handoff = r#"{"url":"http://127.0.0.1:1","replica_id":"a","models":["m"],"device_mask":"0"}"#;
     let now = NOW.plus_ms(100);
     let (beat, body) =
-        call(handle(&mut core, Input::Listing(vec![file("a.json", handoff)]), now)).expect("a heartbeat");
+        call(handle(&mut core, Input::Listing(Listing::whole(vec![file("a.json", handoff)])), now))
+            .expect("a heartbeat");
     let CallBody::Heartbeat(body) = body else { panic!("a heartbeat: {body:?}") };
     assert_eq!(body.pools[0].vram_free_bytes, 60);
     handle(&mut core, Input::Told { plane: 0, call: beat, answer: agreed() }, now);
