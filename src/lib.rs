@@ -80,6 +80,7 @@
 
 pub mod cli;
 pub mod engine_provisioner;
+pub mod handoff_watcher;
 pub mod http;
 pub mod metrics;
 pub mod net;

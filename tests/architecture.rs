@@ -24,6 +24,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("net", &["http", "reactor", "time", "wire"]),
     ("service", &["http", "net", "reactor", "settings", "time", "wire"]),
     ("replicas", &["http", "net", "reactor", "service", "settings", "time", "wire"]),
+    ("handoff_watcher", &["reactor", "replicas", "time", "wire"]),
     ("pool_managerd", DAEMON_USES),
     ("orchestratord", DAEMON_USES),
     ("engine_provisioner", DAEMON_USES),

@@ -6,6 +6,7 @@ use serde_json::json;
 use crate::http::server::{Request, Response};
 use crate::metrics::{self, Scrape, label_value};
 use crate::service::auth::{Denied, Tokens};
+use crate::wire::handoff::{self, Handoff, HandoffFile};
 use crate::wire::id::{PoolId, ReplicaId, ReplicaKey};
 
 use super::core::Core;
@@ -39,6 +40,12 @@ pub enum Action {
     Resume(PoolId),
     /// A GPU is sound, an operator says; then answer.
     ClearGpu(GpuId),
+    /// Take a handoff that comes without a file, then answer.
+    Adopt(Box<Handoff>),
+    /// Take such a handoff back, then answer.
+    Abandon(ReplicaKey),
+    /// Ask a pool's engines how they are, then answer.
+    Ask(PoolId),
 }
 
 /// What the daemon knows beside the core.
@@ -77,6 +84,10 @@ pub fn route(request: &Request, core: &Core, facts: &Facts<'_>) -> Action {
         }),
         ["pools", pool, "drain"] if post => with_known_pool(core, pool, Action::Drain),
         ["pools", pool, "resume"] if post => with_known_pool(core, pool, Action::Resume),
+        ["pools", pool, "ready"] if post => with_pool(pool, |pool| announced(&request.body, pool, core)),
+        ["pools", pool, "replicas", replica] if head.method() == "DELETE" => {
+            with_pool(pool, |pool| abandon(pool, replica, core))
+        }
         ["pools", pool, "replicas", replica, "engine", ..] => relay(request, pool, replica),
         ["gpus"] if get => respond(200, &core.gpus().to_json()),
         ["gpus", gpu, "clear"] if post => match core.gpus().find(gpu) {
@@ -91,7 +102,8 @@ pub fn route(request: &Request, core: &Core, facts: &Facts<'_>) -> Action {
         ["health" | "ready" | "metrics" | "pools" | "gpus" | "handoffs" | "events"] => not_allowed("GET"),
         ["pools", _, "status"] => not_allowed("GET, POST"),
         ["gpus", _, "clear"] => not_allowed("POST"),
-        ["pools", _, "drain" | "resume"] => not_allowed("POST"),
+        ["pools", _, "drain" | "resume" | "ready"] => not_allowed("POST"),
+        ["pools", _, "replicas", _] => not_allowed("DELETE"),
         _ => Action::Respond(not_found("there is nothing at this path")),
     }
 }
@@ -146,6 +158,53 @@ fn with_known_pool(core: &Core, pool: &str, then: fn(PoolId) -> Action) -> Actio
             Action::Respond(not_found(&format!("pool {id} not found")))
         }
     })
+}
+
+/// A pool is said to be ready: with a handoff as the body its engine is taken in as if a file had
+/// announced it; without one the pool's engines are asked at once.
+fn announced(body: &[u8], pool: PoolId, core: &Core) -> Action {
+    if body.is_empty() {
+        return if core.pool_status(&pool).is_some() {
+            Action::Ask(pool)
+        } else {
+            Action::Respond(not_found(&format!(
+                "pool {pool} not found; a handoff as the body would announce it"
+            )))
+        };
+    }
+    let invalid = |why: &str| Action::Respond(error(400, "INVALID_PARAMS", why, None));
+    let mut handoff = match handoff::parse(body) {
+        Ok(HandoffFile::Engine(handoff)) => handoff,
+        Ok(HandoffFile::ModelOnly) => return invalid("`url` is missing"),
+        Err(why) => return invalid(&why.to_string()),
+    };
+    let names_pool =
+        serde_json::from_slice::<serde_json::Value>(body).is_ok_and(|body| !body["pool_id"].is_null());
+    if names_pool && handoff.pool_id != pool {
+        return invalid(&format!("`pool_id` must be that of the path, {pool}"));
+    }
+    handoff.pool_id = pool;
+    match core.replicas().may_adopt(&handoff) {
+        Ok(()) => Action::Adopt(handoff),
+        Err(why) => invalid(&why),
+    }
+}
+
+fn abandon(pool: PoolId, replica: &str, core: &Core) -> Action {
+    let Ok(replica) = ReplicaId::new(replica) else {
+        return Action::Respond(error(400, "INVALID_PARAMS", "the replica in the path is no id", None));
+    };
+    let key = ReplicaKey { pool, replica };
+    if core.replicas().adopted(&key).is_some() {
+        return Action::Abandon(key);
+    }
+    match core.replicas().file_of(&key) {
+        Some(file) => {
+            let message = format!("{key} stands behind the handoff file {file:?}: remove that");
+            Action::Respond(error(409, "HAS_HANDOFF_FILE", &message, None))
+        }
+        None => Action::Respond(not_found(&format!("replica {key} not found"))),
+    }
 }
 
 fn relay(request: &Request, pool: &str, replica: &str) -> Action {

@@ -107,7 +107,7 @@ pub static TABLE: &[Setting] = &[
         aliases: &[],
         default: Some("false"),
         value: "BOOL",
-        help: "Only false: this version leaves handoff files where they are",
+        help: "Delete a handoff file once it is accepted and what it says is saved in the state directory",
     },
     Setting {
         flag: "state-dir",
@@ -115,7 +115,7 @@ pub static TABLE: &[Setting] = &[
         aliases: &[],
         default: Some(".runtime/state"),
         value: "DIR",
-        help: "Where the agent remembers its incarnation",
+        help: "Where the agent keeps its incarnation and the handoffs that it accepted",
     },
     Setting {
         flag: "allow-engine-hosts",
@@ -184,7 +184,9 @@ pub struct Config {
     pub runtime_dir: PathBuf,
     /// Listing interval without events.
     pub watch_interval_ms: u64,
-    /// Where the incarnation is kept.
+    /// Delete handoff files once they are accepted and saved.
+    pub auto_delete: bool,
+    /// Where the incarnation and the accepted handoffs are kept.
     pub state_dir: PathBuf,
     /// Hosts of engines beside this machine's own.
     pub allow_engine_hosts: AllowList,
@@ -241,10 +243,6 @@ impl Config {
         };
         let register = settings.need("register-on-startup", boolean)?;
         let token_file = settings.get("api-token-file", |text| Ok(PathBuf::from(text)))?;
-        settings.need("auto-delete-handoff", |text| match boolean(text)? {
-            false => Ok(()),
-            true => Err("this version does not delete handoffs; allowed is false".into()),
-        })?;
         let mut notes = settings.notes.clone();
         let tokens = auth::from_settings(&settings, token_file.as_deref())?;
         auth::check_exposure(
@@ -261,6 +259,7 @@ impl Config {
             pools: settings.need("pools", pools)?,
             runtime_dir: settings.need("runtime-dir", |text| Ok(PathBuf::from(text)))?,
             watch_interval_ms: settings.need("watch-interval-ms", number(100, 10_000))?,
+            auto_delete: settings.need("auto-delete-handoff", boolean)?,
             state_dir: settings.need("state-dir", |text| Ok(PathBuf::from(text)))?,
             allow_engine_hosts: settings.get("allow-engine-hosts", AllowList::parse)?.unwrap_or_default(),
             gpu_discovery_interval_ms: settings.need("gpu-discovery-interval-ms", number(1_000, 60_000))?,
@@ -371,7 +370,7 @@ mod tests {
             ("POOL_MANAGERD_CLOUD_PROFILE", "maybe", "true and false"),
             ("POOL_MANAGERD_NODE_ID", "a b", "is not an id"),
             ("POOL_MANAGERD_POOLS", "a,b/c", "is not an id"),
-            ("POOL_MANAGERD_AUTO_DELETE_HANDOFF", "true", "does not delete"),
+            ("POOL_MANAGERD_AUTO_DELETE_HANDOFF", "perhaps", "true and false"),
         ] {
             let cloud = [("POOL_MANAGERD_CLOUD_PROFILE", "true"), ("ORCHESTRATORD_URL", "http://c:1")];
             let exit = read(&[&cloud[..], &[(name, value)]].concat()).expect_err(value);

@@ -10,12 +10,15 @@
 //! Every change of a replica that a control plane must know raises the registry's revision; every
 //! plane is shown the revision after every input, and sends what is new at once.
 
+use std::sync::Arc;
+
 use crate::replicas::{
-    Cause, Change, EnginePolicy, Fault, Listing, ProbeId, ProbeOrder, ProbeOutcome, ProcessOrder,
-    ProcessSeen, Refused, Registry, ReplicaLease, Trouble,
+    Cause, Change, EnginePolicy, Fault, FileContent, Listing, ProbeId, ProbeOrder, ProbeOutcome,
+    ProcessOrder, ProcessSeen, Refused, Registry, ReplicaLease, Trouble,
 };
 use crate::service::events::{Events, Happening};
 use crate::time::{Mono, Now, earliest};
+use crate::wire::handoff::Handoff;
 use crate::wire::id::{NodeId, PoolId, ReplicaKey};
 use crate::wire::node::{Capabilities, Heartbeat, PoolBeat, RegisterRequest};
 use crate::wire::pool::PoolStatus;
@@ -23,6 +26,7 @@ use crate::wire::url::BaseUrl;
 
 use super::gpus::{Engine, GpuId, Gpus, Report};
 use super::membership::{Answer, Call, Note, Order, Plane, PlaneState};
+use super::saved::{Keeper, Saved};
 
 #[cfg(test)]
 mod tests;
@@ -46,11 +50,32 @@ pub struct Identity {
     pub boot_id: Option<String>,
 }
 
+/// How the agent behaves.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Every control plane; none in the HOME profile.
+    pub control_planes: Vec<BaseUrl>,
+    /// Between heartbeats, where a control plane does not say.
+    pub heartbeat_interval_ms: u64,
+    /// How long running requests may take to finish at shutdown.
+    pub drain_timeout_ms: u64,
+    /// Delete handoff files once they are accepted and saved.
+    pub auto_delete: bool,
+}
+
 /// What happened.
 #[derive(Debug)]
 pub enum Input {
     /// What was found in the runtime directory.
     Listing(Listing),
+    /// What an earlier start of this agent saved.
+    Restore(Saved),
+    /// A handoff was handed over without a file.
+    Adopt(Box<Handoff>),
+    /// A handoff without a file is taken back.
+    Abandon(ReplicaKey),
+    /// The last [`Effect::Save`] ended, with the reason if it failed.
+    Saved(Result<(), String>),
     /// Something is wrong with the runtime directory, or no longer is.
     WatchTrouble(Option<Trouble>),
     /// What was seen of the process of a replica's generation.
@@ -73,6 +98,8 @@ pub enum Input {
         /// Whether the engine answered; the fault and its reason if it did not.
         fault: Option<(Fault, String)>,
     },
+    /// A pool is said to be ready: its engines are asked at once.
+    Ask(PoolId),
     /// No new work for a pool.
     Drain(PoolId),
     /// Work again for a pool.
@@ -103,6 +130,10 @@ pub enum Effect {
         /// Its body.
         body: CallBody,
     },
+    /// Write the state file.
+    Save(String),
+    /// Delete a handoff file, unless it says something else by now.
+    DeleteFile(Arc<str>, Arc<FileContent>),
     /// Tell the log.
     Log(Happening),
     /// Everything has been finished or given up: end the process.
@@ -133,6 +164,8 @@ pub struct Core {
     bound: Option<(u64, u64)>,
     planes: Vec<Plane>,
     events: Events,
+    keeper: Keeper,
+    auto_delete: bool,
     listed: bool,
     watch_trouble: Option<Trouble>,
     drain_timeout_ms: u64,
@@ -176,16 +209,9 @@ pub struct Counts {
 impl Core {
     /// A core that knows no replica. `seed` decides the jitter.
     #[must_use]
-    pub fn new(
-        identity: Identity,
-        policy: EnginePolicy,
-        control_planes: &[BaseUrl],
-        heartbeat_interval_ms: u64,
-        drain_timeout_ms: u64,
-        seed: u64,
-        now: Now,
-    ) -> Core {
-        let planes = control_planes.iter().map(|url| Plane::new(url.clone(), heartbeat_interval_ms, now));
+    pub fn new(identity: Identity, policy: EnginePolicy, options: &Options, seed: u64, now: Now) -> Core {
+        let interval_ms = options.heartbeat_interval_ms;
+        let planes = options.control_planes.iter().map(|url| Plane::new(url.clone(), interval_ms, now));
         Core {
             replicas: Registry::new(policy, now.wall.unix_ms()),
             gpus: Gpus::new(now),
@@ -193,9 +219,11 @@ impl Core {
             planes: planes.collect(),
             identity,
             events: Events::default(),
+            keeper: Keeper::new(0),
+            auto_delete: options.auto_delete,
             listed: false,
             watch_trouble: None,
-            drain_timeout_ms,
+            drain_timeout_ms: options.drain_timeout_ms,
             shutdown: Shutdown::No,
             random: fastrand::Rng::with_seed(seed),
             counts: Counts::default(),
@@ -211,7 +239,21 @@ impl Core {
                 self.listed |= listing.completes;
                 self.counts.listings += u64::from(listing.completes);
                 self.replicas.listing(&listing, now, &mut changes);
+                if self.auto_delete {
+                    let keys = changes.iter().filter_map(Change::announced).cloned().collect();
+                    self.replicas.adopt_announced(&keys, now, &mut changes);
+                    self.delete_redundant(effects);
+                }
             }
+            Input::Restore(saved) => self.restore(&saved, now, &mut changes, effects),
+            Input::Adopt(handoff) => {
+                // Whoever hands it over was told already if it may not be.
+                let _ = self.replicas.adopt(Arc::from(handoff), now, &mut changes);
+            }
+            Input::Abandon(key) => {
+                self.replicas.abandon(&key, now, &mut changes);
+            }
+            Input::Saved(result) => self.saved(result, now, effects),
             Input::WatchTrouble(trouble) => self.note_watch(trouble, now, effects),
             Input::Process(key, generation, seen) => {
                 self.replicas.process_seen(&key, generation, seen, now, &mut changes);
@@ -219,6 +261,7 @@ impl Core {
             Input::Probed(id, outcome) => self.replicas.probed(&id, outcome, now, &mut changes),
             Input::Told { plane, call, answer } => self.told(plane, call, answer, now, effects),
             Input::Relayed { lease, fault } => self.relayed(lease, fault, now, &mut changes),
+            Input::Ask(pool) => self.replicas.ask_pool(&pool, now),
             Input::Drain(pool) => {
                 self.replicas.drain_pool(&pool, now, &mut changes);
             }
@@ -251,7 +294,8 @@ impl Core {
         };
         // As long as anybody is watched: a deadline that nothing meets would make the loop spin.
         let watched = earliest(self.replicas.deadline(), self.gpus.deadline());
-        earliest(earliest(planes, drained), watched.filter(|_| self.shutdown == Shutdown::No))
+        let watched = watched.filter(|_| self.shutdown == Shutdown::No);
+        earliest(earliest(earliest(planes, drained), watched), self.keeper.deadline())
     }
 
     /// Takes slots of a replica for a request to be relayed.
@@ -412,6 +456,46 @@ impl Core {
         self.replicas.release(lease, changes);
     }
 
+    fn restore(&mut self, saved: &Saved, now: Now, changes: &mut Vec<Change>, effects: &mut Vec<Effect>) {
+        let (handoffs, lost) = saved.handoffs(self.identity.boot_id.as_deref());
+        for handoff in handoffs {
+            let key = handoff.key();
+            if let Err(why) = self.replicas.adopt(handoff, now, changes) {
+                self.say(key.to_string(), format!("{key}: not restored: {why}"), now, effects);
+            }
+        }
+        if lost > 0 {
+            let text =
+                format!("{lost} saved handoffs are of an earlier boot or cannot be read: not restored");
+            self.say("state".into(), text, now, effects);
+        }
+        self.keeper = Keeper::new(self.replicas.adopted_revision());
+    }
+
+    fn saved(&mut self, result: Result<(), String>, now: Now, effects: &mut Vec<Effect>) {
+        let is_news = self.keeper.ended(result.is_ok(), now.mono);
+        if let (true, Err(why)) = (is_news, result) {
+            let text = format!(
+                "the accepted handoffs cannot be saved: {why}; they would be lost with a restart, and no file is deleted; check POOL_MANAGERD_STATE_DIR"
+            );
+            self.say("state".into(), text, now, effects);
+        }
+        self.delete_redundant(effects);
+    }
+
+    /// Deletes the files of which everything has been saved.
+    fn delete_redundant(&mut self, effects: &mut Vec<Effect>) {
+        if self.auto_delete && self.keeper.has(self.replicas.adopted_revision()) {
+            let files = self.replicas.redundant_files();
+            effects.extend(files.map(|(name, content)| Effect::DeleteFile(name.clone(), content.clone())));
+        }
+    }
+
+    fn say(&mut self, subject: String, text: String, now: Now, effects: &mut Vec<Effect>) {
+        let happening = Happening { kind: "daemon", subject, state: "", text, is_warning: true };
+        self.happened(happening, now, effects);
+    }
+
     fn begin_shutdown(&mut self, now: Now, changes: &mut Vec<Change>) {
         if self.shutdown == Shutdown::No {
             self.shutdown = Shutdown::Draining { until: now.mono.plus_ms(self.drain_timeout_ms) };
@@ -477,6 +561,10 @@ impl Core {
 
     /// What follows from the state, whatever the input was: probes, calls, the steps of a shutdown.
     fn proceed(&mut self, now: Now, effects: &mut Vec<Effect>) {
+        if self.keeper.begins(self.replicas.adopted_revision(), now.mono) {
+            let saved = Saved::new(self.identity.boot_id.clone(), &self.replicas.all_adopted());
+            effects.push(Effect::Save(saved.text()));
+        }
         effects.extend(self.replicas.take_process_orders().into_iter().map(Effect::Process));
         let mut orders = Vec::new();
         if self.shutdown == Shutdown::No {

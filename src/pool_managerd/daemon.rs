@@ -10,6 +10,7 @@ use std::sync::Arc;
 use crate::http::server::Request;
 use crate::net::{self, FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Sink, forwardable};
 use crate::reactor::kmsg::KernelLog;
+use crate::reactor::offload::Offload;
 use crate::reactor::signal::Signals;
 use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Reactor, Registry, Waker, now};
@@ -17,8 +18,8 @@ use crate::replicas::{
     EnginePolicy, Fault, ProbeId, ProbeKind, Processes, Refused, ReplicaLease, Watch, probe,
 };
 use crate::service::auth::{self, Tokens};
-use crate::service::machine;
 use crate::service::shell::Shell;
+use crate::service::{durable, machine};
 use crate::settings::Exit;
 use crate::time::{Now, earliest};
 use crate::wire::id::ReplicaKey;
@@ -26,9 +27,10 @@ use crate::wire::id::ReplicaKey;
 use super::api::{self, Action};
 use super::config::Config;
 use super::control_client::ControlClient;
-use super::core::{Core, Effect, Identity, Input};
+use super::core::{Core, Effect, Identity, Input, Options};
 use super::gpu_reader::GpuReader;
 use super::gpus::{Report, xid};
+use super::saved::{self, Saved};
 
 /// What a relayed request may take: prompts are read for minutes before the first token.
 const RELAY_PATIENCE: Patience = Patience { connect_ms: 2_000, first_byte_ms: 900_000, idle_ms: 300_000 };
@@ -47,12 +49,17 @@ pub struct Daemon {
     net: Net,
     core: Core,
     control: Vec<ControlClient>,
+    waker: Waker,
+    saver: Option<Saver>,
     exchanges: BTreeMap<Token, Running>,
     tokens: Tokens,
     config: Config,
     effects: Vec<Effect>,
     over: bool,
 }
+
+/// Writes the state file.
+type Saver = Offload<String, Result<(), String>>;
 
 /// What an exchange is for.
 enum Running {
@@ -74,7 +81,7 @@ impl Daemon {
         let (core, control) = make_core(&config, bound.port(), &waker)?;
         let watch =
             Watch::new(config.runtime_dir.clone(), config.watch_interval_ms, Token::only(Kind::DirWatch));
-        let gpus = GpuReader::start(config.gpu_discovery_interval_ms, waker)
+        let gpus = GpuReader::start(config.gpu_discovery_interval_ms, waker.clone())
             .map_err(|error| Exit::runtime(format!("cannot start a helper thread: {error}")))?;
         log::info!(
             "pool-managerd {} on http://{bound}, node {}, watching {}",
@@ -93,6 +100,8 @@ impl Daemon {
             net,
             core,
             control,
+            waker,
+            saver: None,
             exchanges: BTreeMap::new(),
             tokens: config.tokens.clone(),
             config,
@@ -107,6 +116,7 @@ impl Daemon {
     /// [`Exit`] if the reactor fails.
     pub fn run(mut self) -> Result<(), Exit> {
         let mut now = now();
+        self.restore(now);
         self.open_kernel_log(now);
         self.scan(false, now);
         while !self.over {
@@ -142,12 +152,33 @@ impl Daemon {
             self.scan(changed, now);
             self.take_answers(now);
             self.take_gpu_reports(logged, now);
+            self.take_saved(now);
             self.net.turn(now.mono);
             self.take_net_events(now);
             (0..stops).for_each(|_| self.stop(now));
             self.core.handle(Input::Tick, now, &mut self.effects);
         }
         Ok(())
+    }
+
+    /// Takes up what an earlier start saved. What cannot be read is put aside and named.
+    fn restore(&mut self, now: Now) {
+        let path = self.config.state_dir.join(saved::FILE_NAME);
+        let read = match durable::read(&path) {
+            Ok(None) => return,
+            Ok(Some(bytes)) => Saved::read(&bytes),
+            Err(error) => Err(error.to_string()),
+        };
+        match read {
+            Ok(saved) => self.core.handle(Input::Restore(saved), now, &mut self.effects),
+            Err(why) => {
+                let aside = match durable::set_aside(&path) {
+                    Ok(aside) => format!("it is now {}", aside.display()),
+                    Err(error) => format!("and it cannot be renamed: {error}"),
+                };
+                log::warn!("{}: {why}: starting without it, {aside}", path.display());
+            }
+        }
     }
 
     fn scan(&mut self, changed: bool, now: Now) {
@@ -216,6 +247,12 @@ impl Daemon {
         }
     }
 
+    fn take_saved(&mut self, now: Now) {
+        while let Some(result) = self.saver.as_ref().and_then(Offload::take) {
+            self.core.handle(Input::Saved(result), now, &mut self.effects);
+        }
+    }
+
     fn take_net_events(&mut self, now: Now) {
         while let Some(event) = self.net.next_event() {
             match event {
@@ -251,12 +288,37 @@ impl Daemon {
                             self.core.handle(told, now, &mut self.effects);
                         }
                     }
+                    Effect::Save(text) => self.save(text, now),
+                    Effect::DeleteFile(name, content) => self.watch.delete(&name, &content),
                     Effect::Log(happening) if happening.is_warning => log::warn!("{}", happening.text),
                     Effect::Log(happening) => log::info!("{}", happening.text),
                     Effect::Exit => self.over = true,
                 }
             }
         }
+    }
+
+    fn save(&mut self, text: String, now: Now) {
+        let submitted = match &self.saver {
+            Some(saver) => saver.submit(text).map_err(|_| "earlier saves still hang".to_string()),
+            None => self.start_saver().and_then(|saver| {
+                let submitted = saver.submit(text).map_err(|_| "its helper takes nothing".to_string());
+                self.saver = Some(saver);
+                submitted
+            }),
+        };
+        if let Err(why) = submitted {
+            self.core.handle(Input::Saved(Err(why)), now, &mut self.effects);
+        }
+    }
+
+    /// Most agents never save anything, so the helper is started for the first save only.
+    fn start_saver(&self) -> Result<Saver, String> {
+        let path = self.config.state_dir.join(saved::FILE_NAME);
+        Offload::spawn("state", 1, self.waker.clone(), move |text: String| {
+            durable::replace(&path, text.as_bytes()).map_err(|error| format!("{}: {error}", path.display()))
+        })
+        .map_err(|error| format!("cannot start a helper thread: {error}"))
     }
 
     fn serve(&mut self, client: Token, request: Request, now: Now) {
@@ -269,6 +331,19 @@ impl Daemon {
             Action::Respond(response) => self.net.respond(client, &response, now.mono),
             Action::Relay { key, generation, slots, target } => {
                 self.relay(client, request, &key, generation, slots, target, now);
+            }
+            Action::Adopt(handoff) => {
+                let pool = handoff.pool_id.clone();
+                self.core.handle(Input::Adopt(handoff), now, &mut self.effects);
+                self.respond_with_pool(client, 202, &pool, now);
+            }
+            Action::Abandon(key) => {
+                self.core.handle(Input::Abandon(key), now, &mut self.effects);
+                self.net.respond(client, &crate::http::server::Response::empty(204), now.mono);
+            }
+            Action::Ask(pool) => {
+                self.core.handle(Input::Ask(pool.clone()), now, &mut self.effects);
+                self.respond_with_pool(client, 202, &pool, now);
             }
             Action::Drain(pool) => {
                 self.core.handle(Input::Drain(pool.clone()), now, &mut self.effects);
@@ -400,9 +475,13 @@ fn make_core(config: &Config, own_port: u16, waker: &Waker) -> Result<(Core, Vec
         config.allow_engine_hosts.clone(),
         "POOL_MANAGERD_ALLOW_ENGINE_HOSTS",
     );
-    let interval_ms = config.cloud.as_ref().map_or(0, |cloud| cloud.heartbeat_interval_ms);
-    let seed = fastrand::u64(..);
-    let core = Core::new(identity, policy, planes, interval_ms, config.drain_timeout_ms, seed, at);
+    let options = Options {
+        control_planes: planes.to_vec(),
+        heartbeat_interval_ms: config.cloud.as_ref().map_or(0, |cloud| cloud.heartbeat_interval_ms),
+        drain_timeout_ms: config.drain_timeout_ms,
+        auto_delete: config.auto_delete,
+    };
+    let core = Core::new(identity, policy, &options, fastrand::u64(..), at);
     let control = planes
         .iter()
         .map(|url| ControlClient::start(url, &config.node_id, waker.clone()))
@@ -417,14 +496,7 @@ fn next_incarnation(state_dir: &Path, wall_ms: u64) -> u64 {
     let file = state_dir.join("incarnation");
     let last = fs::read_to_string(&file).ok().and_then(|text| text.trim().parse::<u64>().ok()).unwrap_or(0);
     let next = wall_ms.max(last.saturating_add(1));
-    let save = || -> io::Result<()> {
-        fs::create_dir_all(state_dir)?;
-        let new = state_dir.join(".incarnation.tmp");
-        fs::write(&new, format!("{next}\n"))?;
-        fs::File::open(&new)?.sync_all()?;
-        fs::rename(&new, &file)
-    };
-    if let Err(error) = save() {
+    if let Err(error) = durable::replace(&file, format!("{next}\n").as_bytes()) {
         log::warn!(
             "state directory {}: {error}: the incarnation follows the clock alone; set POOL_MANAGERD_STATE_DIR",
             state_dir.display()

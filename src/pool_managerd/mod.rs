@@ -17,6 +17,7 @@ pub mod daemon;
 mod gpu_reader;
 pub mod gpus;
 pub mod membership;
+pub mod saved;
 
 /// Runs the daemon until a signal ends it.
 ///

@@ -204,6 +204,15 @@ pub enum Change {
 }
 
 impl Change {
+    /// The replica of which a file now says something that it did not say before.
+    #[must_use]
+    pub fn announced(&self) -> Option<&ReplicaKey> {
+        match self {
+            Change::FileAccepted { key, .. } => Some(key),
+            _ => None,
+        }
+    }
+
     /// The change as an event.
     #[must_use]
     pub fn happening(&self) -> Happening {

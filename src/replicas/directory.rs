@@ -198,9 +198,33 @@ impl Directory {
         self.claim_of(key)?.adopted.as_ref()
     }
 
-    /// Every handoff that stands without a file, and the revision of the whole.
-    pub(super) fn all_adopted(&self) -> (u64, Vec<Arc<Handoff>>) {
-        (self.adopted_revision, self.all_claims().filter_map(|(_, claim)| claim.adopted.clone()).collect())
+    /// How many handoffs stand without a file.
+    pub(super) fn adopted_count(&self) -> usize {
+        self.adopted
+    }
+
+    /// Every handoff that stands without a file.
+    pub(super) fn all_adopted(&self) -> Vec<Arc<Handoff>> {
+        self.all_claims().filter_map(|(_, claim)| claim.adopted.clone()).collect()
+    }
+
+    /// Grows with every change of what is adopted.
+    pub(super) fn adopted_revision(&self) -> u64 {
+        self.adopted_revision
+    }
+
+    /// Files whose handoffs are adopted word for word: nothing is lost with them.
+    pub(super) fn redundant(&self) -> impl Iterator<Item = (&Arc<str>, &Arc<FileContent>)> {
+        let is_redundant = |file: &File| {
+            file.state == Some(FileState::Accepted)
+                && file.good.as_ref().is_some_and(|good| {
+                    self.adopted(&good.handoff.key()).is_some_and(|adopted| *adopted == good.handoff)
+                })
+        };
+        self.files
+            .iter()
+            .filter(move |(_, file)| is_redundant(file))
+            .map(|(name, file)| (name, &file.content))
     }
 
     /// Whether an engine URL is allowed here.

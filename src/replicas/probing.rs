@@ -13,7 +13,7 @@ use super::health::{PROBE_TIMEOUT_MS, SUSPECT_DELAY_MS_MIN, Sign, Verdict};
 use super::registry::{Registry, Replica};
 use crate::time::{Mono, Now, earliest};
 use crate::wire::handoff::{MODELS_MAX, TEXT_BYTES_MAX};
-use crate::wire::id::ReplicaKey;
+use crate::wire::id::{PoolId, ReplicaKey};
 use crate::wire::url::BaseUrl;
 
 /// Most probes under way at once: each holds a socket, and the usual limit is 1,024 of them.
@@ -149,6 +149,18 @@ impl Registry {
                 timeout_ms: PROBE_TIMEOUT_MS,
                 auth_file: replica.handoff.auth_file.clone(),
             });
+        }
+    }
+
+    /// Asks a pool's engines as soon as the gap between two probes allows.
+    pub fn ask_pool(&mut self, pool: &PoolId, now: Now) {
+        let Registry { replicas, schedule, .. } = self;
+        for (key, replica) in replicas.iter_mut().filter(|(key, _)| key.pool == *pool) {
+            let last = replica.ordered_at.map_or(now.mono, |at| at.plus_ms(PROBE_GAP_MS));
+            replica.health.probe_by(last.max(now.mono));
+            if replica.probe.is_none() {
+                schedule.reset(key, replica);
+            }
         }
     }
 

@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::change::{Cause, Change, Refused, State};
-use super::directory::{ADOPTED_MAX, Directory, Election, Listing};
+use super::directory::{ADOPTED_MAX, Directory, Election, FileContent, Listing};
 use super::health::Health;
 use super::policy::EnginePolicy;
 use super::probing::{Outstanding, ProbeKind, Schedule};
@@ -120,13 +120,28 @@ impl Registry {
         now: Now,
         changes: &mut Vec<Change>,
     ) -> Result<(), String> {
-        self.directory.check_policy(&handoff)?;
-        let elections = self.directory.adopt(&handoff.key(), Some(handoff.clone()), changes);
+        self.may_adopt(&handoff)?;
+        let elections = self.directory.adopt(&handoff.key(), Some(handoff), changes);
         self.elected(elections, now, changes);
-        match self.directory.adopted(&handoff.key()) {
-            Some(_) => Ok(()),
-            None => Err(format!("at most {ADOPTED_MAX} handoffs can stand without a file")),
+        Ok(())
+    }
+
+    /// Whether [`Registry::adopt`] would take a handoff.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn may_adopt(&self, handoff: &Handoff) -> Result<(), String> {
+        self.directory.check_policy(handoff)?;
+        if self.directory.adopted(&handoff.key()).is_none() && self.directory.adopted_count() >= ADOPTED_MAX {
+            return Err(format!("at most {ADOPTED_MAX} handoffs can stand without a file"));
         }
+        Ok(())
+    }
+
+    /// The file that announces a replica.
+    #[must_use]
+    pub fn file_of(&self, key: &ReplicaKey) -> Option<&str> {
+        self.replicas.get(key)?.file.as_deref()
     }
 
     /// Ends [`Registry::adopt`]; a file, if there is one, goes on speaking for the replica. False where
@@ -144,10 +159,32 @@ impl Registry {
         self.directory.adopted(key)
     }
 
-    /// Every handoff that stands without a file, and a number that grows with every change of them.
+    /// Every handoff that stands without a file.
     #[must_use]
-    pub fn all_adopted(&self) -> (u64, Vec<Arc<Handoff>>) {
+    pub fn all_adopted(&self) -> Vec<Arc<Handoff>> {
         self.directory.all_adopted()
+    }
+
+    /// Grows with every change of [`Registry::all_adopted`].
+    #[must_use]
+    pub fn adopted_revision(&self) -> u64 {
+        self.directory.adopted_revision()
+    }
+
+    /// Files whose handoffs are adopted word for word, by name, as they were listed: nothing is lost with
+    /// them.
+    pub fn redundant_files(&self) -> impl Iterator<Item = (&Arc<str>, &Arc<FileContent>)> {
+        self.directory.redundant()
+    }
+
+    /// Lets the handoffs behind `keys` stand without their files.
+    pub fn adopt_announced(&mut self, keys: &BTreeSet<ReplicaKey>, now: Now, changes: &mut Vec<Change>) {
+        for key in keys {
+            if let Some(replica) = self.replicas.get(key).filter(|replica| replica.file.is_some()) {
+                // It was allowed as a file. Beyond the limit it stays one.
+                let _ = self.adopt(replica.handoff.clone(), now, changes);
+            }
+        }
     }
 
     fn elected(&mut self, elections: Vec<(ReplicaKey, Election)>, now: Now, changes: &mut Vec<Change>) {

@@ -18,7 +18,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{AtFlags, Dir, Mode, OFlags, Stat};
+use rustix::fs::{AtFlags, Dir, Mode, OFlags, RenameFlags, Stat};
 
 use crate::reactor;
 use crate::time::{Mono, Wall};
@@ -213,6 +213,34 @@ impl Scanner {
             listings.extend(self.step(now)?);
         }
         Ok(listings)
+    }
+
+    /// Deletes a file, unless it says something else than `content` by now. A writer may replace it at
+    /// the same moment, so it is taken out of the way first, and looked at there.
+    ///
+    /// # Errors
+    /// No permission, or a failing disk.
+    pub fn delete(&mut self, name: &Arc<str>, content: &Arc<FileContent>) -> io::Result<()> {
+        let is_meant =
+            |known: &&Known| known.file.as_ref().is_some_and(|file| Arc::ptr_eq(&file.content, content));
+        let Some(meant) = self.known.get(name).filter(is_meant).map(|known| known.identity) else {
+            return Ok(());
+        };
+        let directory = self.open_directory()?;
+        let aside = format!(".{name}.accepted");
+        match rustix::fs::renameat(&directory, &**name, &directory, &aside) {
+            Err(rustix::io::Errno::NOENT) => return Ok(()),
+            renamed => renamed?,
+        }
+        let found = Identity::of(&rustix::fs::statat(&directory, &aside, AtFlags::SYMLINK_NOFOLLOW)?);
+        if found.is_same_writing(&meant) {
+            return Ok(rustix::fs::unlinkat(&directory, &aside, AtFlags::empty())?);
+        }
+        // It was replaced. Its place may be taken again already, by something newer still.
+        match rustix::fs::renameat_with(&directory, &aside, &directory, &**name, RenameFlags::NOREPLACE) {
+            Err(rustix::io::Errno::EXIST) => Ok(rustix::fs::unlinkat(&directory, &aside, AtFlags::empty())?),
+            renamed => Ok(renamed?),
+        }
     }
 
     fn step_in(&mut self, directory: &OwnedFd, now: Mono) -> io::Result<Vec<Listing>> {
@@ -482,6 +510,11 @@ fn check_owner(stat: &Stat, what: &str) -> Result<(), String> {
 }
 
 impl Identity {
+    /// Whether two identities are of the same writing: a rename changes the time of change.
+    fn is_same_writing(&self, other: &Identity) -> bool {
+        (self.inode, self.size, self.modified_ns) == (other.inode, other.size, other.modified_ns)
+    }
+
     const NONE: Identity = Identity { inode: 0, size: 0, modified_ns: 0, changed_ns: 0 };
 
     fn of(stat: &Stat) -> Identity {

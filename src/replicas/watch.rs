@@ -8,13 +8,14 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use crate::reactor::Registry;
 use crate::reactor::dirwatch::DirWatch;
 use crate::reactor::token::Token;
 use crate::time::{Mono, earliest};
 
-use super::directory::Listing;
+use super::directory::{FileContent, Listing};
 use super::scan::Scanner;
 
 /// How much rarer the look at every name is while events arrive.
@@ -166,6 +167,13 @@ impl Watch {
             ),
             is_blind: false,
         })
+    }
+
+    /// Deletes a file, unless it says something else than `content` by now.
+    pub fn delete(&mut self, name: &Arc<str>, content: &Arc<FileContent>) {
+        if let Err(error) = self.scanner.delete(name, content) {
+            log::warn!("handoff file {name:?}: cannot be deleted: {error}");
+        }
     }
 
     fn disarm(&mut self, registry: &Registry) {

@@ -3,6 +3,7 @@
 //! their shells start with ([`shell`]).
 
 pub mod auth;
+pub mod durable;
 pub mod events;
 pub mod logging;
 pub mod machine;

@@ -438,8 +438,13 @@ impl World {
         let own = vec![std::net::IpAddr::from([10, 0, 0, u8::try_from(node + 1).expect("few nodes")])];
         let policy = EnginePolicy::new(own, Some(9200), AllowList::default(), "ALLOW");
         let drain_ms = 10_000;
-        let planes = [url("http://10.0.1.1:8080")];
-        let core = agent_core::Core::new(identity, policy, &planes, 10_000, drain_ms, seed, now);
+        let options = agent_core::Options {
+            control_planes: vec![url("http://10.0.1.1:8080")],
+            heartbeat_interval_ms: 10_000,
+            drain_timeout_ms: drain_ms,
+            auto_delete: false,
+        };
+        let core = agent_core::Core::new(identity, policy, &options, seed, now);
         known.agent = Some(Agent { core, life, call: None, exit_by: None });
         self.note(&format!("n{node} agent starts"));
         self.after(RELIST_MS, Event::List { node, life, again: true });
@@ -497,6 +502,9 @@ impl World {
             }
             // Handoffs of this world name no process.
             agent_core::Effect::Process(_) => {}
+            agent_core::Effect::Save(_) | agent_core::Effect::DeleteFile(..) => {
+                panic!("n{node}: nothing was adopted")
+            }
             agent_core::Effect::Log(happening) => self.note(&format!("n{node} {}", happening.text)),
             agent_core::Effect::Exit => {
                 self.note(&format!("n{node} agent exits"));

@@ -10,6 +10,15 @@ use crate::wire::handoff::{HandoffFile, parse};
 const NOW: Now = Now { mono: Mono(1_000_000_000), wall: Wall(1_700_000_000_000_000_000) };
 
 fn core(control_planes: &[BaseUrl]) -> Core {
+    core_with(Options {
+        control_planes: control_planes.to_vec(),
+        heartbeat_interval_ms: 10_000,
+        drain_timeout_ms: 30_000,
+        auto_delete: false,
+    })
+}
+
+fn core_with(options: Options) -> Core {
     let identity = Identity {
         node_id: NodeId::new("n").expect("an id"),
         machine_id: "m".into(),
@@ -20,7 +29,7 @@ fn core(control_planes: &[BaseUrl]) -> Core {
         boot_id: None,
     };
     let policy = EnginePolicy::new(Vec::new(), Some(9200), AllowList::default(), "ALLOW");
-    Core::new(identity, policy, control_planes, 10_000, 30_000, 1, NOW)
+    Core::new(identity, policy, &options, 1, NOW)
 }
 
 fn file(name: &str, text: &str) -> ListedFile {
@@ -116,4 +125,49 @@ fn a_gpu_that_breaks_is_told_at_once() {
     let replica = &body.pools[0].replicas.as_ref().expect("replicas")[0];
     let reason = replica.reason.as_deref().expect("a reason");
     assert!(!replica.ready && reason.contains("GPU 0") && reason.contains("XID 79"), "{reason}");
+}
+
+#[test]
+fn a_handoff_file_is_deleted_once_what_it_says_is_saved_and_not_before() {
+    let options = || Options { auto_delete: true, ..Options::default() };
+    let mut core = core_with(options());
+    let text = r#"{"url":"http://127.0.0.1:8081","pool_id":"p","pid":7}"#;
+    let listing = |files: Vec<ListedFile>| Input::Listing(Listing::whole(files));
+    let saves = |effects: &[Effect]| effects.iter().filter(|e| matches!(e, Effect::Save(_))).count();
+    let deletes = |effects: &[Effect]| effects.iter().filter(|e| matches!(e, Effect::DeleteFile(..))).count();
+    let first = file("a.json", text);
+    let effects = handle(&mut core, listing(vec![first.clone()]), NOW);
+    assert_eq!((saves(&effects), deletes(&effects)), (1, 0));
+    // It changes while it is being saved: what was saved is not all of it.
+    let second = file("a.json", &text.replace("8081", "8082"));
+    let effects = handle(&mut core, listing(vec![second.clone()]), NOW);
+    assert_eq!((saves(&effects), deletes(&effects)), (0, 0), "one save at a time");
+    let effects = handle(&mut core, Input::Saved(Ok(())), NOW);
+    assert_eq!((saves(&effects), deletes(&effects)), (1, 0));
+    let effects = handle(&mut core, Input::Saved(Err("no space".into())), NOW);
+    assert_eq!((saves(&effects), deletes(&effects)), (0, 0));
+    assert!(
+        effects.iter().any(|e| matches!(e, Effect::Log(h) if h.text.contains("no space"))),
+        "{effects:?}"
+    );
+    let later = Now { mono: core.deadline().expect("tried again"), ..NOW };
+    let effects = handle(&mut core, Input::Tick, later);
+    let saved =
+        effects.iter().find_map(|e| if let Effect::Save(text) = e { Some(text.clone()) } else { None });
+    let saved = saved.expect("saved again");
+    let effects = handle(&mut core, Input::Saved(Ok(())), later);
+    let name = Arc::from("a.json");
+    assert_eq!(effects, [Effect::DeleteFile(name, second.content.clone())]);
+    let effects = handle(&mut core, listing(vec![]), later);
+    assert_eq!(effects, [], "the file is gone and nothing else has changed");
+    assert_eq!(core.pools().len(), 1);
+
+    // The next start takes it up again.
+    let mut next = core_with(options());
+    let saved = Saved::read(saved.as_bytes()).expect("readable");
+    handle(&mut next, Input::Restore(saved), NOW);
+    let effects = handle(&mut next, listing(vec![]), NOW);
+    assert_eq!((saves(&effects), deletes(&effects)), (0, 0), "what was restored is saved");
+    let pools = next.pools();
+    assert_eq!(pools[0].url.as_ref().map(BaseUrl::port), Some(8082), "{pools:?}");
 }
