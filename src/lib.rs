@@ -67,6 +67,15 @@
 //!    The core sees none of them.
 //! 6. The exchange ends: `Input::Ended`. The slot is free, and the next waiter has it.
 
+//! # A GPU breaks
+//!
+//! 1. The driver writes a line to the kernel's log: [`reactor::kmsg`] reads it, [`pool_managerd::gpus::xid`]
+//!    finds the XID in it. Or the driver tells the thread that reads the GPUs, which wakes the loop.
+//! 2. `Input::Gpu`: [`pool_managerd::gpus`] decides what the XID says about the GPU, and which replicas
+//!    use it.
+//! 3. The core holds these in [`replicas::registry`]; a heartbeat tells the control planes at once, and
+//!    no new request goes there.
+
 #![warn(missing_docs)]
 
 pub mod cli;

@@ -50,6 +50,7 @@ const PURE_ROOMS: &[(&str, &[&str])] = &[
             "pool_managerd/config.rs",
             "pool_managerd/control_client.rs",
             "pool_managerd/daemon.rs",
+            "pool_managerd/gpu_reader.rs",
             "pool_managerd/mod.rs",
         ],
     ),

@@ -236,6 +236,7 @@ fn replica_view(replica: &Replica) -> Value {
         "engine": replica.engine,
         "engine_version": replica.engine_version,
         "device_mask": replica.device_mask,
+        "vram_free_bytes": replica.vram_free_bytes,
     })
 }
 

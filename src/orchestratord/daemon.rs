@@ -159,7 +159,7 @@ impl Daemon {
                             auth::reload(self.config.token_file.as_deref(), &mut self.tokens);
                         }
                     }
-                    Kind::Waker => {}
+                    Kind::Waker | Kind::KernelLog => {}
                     Kind::Listener | Kind::Client | Kind::Upstream | Kind::Exchange => {
                         self.net.on_edge(token, edge);
                     }

@@ -10,6 +10,7 @@ use crate::wire::handoff::{self, Handoff, HandoffFile};
 use crate::wire::id::{PoolId, ReplicaId, ReplicaKey};
 
 use super::core::Core;
+use super::gpus::GpuId;
 use super::membership::PlaneState;
 
 /// Field in which a control plane says which engine it means.
@@ -37,6 +38,8 @@ pub enum Action {
     Drain(PoolId),
     /// Work again for a pool, then answer.
     Resume(PoolId),
+    /// A GPU is sound, an operator says; then answer.
+    ClearGpu(GpuId),
     /// Take a handoff that comes without a file, then answer.
     Adopt(Box<Handoff>),
     /// Take such a handoff back, then answer.
@@ -86,13 +89,19 @@ pub fn route(request: &Request, core: &Core, facts: &Facts<'_>) -> Action {
             with_pool(pool, |pool| abandon(pool, replica, core))
         }
         ["pools", pool, "replicas", replica, "engine", ..] => relay(request, pool, replica),
+        ["gpus"] if get => respond(200, &core.gpus().to_json()),
+        ["gpus", gpu, "clear"] if post => match core.gpus().find(gpu) {
+            Some(id) => Action::ClearGpu(id),
+            None => Action::Respond(not_found("there is no such GPU")),
+        },
         ["handoffs"] if get => respond(200, &core.replicas().files_json(facts.watch_mode)),
         ["events"] if get => {
             let since = head.query("since").and_then(|n| n.parse().ok()).unwrap_or(0);
             respond(200, &core.events().to_json(since))
         }
-        ["health" | "ready" | "metrics" | "pools" | "handoffs" | "events"] => not_allowed("GET"),
+        ["health" | "ready" | "metrics" | "pools" | "gpus" | "handoffs" | "events"] => not_allowed("GET"),
         ["pools", _, "status"] => not_allowed("GET, POST"),
+        ["gpus", _, "clear"] => not_allowed("POST"),
         ["pools", _, "drain" | "resume" | "ready"] => not_allowed("POST"),
         ["pools", _, "replicas", _] => not_allowed("DELETE"),
         _ => Action::Respond(not_found("there is nothing at this path")),
@@ -301,6 +310,7 @@ fn scrape(core: &Core, facts: &Facts<'_>) -> Response {
             ("outcome=\"refused\"", counts.relay_refused),
         ],
     );
+    core.gpus().scrape(&mut scrape);
     if let Some(bytes) = facts.resident_bytes {
         scrape.gauge("process_resident_memory_bytes", "Resident memory.", &[("", bytes as f64)]);
     }

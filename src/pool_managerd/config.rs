@@ -126,6 +126,22 @@ pub static TABLE: &[Setting] = &[
         help: "Hosts or CIDRs, separated by commas, on which engines may be beside this machine",
     },
     Setting {
+        flag: "gpu-discovery-interval-ms",
+        env: "POOL_MANAGERD_GPU_DISCOVERY_INTERVAL_MS",
+        aliases: &[],
+        default: Some("10000"),
+        value: "MS",
+        help: "Between readings of the GPUs; 1000 to 60000",
+    },
+    Setting {
+        flag: "kmsg",
+        env: "POOL_MANAGERD_KMSG",
+        aliases: &[],
+        default: Some("/dev/kmsg"),
+        value: "FILE",
+        help: "The kernel's log, where GPU faults appear; off: it is not read",
+    },
+    Setting {
         flag: "drain-timeout-ms",
         env: "POOL_MANAGERD_DRAIN_TIMEOUT_MS",
         aliases: &[],
@@ -174,6 +190,10 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// Hosts of engines beside this machine's own.
     pub allow_engine_hosts: AllowList,
+    /// Between readings of the GPUs.
+    pub gpu_discovery_interval_ms: u64,
+    /// The kernel's log; `None`: it is not read.
+    pub kmsg: Option<PathBuf>,
     /// Limit of a graceful shutdown.
     pub drain_timeout_ms: u64,
     /// Accepted tokens.
@@ -242,6 +262,8 @@ impl Config {
             auto_delete: settings.need("auto-delete-handoff", boolean)?,
             state_dir: settings.need("state-dir", |text| Ok(PathBuf::from(text)))?,
             allow_engine_hosts: settings.get("allow-engine-hosts", AllowList::parse)?.unwrap_or_default(),
+            gpu_discovery_interval_ms: settings.need("gpu-discovery-interval-ms", number(1_000, 60_000))?,
+            kmsg: settings.need("kmsg", |text| Ok((!matches!(text, "" | "off")).then(|| text.into())))?,
             drain_timeout_ms: settings.need("drain-timeout-ms", number(0, 3_600_000))?,
             tokens,
             token_file,
@@ -344,6 +366,7 @@ mod tests {
             ("POOL_MANAGERD_ADDR", "nowhere", "allowed is an address"),
             ("POOL_MANAGERD_WATCH_INTERVAL_MS", "5", "from 100 to 10000"),
             ("POOL_MANAGERD_HEARTBEAT_INTERVAL_SECS", "0", "from 1 to 60"),
+            ("POOL_MANAGERD_GPU_DISCOVERY_INTERVAL_MS", "999", "from 1000 to 60000"),
             ("POOL_MANAGERD_CLOUD_PROFILE", "maybe", "true and false"),
             ("POOL_MANAGERD_NODE_ID", "a b", "is not an id"),
             ("POOL_MANAGERD_POOLS", "a,b/c", "is not an id"),

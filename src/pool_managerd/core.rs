@@ -3,6 +3,7 @@
 //! ```text
 //!   Listing, Probed ──▶ replicas ──revision──▶ planes ──▶ Effect::Call (register, heartbeat)
 //!   Relay asks a slot ─▶ replicas                 ▲
+//!   Gpu ──▶ gpus ──hold, let go──▶ replicas       │
 //!   Shutdown ──▶ drain ──▶ leave ──▶ Effect::Exit │ Told
 //! ```
 //!
@@ -12,8 +13,8 @@
 use std::sync::Arc;
 
 use crate::replicas::{
-    Change, EnginePolicy, Fault, FileContent, Listing, ProbeId, ProbeOrder, ProbeOutcome, ProcessOrder,
-    ProcessSeen, Refused, Registry, ReplicaLease, Trouble,
+    Cause, Change, EnginePolicy, Fault, FileContent, Listing, ProbeId, ProbeOrder, ProbeOutcome,
+    ProcessOrder, ProcessSeen, Refused, Registry, ReplicaLease, Trouble,
 };
 use crate::service::events::{Events, Happening};
 use crate::time::{Mono, Now, earliest};
@@ -23,6 +24,7 @@ use crate::wire::node::{Capabilities, Heartbeat, PoolBeat, RegisterRequest};
 use crate::wire::pool::PoolStatus;
 use crate::wire::url::BaseUrl;
 
+use super::gpus::{Engine, GpuId, Gpus, Report};
 use super::membership::{Answer, Call, Note, Order, Plane, PlaneState};
 use super::saved::{Keeper, Saved};
 
@@ -102,6 +104,10 @@ pub enum Input {
     Drain(PoolId),
     /// Work again for a pool.
     Resume(PoolId),
+    /// Something about the GPUs.
+    Gpu(Report),
+    /// A GPU is sound, an operator says.
+    ClearGpu(GpuId),
     /// End gracefully.
     Shutdown,
     /// The deadline has passed.
@@ -153,6 +159,9 @@ pub enum CallBody {
 pub struct Core {
     identity: Identity,
     replicas: Registry,
+    gpus: Gpus,
+    /// Revisions of the replicas and the GPUs when they were last held against each other.
+    bound: Option<(u64, u64)>,
     planes: Vec<Plane>,
     events: Events,
     keeper: Keeper,
@@ -205,6 +214,8 @@ impl Core {
         let planes = options.control_planes.iter().map(|url| Plane::new(url.clone(), interval_ms, now));
         Core {
             replicas: Registry::new(policy, now.wall.unix_ms()),
+            gpus: Gpus::new(now),
+            bound: None,
             planes: planes.collect(),
             identity,
             events: Events::default(),
@@ -222,6 +233,7 @@ impl Core {
     /// Takes one input and appends what it leads to.
     pub fn handle(&mut self, input: Input, now: Now, effects: &mut Vec<Effect>) {
         let mut changes = Vec::new();
+        let mut happenings = Vec::new();
         match input {
             Input::Listing(listing) => {
                 self.listed |= listing.completes;
@@ -256,8 +268,15 @@ impl Core {
             Input::Resume(pool) => {
                 self.replicas.resume_pool(&pool, now, &mut changes);
             }
+            Input::Gpu(report) => self.gpus.report(report, now, &mut happenings),
+            Input::ClearGpu(gpu) => self.gpus.clear(gpu, now, &mut happenings),
             Input::Shutdown => self.begin_shutdown(now, &mut changes),
+            Input::Tick if self.shutdown == Shutdown::No => self.gpus.tick(now, &mut happenings),
             Input::Tick => {}
+        }
+        self.bind_gpus(now, &mut changes, &mut happenings);
+        for happening in happenings {
+            self.happened(happening, now, effects);
         }
         for change in changes {
             self.announce(&change, now, effects);
@@ -273,9 +292,10 @@ impl Core {
             Shutdown::Draining { until } => Some(until),
             _ => None,
         };
-        // As long as probes are sent: a deadline that nothing meets would make the loop spin.
-        let probes = self.replicas.deadline().filter(|_| self.shutdown == Shutdown::No);
-        earliest(earliest(earliest(planes, drained), probes), self.keeper.deadline())
+        // As long as anybody is watched: a deadline that nothing meets would make the loop spin.
+        let watched = earliest(self.replicas.deadline(), self.gpus.deadline());
+        let watched = watched.filter(|_| self.shutdown == Shutdown::No);
+        earliest(earliest(earliest(planes, drained), watched), self.keeper.deadline())
     }
 
     /// Takes slots of a replica for a request to be relayed.
@@ -310,13 +330,14 @@ impl Core {
     #[must_use]
     pub fn pool_status(&self, pool: &PoolId) -> Option<PoolStatus> {
         let configured = || self.identity.pools.contains(pool).then(|| empty_pool(pool));
-        self.replicas.pool_status(pool).or_else(configured)
+        self.replicas.pool_status(pool).map(|status| self.with_memory(status)).or_else(configured)
     }
 
     /// Every pool, configured ones without replicas included.
     #[must_use]
     pub fn pools(&self) -> Vec<PoolStatus> {
-        let mut pools = self.replicas.pools();
+        let mut pools: Vec<PoolStatus> =
+            self.replicas.pools().into_iter().map(|status| self.with_memory(status)).collect();
         for pool in &self.identity.pools {
             if !pools.iter().any(|known| known.pool_id == *pool) {
                 pools.push(empty_pool(pool));
@@ -330,6 +351,12 @@ impl Core {
     #[must_use]
     pub fn replicas(&self) -> &Registry {
         &self.replicas
+    }
+
+    /// The GPUs of this machine.
+    #[must_use]
+    pub fn gpus(&self) -> &Gpus {
+        &self.gpus
     }
 
     /// Membership of every control plane.
@@ -489,6 +516,39 @@ impl Core {
         );
     }
 
+    /// Settles which replicas use which GPUs, where either has changed, and what follows from it.
+    fn bind_gpus(&mut self, now: Now, changes: &mut Vec<Change>, happenings: &mut Vec<Happening>) {
+        if self.bound == Some((self.replicas.revision(), self.gpus.revision())) {
+            return;
+        }
+        let engines = self.replicas.engines().map(|(key, generation, handoff)| {
+            let of_this_boot = handoff.boot_id.is_none() || handoff.boot_id == self.identity.boot_id;
+            let pid = handoff.pid.filter(|_| of_this_boot);
+            Engine { key, generation, mask: handoff.device_mask.as_deref(), pid }
+        });
+        let verdicts = self.gpus.bind(engines, happenings);
+        for verdict in verdicts {
+            let (key, generation) = (verdict.key, verdict.generation);
+            match verdict.hold {
+                Some(why) => self.replicas.hold(&key, generation, Cause::Gpu, why, now, changes),
+                None => self.replicas.let_go(&key, generation, Cause::Gpu, now, changes),
+            }
+        }
+        self.bound = Some((self.replicas.revision(), self.gpus.revision()));
+        let present = self.gpus.capabilities();
+        if self.identity.capabilities.gpus != present {
+            self.identity.capabilities.gpus = present;
+            self.planes.iter_mut().for_each(|plane| plane.introduce_again(now));
+        }
+    }
+
+    fn with_memory(&self, mut status: PoolStatus) -> PoolStatus {
+        let memory = self.gpus.memory_of(&status.pool_id);
+        status.vram_total_bytes = memory.total_bytes;
+        status.vram_free_bytes = memory.free_bytes;
+        status
+    }
+
     fn announce(&mut self, change: &Change, now: Now, effects: &mut Vec<Effect>) {
         self.counts.files_refused += u64::from(matches!(change, Change::FileRefused { .. }));
         self.happened(change.happening(), now, effects);
@@ -570,6 +630,9 @@ impl Core {
 
     fn pool_beats(&self) -> Vec<PoolBeat> {
         let mut beats = self.replicas.pool_beats();
+        for beat in &mut beats {
+            beat.vram_free_bytes = self.gpus.memory_of(&beat.pool_id).free_bytes;
+        }
         for pool in &self.identity.pools {
             if !beats.iter().any(|beat| beat.pool_id == *pool) {
                 beats.push(empty_beat(pool));

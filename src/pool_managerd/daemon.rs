@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use crate::http::server::Request;
 use crate::net::{self, FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Sink, forwardable};
+use crate::reactor::kmsg::KernelLog;
 use crate::reactor::offload::Offload;
 use crate::reactor::signal::Signals;
 use crate::reactor::token::{Kind, Token};
@@ -27,6 +28,8 @@ use super::api::{self, Action};
 use super::config::Config;
 use super::control_client::ControlClient;
 use super::core::{Core, Effect, Identity, Input, Options};
+use super::gpu_reader::GpuReader;
+use super::gpus::{Report, xid};
 use super::saved::{self, Saved};
 
 /// What a relayed request may take: prompts are read for minutes before the first token.
@@ -40,6 +43,8 @@ pub struct Daemon {
     registry: Registry,
     signals: Signals,
     watch: Watch,
+    gpus: GpuReader,
+    kernel_log: Option<KernelLog>,
     processes: Processes,
     net: Net,
     core: Core,
@@ -76,6 +81,8 @@ impl Daemon {
         let (core, control) = make_core(&config, bound.port(), &waker)?;
         let watch =
             Watch::new(config.runtime_dir.clone(), config.watch_interval_ms, Token::only(Kind::DirWatch));
+        let gpus = GpuReader::start(config.gpu_discovery_interval_ms, waker.clone())
+            .map_err(|error| Exit::runtime(format!("cannot start a helper thread: {error}")))?;
         log::info!(
             "pool-managerd {} on http://{bound}, node {}, watching {}",
             env!("CARGO_PKG_VERSION"),
@@ -87,6 +94,8 @@ impl Daemon {
             registry,
             signals,
             watch,
+            gpus,
+            kernel_log: None,
             processes: Processes::new(),
             net,
             core,
@@ -108,16 +117,19 @@ impl Daemon {
     pub fn run(mut self) -> Result<(), Exit> {
         let mut now = now();
         self.restore(now);
+        self.open_kernel_log(now);
         self.scan(false, now);
         while !self.over {
             self.perform(now);
             let deadline = earliest(self.core.deadline(), self.net.deadline());
             let deadline = earliest(deadline, Some(self.watch.deadline()));
+            let logged_more = self.kernel_log.as_ref().is_some_and(KernelLog::busy);
             now = self
                 .reactor
-                .wait(deadline, self.net.busy() || self.watch.busy() || self.over)
+                .wait(deadline, self.net.busy() || self.watch.busy() || logged_more || self.over)
                 .map_err(|error| Exit::runtime(format!("the event loop failed: {error}")))?;
             let (mut changed, mut stops, mut ended) = (false, 0, Vec::new());
+            let mut logged = logged_more;
             for (token, edge) in self.reactor.events() {
                 match token.kind() {
                     Kind::DirWatch => changed = true,
@@ -129,6 +141,7 @@ impl Daemon {
                         }
                     }
                     Kind::Waker => {}
+                    Kind::KernelLog => logged = true,
                     Kind::Listener | Kind::Client | Kind::Upstream | Kind::Exchange => {
                         self.net.on_edge(token, edge);
                     }
@@ -138,6 +151,7 @@ impl Daemon {
             // The directory first: what it announces may be what a waiting request needs.
             self.scan(changed, now);
             self.take_answers(now);
+            self.take_gpu_reports(logged, now);
             self.take_saved(now);
             self.net.turn(now.mono);
             self.take_net_events(now);
@@ -194,6 +208,42 @@ impl Daemon {
             while let Some((call, answer)) = self.control[plane].take() {
                 self.core.handle(Input::Told { plane, call, answer }, now, &mut self.effects);
             }
+        }
+    }
+
+    fn take_gpu_reports(&mut self, logged: bool, now: Now) {
+        if logged {
+            self.read_kernel_log(now);
+        }
+        while let Some(report) = self.gpus.take() {
+            self.core.handle(Input::Gpu(report), now, &mut self.effects);
+        }
+        self.gpus.keep_closed(self.core.gpus().any_out());
+    }
+
+    fn open_kernel_log(&mut self, now: Now) {
+        let Some(path) = &self.config.kmsg else { return };
+        let opened = KernelLog::open(path, &self.registry, Token::only(Kind::KernelLog));
+        let told = match &opened {
+            Ok(_) => Ok(()),
+            Err(error) => Err(format!("{}: {error}", path.display())),
+        };
+        self.kernel_log = opened.ok();
+        self.core.handle(Input::Gpu(Report::KernelLog(told)), now, &mut self.effects);
+    }
+
+    fn read_kernel_log(&mut self, now: Now) {
+        let Some(kernel_log) = &mut self.kernel_log else { return };
+        let mut xids = Vec::new();
+        let read = kernel_log.take(|record| xids.extend(xid::parse(record)));
+        if let Err(error) = read {
+            kernel_log.deregister(&self.registry);
+            self.kernel_log = None;
+            let told = Report::KernelLog(Err(format!("it cannot be read any more: {error}")));
+            self.core.handle(Input::Gpu(told), now, &mut self.effects);
+        }
+        for xid in xids {
+            self.core.handle(Input::Gpu(Report::Xid(xid)), now, &mut self.effects);
         }
     }
 
@@ -302,6 +352,11 @@ impl Daemon {
             Action::Resume(pool) => {
                 self.core.handle(Input::Resume(pool.clone()), now, &mut self.effects);
                 self.respond_with_pool(client, 200, &pool, now);
+            }
+            Action::ClearGpu(gpu) => {
+                self.core.handle(Input::ClearGpu(gpu), now, &mut self.effects);
+                let gpu = self.core.gpus().gpu_json(gpu);
+                self.net.respond(client, &crate::http::server::Response::json(200, &gpu), now.mono);
             }
         }
     }

@@ -175,6 +175,9 @@ pub struct Plane {
     conflicts: u32,
     ever_registered: bool,
     beaten_since_registered: bool,
+    /// What a registration tells has changed since the last one that was taken; a member registers
+    /// again without ceasing to be one.
+    introduction: Introduction,
     /// The trouble that the log knows of.
     noted: Option<Trouble>,
 }
@@ -184,6 +187,13 @@ struct UnderWay {
     call: Call,
     sent_at: Mono,
     revision: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Introduction {
+    Told,
+    Sent,
+    Outdated,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -219,6 +229,7 @@ impl Plane {
             conflicts: 0,
             ever_registered: false,
             beaten_since_registered: false,
+            introduction: Introduction::Outdated,
             noted: None,
         }
     }
@@ -264,6 +275,14 @@ impl Plane {
         }
     }
 
+    /// What a registration tells (the machine's GPUs) has changed: told at once.
+    pub fn introduce_again(&mut self, now: Now) {
+        self.introduction = Introduction::Outdated;
+        if self.under_way.is_none() && matches!(self.state, PlaneState::Registered { .. }) {
+            self.hurry(now.mono, now.mono);
+        }
+    }
+
     /// The call that is due, if one is. Its answer must be handed to [`Plane::answered`].
     pub fn poll(&mut self, now: Now) -> Option<Order> {
         if self.left_by.is_some_and(|at| at <= now.mono) {
@@ -279,6 +298,7 @@ impl Plane {
                 self.enter(PlaneState::Registering, now);
                 Call::Register
             }
+            PlaneState::Registered { .. } if self.introduction == Introduction::Outdated => Call::Register,
             PlaneState::Registered { .. } => {
                 self.seq += 1;
                 Call::Heartbeat { seq: self.seq }
@@ -289,6 +309,9 @@ impl Plane {
             }
             PlaneState::Registering | PlaneState::Left => return None,
         };
+        if call == Call::Register {
+            self.introduction = Introduction::Sent;
+        }
         self.under_way = Some(UnderWay { call, sent_at: now.mono, revision: self.revision });
         Some(Order { call, timeout_ms })
     }
@@ -365,7 +388,14 @@ impl Plane {
             return self.failed(answer, now, jitter, notes);
         };
         let url = &self.url;
-        notes.push(Note { is_warning: false, text: format!("{url}: registered") });
+        let again = match self.state {
+            PlaneState::Registered { .. } => " again, with what this machine has now",
+            _ => "",
+        };
+        notes.push(Note { is_warning: false, text: format!("{url}: registered{again}") });
+        if self.introduction == Introduction::Sent {
+            self.introduction = Introduction::Told;
+        }
         self.ever_registered = true;
         self.beaten_since_registered = false;
         self.ttl_ms = ttl_ms;
@@ -412,6 +442,10 @@ impl Plane {
         let pause_ms = self.interval_ms - spread_ms + jitter(2 * spread_ms + 1);
         self.due_at = sent.sent_at.plus_ms(pause_ms).max(now.mono);
         self.hurry(sent.sent_at.plus_ms(CHANGE_GAP_MS), now.mono);
+        if self.introduction == Introduction::Sent {
+            // The control plane refused it and takes heartbeats: those come first, it comes next.
+            self.introduction = Introduction::Outdated;
+        }
     }
 
     /// What every answer but `Ok` means for the next call; the only place that lengthens pauses.
@@ -471,7 +505,7 @@ impl Plane {
     /// Brings the next heartbeat forward to `at` (not before `now`) if there is news. During a row of
     /// failures the pauses stand.
     fn hurry(&mut self, at: Mono, now: Mono) {
-        let is_news = self.told != Some(self.revision);
+        let is_news = self.told != Some(self.revision) || self.introduction == Introduction::Outdated;
         if is_news && self.failures == 0 && matches!(self.state, PlaneState::Registered { .. }) {
             self.due_at = self.due_at.min(at.max(now));
         }
@@ -700,6 +734,36 @@ mod tests {
     }
 
     #[test]
+    fn a_member_registers_again_when_its_machine_changes_and_stays_a_member() {
+        let (mut plane, mut now, mut notes) = member();
+        now = now.plus_ms(1_000);
+        plane.introduce_again(now);
+        assert_eq!(plane.poll(now).map(|order| order.call), Some(Call::Register), "at once");
+        assert!(matches!(plane.state(), PlaneState::Registered { .. }));
+        plane.introduce_again(now);
+        plane.answered(Call::Register, agreed(), now, &mut |_| 0, &mut notes);
+        assert_eq!(step(&mut plane, &mut now, agreed(), &mut notes), Call::Register, "it changed meanwhile");
+        assert_eq!(step(&mut plane, &mut now, agreed(), &mut notes), Call::Heartbeat { seq: 2 });
+        assert_eq!(now.mono.ms_since(start().mono), 1_000);
+        assert_eq!(step(&mut plane, &mut now, agreed(), &mut notes), Call::Heartbeat { seq: 3 });
+        assert!(notes.iter().all(|note| !note.is_warning), "{notes:?}");
+    }
+
+    /// A control plane that takes no second registration must still get its heartbeats.
+    #[test]
+    fn a_registration_that_is_refused_again_and_again_costs_no_heartbeats() {
+        let (mut plane, mut now, mut notes) = member();
+        plane.introduce_again(now);
+        for seq in 2..20 {
+            let before = now;
+            assert_eq!(step(&mut plane, &mut now, refused(), &mut notes), Call::Register);
+            assert_eq!(step(&mut plane, &mut now, agreed(), &mut notes), Call::Heartbeat { seq });
+            assert!(now.mono.ms_since(before.mono) <= 13_000, "{now:?}");
+            assert!(matches!(plane.state(), PlaneState::Registered { .. }));
+        }
+    }
+
+    #[test]
     fn other_refusals_are_told_apart() {
         for (answer, says) in
             [(Answer::Unauthorized, "token"), (Answer::CloudDisabled, "ORCHESTRATORD_CLOUD_PROFILE")]
@@ -784,6 +848,10 @@ mod tests {
                     3 => Answer::CloudDisabled,
                     4 => Answer::Unauthorized,
                     5 | 6 => refused(),
+                    8 => {
+                        plane.introduce_again(now);
+                        continue;
+                    }
                     _ => {
                         revision += u64::from(op == 7);
                         plane.on_change(revision, now);
@@ -805,6 +873,7 @@ mod tests {
             }
             proptest::prop_assert!(matches!(plane.state(), PlaneState::Registered { failures: 0, .. }), "{:?}", plane);
             proptest::prop_assert_eq!(plane.told, Some(revision));
+            proptest::prop_assert_eq!(plane.introduction, Introduction::Told);
             let limit_ms = CONFLICT_PAUSE_MS_MAX * 6 / 5 + 2 * INTERVAL_MS_MAX;
             proptest::prop_assert!(now.mono.ms_since(healed_at.mono) <= limit_ms);
         }

@@ -1,8 +1,9 @@
 //! The node agent: what engines are on this machine, and are they alive? It tells every control plane
 //! and relays their requests to engines that listen on this machine only.
 //!
-//! [`core`] decides, [`daemon`] does. Below them: [`crate::replicas`] (the directory and the probes)
-//! and [`membership`] (registration and heartbeats).
+//! [`core`] decides, [`daemon`] does. Below them: [`crate::replicas`] (the directory and the probes),
+//! [`gpus`] (which GPUs there are and what breaks on them) and [`membership`] (registration and
+//! heartbeats).
 
 use std::ffi::OsString;
 
@@ -13,6 +14,8 @@ pub mod config;
 mod control_client;
 pub mod core;
 pub mod daemon;
+mod gpu_reader;
+pub mod gpus;
 pub mod membership;
 pub mod saved;
 

@@ -3,7 +3,7 @@
 //! The mental model: the kernel tells *edges* ("became readable"), a program with a fairness budget
 //! needs *levels* ("still readable"). [`ready`] remembers; [`stream`] reads and writes through that
 //! memory. Everything else here is a source of edges: a directory ([`dirwatch`]), signals
-//! ([`signal`]), helper threads that finished something ([`offload`]).
+//! ([`signal`]), the kernel's log ([`kmsg`]), helper threads that finished something ([`offload`]).
 //!
 //! A turn of a daemon's loop: [`Reactor::wait`] until an event or a deadline, one clock sample, then
 //! everything that became possible at that one time.
@@ -18,6 +18,7 @@ use mio::unix::SourceFd;
 use crate::time::{Mono, Now, Wall};
 
 pub mod dirwatch;
+pub mod kmsg;
 pub mod offload;
 pub mod ready;
 pub mod signal;

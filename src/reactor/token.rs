@@ -28,9 +28,11 @@ pub enum Kind {
     Stop,
     /// SIGHUP.
     Reload,
+    /// The kernel's log.
+    KernelLog,
 }
 
-const KINDS: [Kind; 9] = [
+const KINDS: [Kind; 10] = [
     Kind::Listener,
     Kind::Client,
     Kind::Upstream,
@@ -40,6 +42,7 @@ const KINDS: [Kind; 9] = [
     Kind::Waker,
     Kind::Stop,
     Kind::Reload,
+    Kind::KernelLog,
 ];
 
 const GENERATION_BITS: u32 = 24;

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use super::change::{FileState, FileView, State};
 use super::registry::{Registry, Replica};
+use crate::wire::handoff::Handoff;
 use crate::wire::id::{PoolId, ReplicaKey};
 use crate::wire::node::{POOLS_MAX, PoolBeat, REPLICAS_MAX, ReplicaBeat};
 use crate::wire::pool::{PoolStatus, ReplicaStatus};
@@ -11,6 +12,11 @@ use crate::wire::pool::{PoolStatus, ReplicaStatus};
 type Entry<'a> = (&'a ReplicaKey, &'a Replica);
 
 impl Registry {
+    /// Every replica with its generation and its handoff, by name.
+    pub fn engines(&self) -> impl Iterator<Item = (&ReplicaKey, u64, &Handoff)> {
+        self.replicas.iter().map(|(key, replica)| (key, replica.serial, &*replica.handoff))
+    }
+
     /// What a heartbeat says, by pool and replica. GPU memory is left at 0: this room knows none.
     #[must_use]
     pub fn pool_beats(&self) -> Vec<PoolBeat> {

@@ -75,6 +75,58 @@ fn a_draining_agent_sleeps_until_its_requests_end() {
     assert_eq!(core.deadline(), None);
 }
 
+/// What a control plane must know leaves in the same turn.
+#[test]
+fn a_gpu_that_breaks_is_told_at_once() {
+    use crate::pool_managerd::gpus::xid::{Pci, Source, Xid};
+    use crate::pool_managerd::gpus::{DriverReading, Memory, Reading, Report, Values};
+
+    let agreed = || Answer::Ok { next_heartbeat_ms: None, ttl_ms: None, registry_epoch: None };
+    let call = |effects: Vec<Effect>| {
+        effects.into_iter().find_map(|effect| match effect {
+            Effect::Call { order, body, .. } => Some((order.call, body)),
+            _ => None,
+        })
+    };
+    let mut core = core(&[BaseUrl::new("http://control:8080").expect("a URL")]);
+    let first = call(handle(&mut core, Input::Tick, NOW)).expect("a registration");
+    let beat = call(handle(&mut core, Input::Told { plane: 0, call: first.0, answer: agreed() }, NOW));
+    let told = Input::Told { plane: 0, call: beat.expect("a heartbeat").0, answer: agreed() };
+    handle(&mut core, told, NOW);
+
+    let pci = Pci { domain: 0, bus: 0x65, device: 0 };
+    let memory = Memory { total_bytes: 100, used_bytes: 40, free_bytes: 60 };
+    let values = Values { uuid: "GPU-a".into(), pci: Some(pci), memory: Some(memory), ..Values::default() };
+    let reading = Report::Reading(Reading {
+        driver: Ok(DriverReading { version: None, gpus: vec![(0, Ok(values))] }),
+        next_at: NOW.mono.plus_ms(10_000),
+        next_opens: false,
+    });
+    let (again, body) = call(handle(&mut core, Input::Gpu(reading), NOW)).expect("registers again");
+    let CallBody::Register(body) = body else { panic!("a registration: {body:?}") };
+    assert_eq!((body.capabilities.gpus.len(), body.capabilities.gpus[0].vram_total_bytes), (1, 100));
+    let beat = call(handle(&mut core, Input::Told { plane: 0, call: again, answer: agreed() }, NOW));
+    let told = Input::Told { plane: 0, call: beat.expect("a heartbeat").0, answer: agreed() };
+    handle(&mut core, told, NOW);
+
+    let handoff = r#"{"url":"http://127.0.0.1:1","replica_id":"a","models":["m"],"device_mask":"0"}"#;
+    let now = NOW.plus_ms(100);
+    let (beat, body) =
+        call(handle(&mut core, Input::Listing(Listing::whole(vec![file("a.json", handoff)])), now))
+            .expect("a heartbeat");
+    let CallBody::Heartbeat(body) = body else { panic!("a heartbeat: {body:?}") };
+    assert_eq!(body.pools[0].vram_free_bytes, 60);
+    handle(&mut core, Input::Told { plane: 0, call: beat, answer: agreed() }, now);
+
+    let now = now.plus_ms(100);
+    let xid = Xid { pci, number: 79, detail: String::new(), source: Source::KernelLog };
+    let (_, body) = call(handle(&mut core, Input::Gpu(Report::Xid(xid)), now)).expect("told at once");
+    let CallBody::Heartbeat(body) = body else { panic!("a heartbeat: {body:?}") };
+    let replica = &body.pools[0].replicas.as_ref().expect("replicas")[0];
+    let reason = replica.reason.as_deref().expect("a reason");
+    assert!(!replica.ready && reason.contains("GPU 0") && reason.contains("XID 79"), "{reason}");
+}
+
 #[test]
 fn a_handoff_file_is_deleted_once_what_it_says_is_saved_and_not_before() {
     let options = || Options { auto_delete: true, ..Options::default() };
