@@ -103,7 +103,8 @@ pub struct Patience {
     pub connect_ms: u64,
     /// From the request's end to the response's first byte: a long prompt takes minutes.
     pub first_byte_ms: u64,
-    /// Between two bytes of the response.
+    /// Between two bytes of the response. A response that is collected has no such limit: all of it must
+    /// come within `first_byte_ms`.
     pub idle_ms: u64,
 }
 
@@ -124,6 +125,9 @@ pub struct Outbound {
     pub sink: Sink,
     /// Time limits.
     pub patience: Patience,
+    /// How long the connection may rest afterwards until it carries another exchange, in milliseconds;
+    /// [`Limits::upstream_idle_ms`] where the peer is an engine and `None`.
+    pub keep_ms: Option<u64>,
 }
 
 /// Where an answer goes.

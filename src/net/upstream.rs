@@ -36,6 +36,7 @@ pub(super) struct Exchange {
     relay: Relay,
     sink: SinkState,
     patience: Patience,
+    keep_ms: Option<u64>,
     timing: Timing,
     connection: Option<Token>,
     /// The answer has begun to arrive.
@@ -104,6 +105,7 @@ impl Upstreams {
                 Sink::Owner => SinkState::Owner { paused: false },
             },
             patience: outbound.patience,
+            keep_ms: outbound.keep_ms,
             timing: Timing { started: now, first_byte: None, ended: now },
             connection: None,
             received: false,
@@ -322,7 +324,9 @@ impl Net {
             };
             budget = budget.saturating_sub(length);
             session.received = true;
-            self.timers.arm(exchange, &mut session.deadline, now.plus_ms(session.patience.idle_ms));
+            if !matches!(session.sink, SinkState::Collect { .. }) {
+                self.timers.arm(exchange, &mut session.deadline, now.plus_ms(session.patience.idle_ms));
+            }
             if !self.pass_on(exchange, length, now) {
                 return;
             }
@@ -446,7 +450,8 @@ impl Net {
         session.connection = None;
         line.exchange = None;
         line.used = true;
-        self.timers.arm(connection, &mut line.deadline, now.plus_ms(self.limits.upstream_idle_ms));
+        let keep_ms = session.keep_ms.unwrap_or(self.limits.upstream_idle_ms);
+        self.timers.arm(connection, &mut line.deadline, now.plus_ms(keep_ms));
     }
 
     pub(super) fn exchange_expired(&mut self, exchange: Token, now: Mono) {
@@ -467,7 +472,9 @@ impl Net {
             }
             return;
         }
-        let reason = if session.received {
+        let reason = if session.received && matches!(session.sink, SinkState::Collect { .. }) {
+            format!("no whole answer within {} ms", patience.first_byte_ms)
+        } else if session.received {
             format!("no byte for {} ms in the middle of the answer", patience.idle_ms)
         } else if session.sent > 0 {
             format!("no answer within {} ms", patience.first_byte_ms)

@@ -377,7 +377,8 @@ impl Daemon {
         };
         let method = method.to_string();
         let body = job.body.clone();
-        let outbound = Outbound { to, method, target, fields, body, sink, patience: ENGINE_PATIENCE };
+        let outbound =
+            Outbound { to, method, target, fields, body, sink, patience: ENGINE_PATIENCE, keep_ms: None };
         let exchange = self.net.start(outbound, now.mono);
         self.exchanges.insert(exchange, Running::Request(request));
         if let Some(job) = self.jobs.get_mut(&request) {
@@ -402,6 +403,7 @@ impl Daemon {
             body: Arc::default(),
             sink: Sink::Collect { bytes_max: AGENT_ANSWER_BYTES_MAX },
             patience: AGENT_PATIENCE,
+            keep_ms: None,
         };
         let exchange = self.net.start(outbound, now.mono);
         self.exchanges.insert(exchange, Running::Agent(node, pool));

@@ -1,14 +1,15 @@
-//! Calls to one control plane, on a helper thread of its own: a control plane that hangs delays
-//! nothing but itself.
+//! Calls to control planes as exchanges: how an order becomes a request, and an ending an answer.
+//!
+//! They leave from the loop itself, on a kept connection: a heartbeat that says that an engine died is
+//! on the wire before anything else is looked at, without waiting for another thread to wake up. A
+//! control plane that hangs keeps its own exchange waiting and nothing else.
 
-use std::io;
-use std::time::Duration;
+use std::sync::Arc;
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use crate::reactor::Waker;
-use crate::reactor::offload::Offload;
+use crate::net::{self, Outbound, Patience, Sink};
 use crate::wire::id::NodeId;
 use crate::wire::node::{HeartbeatReply, RegisterReply};
 use crate::wire::url::BaseUrl;
@@ -16,92 +17,69 @@ use crate::wire::url::BaseUrl;
 use super::core::CallBody;
 use super::membership::{Answer, Call, Order};
 
-/// Calls that wait: a plane makes one at a time.
-const QUEUE_MAX: usize = 2;
 /// Largest answer that is read, in bytes.
-const ANSWER_BYTES_MAX: u64 = 64 * 1024;
-/// Kept connections outlive the longest interval between heartbeats.
-const IDLE_AGE: Duration = Duration::from_secs(90);
+const ANSWER_BYTES_MAX: usize = 64 * 1024;
+/// Most replicas of a heartbeat that the loop encodes itself.
+const ENCODED_IN_PLACE_MAX: usize = 256;
+/// Kept connections outlive the longest interval between heartbeats, in milliseconds.
+const KEEP_MS: u64 = 90_000;
 
-/// The helper of one control plane.
-pub(super) struct ControlClient {
-    helper: Offload<Job, (Call, Answer)>,
+/// A call's body as JSON. A deregistration has none.
+pub(super) fn encode(body: &CallBody) -> Vec<u8> {
+    match body {
+        CallBody::Register(body) => serde_json::to_vec(body).unwrap_or_default(),
+        CallBody::Heartbeat(body) => serde_json::to_vec(body).unwrap_or_default(),
+        CallBody::Deregister { .. } => Vec::new(),
+    }
 }
 
-struct Job {
+/// Whether encoding a body takes too long for a turn of the loop: at about a microsecond a replica.
+pub(super) fn is_large(body: &CallBody) -> bool {
+    let CallBody::Heartbeat(heartbeat) = body else { return false };
+    let replicas = heartbeat.pools.iter().filter_map(|pool| pool.replicas.as_ref()).map(Vec::len);
+    replicas.sum::<usize>() > ENCODED_IN_PLACE_MAX
+}
+
+/// The request that makes a call. `incarnation` is what a deregistration is for.
+pub(super) fn outbound(
+    plane: &BaseUrl,
+    node: &NodeId,
     order: Order,
-    body: CallBody,
+    incarnation: u64,
+    body: Vec<u8>,
     bearer: Option<String>,
-}
-
-impl ControlClient {
-    /// Starts the helper.
-    pub(super) fn start(url: &BaseUrl, node: &NodeId, waker: Waker) -> io::Result<ControlClient> {
-        let agent: ureq::Agent = ureq::Agent::config_builder()
-            .proxy(None)
-            .max_redirects(0)
-            .http_status_as_error(false)
-            .max_idle_connections(1)
-            .max_idle_connections_per_host(1)
-            .max_idle_age(IDLE_AGE)
-            .user_agent(concat!("pool-managerd/", env!("CARGO_PKG_VERSION")))
-            .build()
-            .into();
-        let base = format!("{url}/v2/nodes");
-        let own = format!("{base}/{node}");
-        let helper = Offload::spawn("control-plane", QUEUE_MAX, waker, move |job: Job| {
-            let answer =
-                call(&agent, &base, &own, &job).unwrap_or_else(|error| Answer::Failed(error.to_string()));
-            (job.order.call, answer)
-        })?;
-        Ok(ControlClient { helper })
-    }
-
-    /// Makes a call. False if the helper still hangs in earlier ones.
-    pub(super) fn submit(&self, order: Order, body: CallBody, bearer: Option<String>) -> bool {
-        self.helper.submit(Job { order, body, bearer }).is_ok()
-    }
-
-    /// The next answer, if there is one.
-    pub(super) fn take(&self) -> Option<(Call, Answer)> {
-        self.helper.take()
-    }
-}
-
-fn call(agent: &ureq::Agent, base: &str, own: &str, job: &Job) -> Result<Answer, ureq::Error> {
-    let timeout = Some(Duration::from_millis(job.order.timeout_ms));
-    let response = match &job.body {
-        CallBody::Register(body) => {
-            let request = agent.post(format!("{base}/register"));
-            authorised(request, job).config().timeout_global(timeout).build().send(json(body))?
-        }
-        CallBody::Heartbeat(body) => {
-            let request = agent.post(format!("{own}/heartbeat"));
-            authorised(request, job).config().timeout_global(timeout).build().send(json(body))?
-        }
-        CallBody::Deregister { incarnation } => {
-            let request = agent.delete(format!("{own}?incarnation={incarnation}"));
-            authorised(request, job).config().timeout_global(timeout).build().call()?
-        }
+) -> Outbound {
+    let (method, target) = match order.call {
+        Call::Register => ("POST", "/v2/nodes/register".to_string()),
+        Call::Heartbeat { .. } => ("POST", format!("/v2/nodes/{node}/heartbeat")),
+        Call::Deregister => ("DELETE", format!("/v2/nodes/{node}?incarnation={incarnation}")),
     };
-    let status = response.status().as_u16();
-    // Read to its end, so that the connection is kept.
-    let text = response.into_body().with_config().limit(ANSWER_BYTES_MAX).read_to_string()?;
-    Ok(understand(job.order.call, status, &text))
-}
-
-fn authorised<T>(request: ureq::RequestBuilder<T>, job: &Job) -> ureq::RequestBuilder<T> {
-    let request = request.header("Content-Type", "application/json");
-    match &job.bearer {
-        Some(bearer) => request.header("Authorization", bearer),
-        None => request,
+    let mut fields = vec![
+        ("User-Agent".to_string(), concat!("pool-managerd/", env!("CARGO_PKG_VERSION")).into()),
+        ("Content-Type".to_string(), b"application/json".to_vec()),
+    ];
+    fields.extend(bearer.map(|bearer| ("Authorization".to_string(), bearer.into_bytes())));
+    let timeout_ms = order.timeout_ms;
+    Outbound {
+        to: plane.clone(),
+        method: method.into(),
+        target,
+        fields,
+        body: Arc::new(body),
+        sink: Sink::Collect { bytes_max: ANSWER_BYTES_MAX },
+        patience: Patience { connect_ms: timeout_ms, first_byte_ms: timeout_ms, idle_ms: timeout_ms },
+        keep_ms: Some(KEEP_MS),
     }
 }
 
-fn json(body: &impl serde::Serialize) -> Vec<u8> {
-    serde_json::to_vec(body).unwrap_or_default()
+/// What an exchange's ending says.
+pub(super) fn answer(call: Call, ended: net::Outcome) -> Answer {
+    match ended {
+        net::Outcome::Complete { status, body } => understand(call, status, &String::from_utf8_lossy(&body)),
+        net::Outcome::Failed(fault) => Answer::Failed(fault.reason),
+        net::Outcome::ClientGone | net::Outcome::Cancelled => Answer::Failed("given up".into()),
+    }
 }
-
 fn understand(call: Call, status: u16, text: &str) -> Answer {
     match (status, call) {
         (200..=299, Call::Register) => {

@@ -326,6 +326,12 @@ impl Core {
         &self.identity.node_id
     }
 
+    /// Which start of the agent this is.
+    #[must_use]
+    pub fn incarnation(&self) -> u64 {
+        self.identity.incarnation
+    }
+
     /// A pool; a configured one without replicas is known and not ready.
     #[must_use]
     pub fn pool_status(&self, pool: &PoolId) -> Option<PoolStatus> {
@@ -566,12 +572,6 @@ impl Core {
             effects.push(Effect::Save(saved.text()));
         }
         effects.extend(self.replicas.take_process_orders().into_iter().map(Effect::Process));
-        let mut orders = Vec::new();
-        if self.shutdown == Shutdown::No {
-            self.replicas.due_probes(now, &mut orders);
-            self.counts.probes += orders.len() as u64;
-            effects.extend(orders.into_iter().map(Effect::Probe));
-        }
         if let Shutdown::Draining { until } = self.shutdown
             && (self.replicas.in_flight() == 0 && self.drain_is_told() || now.mono >= until)
         {
@@ -585,6 +585,12 @@ impl Core {
                 let body = self.body(order.call, now);
                 effects.push(Effect::Call { plane: index, order, body });
             }
+        }
+        let mut orders = Vec::new();
+        if self.shutdown == Shutdown::No {
+            self.replicas.due_probes(now, &mut orders);
+            self.counts.probes += orders.len() as u64;
+            effects.extend(orders.into_iter().map(Effect::Probe));
         }
         let left = |plane: &Plane| *plane.state() == PlaneState::Left;
         if self.shutdown == Shutdown::Leaving && self.planes.iter().all(left) {

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -26,14 +25,17 @@ use crate::wire::id::ReplicaKey;
 
 use super::api::{self, Action};
 use super::config::Config;
-use super::control_client::ControlClient;
-use super::core::{Core, Effect, Identity, Input, Options};
+use super::control_client;
+use super::core::{CallBody, Core, Effect, Identity, Input, Options};
 use super::gpu_reader::GpuReader;
 use super::gpus::{Report, xid};
+use super::membership::{Call, Order, Plane};
 use super::saved::{self, Saved};
 
 /// What a relayed request may take: prompts are read for minutes before the first token.
 const RELAY_PATIENCE: Patience = Patience { connect_ms: 2_000, first_byte_ms: 900_000, idle_ms: 300_000 };
+/// Calls that wait to be encoded: a control plane is called once at a time.
+const CALLS_MAX: usize = 16;
 /// When a caller that found no free slot should come back.
 const FULL_RETRY_MS: u64 = 1_000;
 
@@ -48,7 +50,7 @@ pub struct Daemon {
     processes: Processes,
     net: Net,
     core: Core,
-    control: Vec<ControlClient>,
+    encoder: Option<Encoder>,
     waker: Waker,
     saver: Option<Saver>,
     exchanges: BTreeMap<Token, Running>,
@@ -58,6 +60,8 @@ pub struct Daemon {
     over: bool,
 }
 
+/// Encodes large heartbeats.
+type Encoder = Offload<(usize, Order, CallBody), (usize, Order, Vec<u8>)>;
 /// Writes the state file.
 type Saver = Offload<String, Result<(), String>>;
 
@@ -65,6 +69,7 @@ type Saver = Offload<String, Result<(), String>>;
 enum Running {
     Probe(ProbeId, ProbeKind),
     Relay { client: Token, lease: ReplicaLease },
+    Call { plane: usize, call: Call },
 }
 
 impl Daemon {
@@ -78,7 +83,7 @@ impl Daemon {
         }
         let Shell { reactor, registry, waker, signals, net, bound } =
             Shell::start(config.addr, "POOL_MANAGERD_ADDR")?;
-        let (core, control) = make_core(&config, bound.port(), &waker)?;
+        let core = make_core(&config, bound.port());
         let watch =
             Watch::new(config.runtime_dir.clone(), config.watch_interval_ms, Token::only(Kind::DirWatch));
         let gpus = GpuReader::start(config.gpu_discovery_interval_ms, waker.clone())
@@ -99,7 +104,7 @@ impl Daemon {
             processes: Processes::new(),
             net,
             core,
-            control,
+            encoder: None,
             waker,
             saver: None,
             exchanges: BTreeMap::new(),
@@ -150,7 +155,7 @@ impl Daemon {
             self.take_ended(&ended, now);
             // The directory first: what it announces may be what a waiting request needs.
             self.scan(changed, now);
-            self.take_answers(now);
+            self.take_encoded(now);
             self.take_gpu_reports(logged, now);
             self.take_saved(now);
             self.net.turn(now.mono);
@@ -203,12 +208,39 @@ impl Daemon {
         self.perform(now);
     }
 
-    fn take_answers(&mut self, now: Now) {
-        for plane in 0..self.control.len() {
-            while let Some((call, answer)) = self.control[plane].take() {
-                self.core.handle(Input::Told { plane, call, answer }, now, &mut self.effects);
+    /// Makes a call to a control plane.
+    fn call(&mut self, plane: usize, order: Order, body: CallBody, now: Now) {
+        let body = if control_client::is_large(&body) {
+            match self.encode_elsewhere((plane, order, body)) {
+                Ok(()) => return,
+                Err(body) => body,
             }
+        } else {
+            body
+        };
+        self.send_call(plane, order, control_client::encode(&body), now);
+    }
+
+    /// Few nodes ever need the helper, so it is started when one does.
+    fn encode_elsewhere(&mut self, job: (usize, Order, CallBody)) -> Result<(), CallBody> {
+        if self.encoder.is_none() {
+            let encode = |(plane, order, body)| (plane, order, control_client::encode(&body));
+            // Without a thread it is encoded here after all.
+            self.encoder = Offload::spawn("encoder", CALLS_MAX, self.waker.clone(), encode).ok();
         }
+        match &self.encoder {
+            Some(encoder) => encoder.submit(job).map_err(|(_, _, body)| body),
+            None => Err(job.2),
+        }
+    }
+
+    fn send_call(&mut self, plane: usize, order: Order, body: Vec<u8>, now: Now) {
+        let Some(url) = self.core.planes().get(plane).map(Plane::url) else { return };
+        let (node, incarnation) = (self.core.node_id(), self.core.incarnation());
+        let bearer = self.tokens.bearer();
+        let outbound = control_client::outbound(url, node, order, incarnation, body, bearer);
+        let exchange = self.net.start(outbound, now.mono);
+        self.exchanges.insert(exchange, Running::Call { plane, call: order.call });
     }
 
     fn take_gpu_reports(&mut self, logged: bool, now: Now) {
@@ -247,6 +279,12 @@ impl Daemon {
         }
     }
 
+    fn take_encoded(&mut self, now: Now) {
+        while let Some((plane, order, body)) = self.encoder.as_ref().and_then(Offload::take) {
+            self.send_call(plane, order, body, now);
+        }
+    }
+
     fn take_saved(&mut self, now: Now) {
         while let Some(result) = self.saver.as_ref().and_then(Offload::take) {
             self.core.handle(Input::Saved(result), now, &mut self.effects);
@@ -268,7 +306,11 @@ impl Daemon {
 
     fn perform(&mut self, now: Now) {
         while !self.effects.is_empty() {
-            for effect in std::mem::take(&mut self.effects) {
+            // Others wait for the rest; the log can wait for that.
+            let is_log = |effect: &Effect| matches!(effect, Effect::Log(_));
+            let (told, acted): (Vec<Effect>, Vec<Effect>) =
+                std::mem::take(&mut self.effects).into_iter().partition(is_log);
+            for effect in acted.into_iter().chain(told) {
                 match effect {
                     Effect::Process(order) => {
                         if let Some((key, generation, seen)) = self.processes.carry_out(order, &self.registry)
@@ -281,13 +323,7 @@ impl Daemon {
                         let exchange = self.net.start(probe::outbound(&order), now.mono);
                         self.exchanges.insert(exchange, Running::Probe(order.id, order.kind));
                     }
-                    Effect::Call { plane, order, body } => {
-                        if !self.control[plane].submit(order, body, self.tokens.bearer()) {
-                            let answer = super::membership::Answer::Failed("earlier calls still hang".into());
-                            let told = Input::Told { plane, call: order.call, answer };
-                            self.core.handle(told, now, &mut self.effects);
-                        }
-                    }
+                    Effect::Call { plane, order, body } => self.call(plane, order, body, now),
                     Effect::Save(text) => self.save(text, now),
                     Effect::DeleteFile(name, content) => self.watch.delete(&name, &content),
                     Effect::Log(happening) if happening.is_warning => log::warn!("{}", happening.text),
@@ -393,6 +429,7 @@ impl Daemon {
             body: Arc::new(request.body),
             sink: Sink::Client { client, hold_back: &[], fields: Vec::new() },
             patience: RELAY_PATIENCE,
+            keep_ms: None,
         };
         let exchange = self.net.start(outbound, now.mono);
         self.exchanges.insert(exchange, Running::Relay { client, lease });
@@ -419,6 +456,10 @@ impl Daemon {
                     Outcome::Complete { .. } | Outcome::ClientGone | Outcome::Cancelled => None,
                 };
                 self.core.handle(Input::Relayed { lease, fault }, now, &mut self.effects);
+            }
+            Some(Running::Call { plane, call }) => {
+                let answer = control_client::answer(call, outcome);
+                self.core.handle(Input::Told { plane, call, answer }, now, &mut self.effects);
             }
             None => {}
         }
@@ -456,7 +497,7 @@ fn refusal(key: &ReplicaKey, refused: &Refused) -> crate::http::server::Response
     }
 }
 
-fn make_core(config: &Config, own_port: u16, waker: &Waker) -> Result<(Core, Vec<ControlClient>), Exit> {
+fn make_core(config: &Config, own_port: u16) -> Core {
     let at = now();
     let incarnation = next_incarnation(&config.state_dir, at.wall.unix_ms());
     let planes = config.cloud.as_ref().map_or(&[][..], |cloud| &cloud.control_planes);
@@ -481,13 +522,7 @@ fn make_core(config: &Config, own_port: u16, waker: &Waker) -> Result<(Core, Vec
         drain_timeout_ms: config.drain_timeout_ms,
         auto_delete: config.auto_delete,
     };
-    let core = Core::new(identity, policy, &options, fastrand::u64(..), at);
-    let control = planes
-        .iter()
-        .map(|url| ControlClient::start(url, &config.node_id, waker.clone()))
-        .collect::<io::Result<Vec<_>>>()
-        .map_err(|error| Exit::runtime(format!("cannot start a helper thread: {error}")))?;
-    Ok((core, control))
+    Core::new(identity, policy, &options, fastrand::u64(..), at)
 }
 
 /// One more than the last start's, and never less than the clock says: a node whose state directory

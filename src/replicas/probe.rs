@@ -37,6 +37,7 @@ pub fn outbound(order: &ProbeOrder) -> Outbound {
             first_byte_ms: order.timeout_ms,
             idle_ms: order.timeout_ms,
         },
+        keep_ms: None,
     }
 }
 

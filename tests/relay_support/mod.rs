@@ -144,6 +144,7 @@ fn run(reactor: &mut Reactor, net: &mut Net, engine: SocketAddr, patience: Patie
                         net.stream_end(client, now);
                     } else if request.head.target() != "/hold" {
                         let outbound = Outbound {
+                            keep_ms: None,
                             to: to.clone(),
                             method: request.head.method().to_string(),
                             target: request.head.target().to_string(),
