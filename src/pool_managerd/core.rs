@@ -580,7 +580,7 @@ impl Core {
         }
         let revision = self.replicas.revision() + u64::from(self.shutdown != Shutdown::No);
         for index in 0..self.planes.len() {
-            self.planes[index].on_change(revision, now);
+            self.planes[index].on_change(revision, self.replicas.len(), now);
             if let Some(order) = self.planes[index].poll(now) {
                 let body = self.body(order.call, now);
                 effects.push(Effect::Call { plane: index, order, body });

@@ -359,6 +359,13 @@ impl Registry {
         self.revision
     }
 
+    /// How many replicas are known.
+    #[must_use]
+    #[expect(clippy::len_without_is_empty, reason = "nobody asks whether there are none")]
+    pub fn len(&self) -> usize {
+        self.replicas.len()
+    }
+
     /// The handoff on which a replica runs.
     #[must_use]
     pub fn handoff(&self, key: &ReplicaKey) -> Option<&Handoff> {

@@ -59,6 +59,7 @@ pub const WRITING_MS_MAX: u64 = 250;
 #[derive(Debug)]
 pub struct Scanner {
     directory: PathBuf,
+    own_uid: u32,
     known: BTreeMap<Arc<str>, Known>,
     pass: Option<Pass>,
     /// A pass is wanted after the one that is under way.
@@ -112,6 +113,7 @@ impl Scanner {
     pub fn new(directory: PathBuf) -> Scanner {
         Scanner {
             directory,
+            own_uid: rustix::process::geteuid().as_raw(),
             known: BTreeMap::new(),
             pass: None,
             again: false,
@@ -276,7 +278,8 @@ impl Scanner {
     fn open_directory(&self) -> io::Result<OwnedFd> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = rustix::fs::open(&self.directory, flags, Mode::empty())?;
-        check_owner(&rustix::fs::fstat(&directory)?, "the directory").map_err(io::Error::other)?;
+        check_owner(&rustix::fs::fstat(&directory)?, self.own_uid, "the directory")
+            .map_err(io::Error::other)?;
         Ok(directory)
     }
 
@@ -402,7 +405,7 @@ impl Scanner {
         }
         budget.reads = budget.reads.saturating_sub(1);
         let modified = Wall(identity.modified_ns);
-        let bytes = match read_checked(directory, name, &stat) {
+        let bytes = match read_checked(directory, name, &stat, self.own_uid) {
             Ok(bytes) => bytes,
             // Without an identity it is read again by every pass: the cause may pass (permissions, EIO).
             Err(reason) => return self.keep(name, refused(name, modified, reason), true),
@@ -466,7 +469,7 @@ fn refused(name: &Arc<str>, modified: Wall, reason: String) -> ListedFile {
     ListedFile { name: name.clone(), modified, content: Arc::new(FileContent::Refused(reason)) }
 }
 
-fn read_checked(directory: &impl AsFd, name: &str, listed: &Stat) -> Result<Vec<u8>, String> {
+fn read_checked(directory: &impl AsFd, name: &str, listed: &Stat, own_uid: u32) -> Result<Vec<u8>, String> {
     // Checked before the open, because opening a device or a FIFO can itself do something.
     check_kind(listed)?;
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
@@ -474,12 +477,38 @@ fn read_checked(directory: &impl AsFd, name: &str, listed: &Stat) -> Result<Vec<
         .map_err(|error| format!("cannot be opened: {error}"))?;
     let stat = rustix::fs::fstat(&file).map_err(|error| format!("cannot be looked at: {error}"))?;
     check_kind(&stat)?;
-    check_owner(&stat, "it")?;
-    let mut bytes = Vec::with_capacity(usize::try_from(stat.st_size).unwrap_or(0).min(HANDOFF_BYTES_MAX) + 1);
-    File::from(file)
-        .take(HANDOFF_BYTES_MAX as u64 + 1)
-        .read_to_end(&mut bytes)
-        .map_err(|error| format!("cannot be read: {error}"))?;
+    check_owner(&stat, own_uid, "it")?;
+    read_bounded(file, usize::try_from(stat.st_size).unwrap_or(usize::MAX))
+        .map_err(|error| format!("cannot be read: {error}"))
+}
+
+/// Reads a file of about `size` bytes, and no more than one byte beyond the limit.
+fn read_bounded(file: OwnedFd, size: usize) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0; size.min(HANDOFF_BYTES_MAX) + 1];
+    let mut file = File::from(file);
+    let mut length = 0;
+    loop {
+        match file.read(&mut bytes[length..]) {
+            Ok(0) => break,
+            // Of a plain file less than was asked for is its end.
+            Ok(read) if length + read < bytes.len() => {
+                length += read;
+                break;
+            }
+            // It grew since it was looked at.
+            Ok(read) if bytes.len() <= HANDOFF_BYTES_MAX => {
+                length += read;
+                bytes.resize(HANDOFF_BYTES_MAX + 1, 0);
+            }
+            Ok(read) => {
+                length += read;
+                break;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    bytes.truncate(length);
     Ok(bytes)
 }
 
@@ -495,8 +524,7 @@ fn check_kind(stat: &Stat) -> Result<(), String> {
     Ok(())
 }
 
-fn check_owner(stat: &Stat, what: &str) -> Result<(), String> {
-    let own = rustix::process::geteuid().as_raw();
+fn check_owner(stat: &Stat, own: u32, what: &str) -> Result<(), String> {
     if stat.st_uid != 0 && stat.st_uid != own {
         return Err(format!(
             "{what} belongs to user {}: handoffs must belong to root or to the user that this daemon runs as ({own})",
