@@ -80,14 +80,14 @@ fn a_change_is_told_at_once_and_changes_during_a_call_coalesce() {
     let now = now.plus_ms(1_000);
     plane.on_change(1, 1, now);
     let order = plane.poll(now).expect("the change is told at once");
-    plane.on_change(2, now.plus_ms(10));
-    plane.on_change(3, now.plus_ms(20));
+    plane.on_change(2, 1, now.plus_ms(10));
+    plane.on_change(3, 1, now.plus_ms(20));
     assert_eq!(plane.poll(now.plus_ms(20)), None);
     plane.answered(order.call, agreed(), now.plus_ms(100), &mut |n| n / 2, &mut notes);
     let order = plane.poll(now.plus_ms(100)).expect("what changed meanwhile is told next");
     plane.answered(order.call, agreed(), now.plus_ms(110), &mut |n| n / 2, &mut notes);
     assert!(plane.deadline().expect("the next").ms_since(now.mono) > 5_000, "nothing is left to tell");
-    plane.on_change(3, now.plus_ms(120));
+    plane.on_change(3, 1, now.plus_ms(120));
     assert!(plane.poll(now.plus_ms(120)).is_none(), "no news");
 }
 
@@ -115,7 +115,7 @@ fn lost_heartbeats_are_repeated_for_ever_and_noted_at_the_third() {
         assert!(matches!(step(&mut plane, &mut now, refused(), &mut notes), Call::Heartbeat { .. }));
         assert_eq!(notes.len(), usize::from(n >= FAILURES_NOTED), "after {n} failures");
         let next = plane.deadline();
-        plane.on_change(u64::from(n), now);
+        plane.on_change(u64::from(n), 1, now);
         assert_eq!(plane.deadline(), next, "changes wait while the control plane is away");
         assert!(plane.deadline().expect("tries again").ms_since(now.mono) <= 10_000);
     }
@@ -240,7 +240,7 @@ fn shutdown_deregisters_once_and_only_what_was_registered() {
 #[test]
 fn shutdown_ends_although_a_call_hangs() {
     let (mut plane, now, mut notes) = member();
-    plane.on_change(1, now.plus_ms(100));
+    plane.on_change(1, 1, now.plus_ms(100));
     let order = plane.poll(now.plus_ms(100)).expect("a heartbeat");
     plane.shutdown(now.plus_ms(200));
     let by = plane.deadline().expect("gives up");
