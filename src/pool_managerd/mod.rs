@@ -2,18 +2,22 @@
 //! and relays their requests to engines that listen on this machine only.
 //!
 //! [`core`] decides, [`daemon`] does. Below them: [`crate::replicas`] (the directory and the probes)
-//! and [`membership`] (registration and heartbeats).
+//! and [`membership`] (registration and heartbeats); beside them [`operations`] (drains, as operators ask
+//! for them) and [`callbacks`] (who is told when a replica becomes ready).
 
 use std::ffi::OsString;
 
 use crate::settings::Exit;
 
 pub mod api;
+mod callback_client;
+pub mod callbacks;
 pub mod config;
 mod control_client;
 pub mod core;
 pub mod daemon;
 pub mod membership;
+pub mod operations;
 
 /// Runs the daemon until a signal ends it.
 ///

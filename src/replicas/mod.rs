@@ -28,6 +28,7 @@
 
 pub mod change;
 pub mod directory;
+pub mod drains;
 pub mod health;
 pub mod policy;
 pub mod probe;
@@ -39,6 +40,7 @@ pub mod watch;
 
 pub use change::{Cause, Change, FileState, FileView, Refused, State};
 pub use directory::{FileContent, ListedFile};
+pub use drains::{DrainChange, DrainEvent};
 pub use policy::{AllowList, EnginePolicy};
 pub use probing::{Fault, ProbeId, ProbeKind, ProbeOrder, ProbeOutcome};
 pub use registry::{Registry, ReplicaLease};

@@ -9,6 +9,7 @@ use llama_orch::pool_managerd::core::Input as AgentInput;
 use llama_orch::pool_managerd::membership::PlaneState;
 use llama_orch::replicas::{FileContent, ListedFile};
 use llama_orch::time::Mono;
+use llama_orch::wire::drain::Scope;
 use llama_orch::wire::handoff::{Handoff, HandoffFile, parse};
 use llama_orch::wire::id::PoolId;
 
@@ -57,7 +58,10 @@ impl World {
             let exit_by = healed.agent.as_ref().and_then(|agent| agent.exit_by);
             assert!(exit_by.is_none_or(|at| self.now.mono <= at), "n{node}: its agent outlives its shutdown");
             for pool in ["p0", "p1"] {
-                self.agent_turn(node, vec![AgentInput::Resume(PoolId::new(pool).expect("an id"))]);
+                self.agent_turn(
+                    node,
+                    vec![AgentInput::Resume(Scope::pool(&PoolId::new(pool).expect("an id")))],
+                );
             }
             let ports: Vec<u16> = self.nodes[node].engines.keys().copied().collect();
             for port in ports {
@@ -181,7 +185,8 @@ impl World {
                 let pool = PoolId::new(["p0", "p1"][self.random.usize(..2)]).expect("an id");
                 let drain = self.random.bool();
                 self.note(&format!("n{node} {pool} drains: {drain}"));
-                let input = if drain { AgentInput::Drain(pool) } else { AgentInput::Resume(pool) };
+                let scope = Scope::pool(&pool);
+                let input = if drain { AgentInput::Drain(scope, None) } else { AgentInput::Resume(scope) };
                 self.agent_turn(node, vec![input]);
             }
         }

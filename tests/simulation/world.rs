@@ -495,6 +495,9 @@ impl World {
                 self.after(delay_ms, Event::CallArrives { node, life, id, body });
             }
             agent_core::Effect::Log(happening) => self.note(&format!("n{node} {}", happening.text)),
+            // The process ends soon after, and its connections with it.
+            agent_core::Effect::Cut(_) => {}
+            agent_core::Effect::Deliver(_) => panic!("nobody registered a callback"),
             agent_core::Effect::Exit => {
                 self.note(&format!("n{node} agent exits"));
                 self.totals.agent_exits += 1;
