@@ -86,26 +86,30 @@ impl CallbackClient {
     }
 
     fn start(&self) -> io::Result<Offload<Job, Delivered>> {
-        let config = ureq::Agent::config_builder()
-            .proxy(None)
-            .max_redirects(0)
-            .http_status_as_error(false)
-            .max_idle_connections(0)
-            .timeout_resolve(Some(CONNECT_TIMEOUT))
-            .timeout_connect(Some(CONNECT_TIMEOUT))
-            .timeout_send_request(Some(DELIVERY_TIMEOUT))
-            .timeout_send_body(Some(DELIVERY_TIMEOUT))
-            .timeout_recv_response(Some(DELIVERY_TIMEOUT))
-            .timeout_recv_body(Some(DELIVERY_TIMEOUT))
-            .timeout_global(Some(DELIVERY_TIMEOUT))
-            .user_agent(concat!("pool-managerd/", env!("CARGO_PKG_VERSION")))
-            .build();
-        let judge = Judge { policy: self.policy.clone(), inner: DefaultResolver::default() };
-        let agent = ureq::Agent::with_parts(config, DefaultConnector::default(), judge);
+        let agent = agent(self.policy.clone());
         Offload::spawn("callback", 1, self.waker.clone(), move |job: Job| {
             (job.delivery.callback, job.delivery.event, post(&agent, &job))
         })
     }
+}
+
+fn agent(policy: Policy) -> ureq::Agent {
+    let config = ureq::Agent::config_builder()
+        .proxy(None)
+        .max_redirects(0)
+        .http_status_as_error(false)
+        .max_idle_connections(0)
+        .timeout_resolve(Some(CONNECT_TIMEOUT))
+        .timeout_connect(Some(CONNECT_TIMEOUT))
+        .timeout_send_request(Some(DELIVERY_TIMEOUT))
+        .timeout_send_body(Some(DELIVERY_TIMEOUT))
+        .timeout_recv_response(Some(DELIVERY_TIMEOUT))
+        .timeout_recv_body(Some(DELIVERY_TIMEOUT))
+        .timeout_global(Some(DELIVERY_TIMEOUT))
+        .user_agent(concat!("pool-managerd/", env!("CARGO_PKG_VERSION")))
+        .build();
+    let judge = Judge { policy, inner: DefaultResolver::default() };
+    ureq::Agent::with_parts(config, DefaultConnector::default(), judge)
 }
 
 fn post(agent: &ureq::Agent, job: &Job) -> Result<(), String> {
@@ -148,5 +152,63 @@ impl Resolver for Judge {
             }
         }
         if allowed.is_empty() { Err(refused(why)) } else { Ok(allowed) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::TcpListener;
+    use std::thread;
+
+    use super::*;
+    use crate::replicas::{AllowList, EnginePolicy};
+
+    fn told(url: &str) -> Result<(), String> {
+        let rules = EnginePolicy::new(Vec::new(), None, AllowList::default(), "");
+        let delivery = Box::new(Delivery {
+            callback: 1,
+            event: 1,
+            url: BaseUrl::new(url).expect("a URL"),
+            event_id: "n-1-1".into(),
+            is_trusted: false,
+            body: "{}".into(),
+        });
+        post(&agent(Policy::new(rules, Vec::new())), &Job { delivery, bearer: None })
+    }
+
+    #[test]
+    fn what_a_name_resolves_to_is_judged_before_it_is_dialled() {
+        for (url, why) in [
+            ("http://169.254.169.254/latest", "link-local"),
+            ("http://8.8.8.8:9", "neither on this machine"),
+            // Names for addresses that only the resolver understands.
+            ("http://134744072:9", "neither on this machine"),
+            ("http://0xa9fea9fe:9", "link-local"),
+        ] {
+            let error = told(url).expect_err(url);
+            assert!(error.contains(why), "{url}: {error}");
+        }
+    }
+
+    #[test]
+    fn redirects_are_failures_and_not_followed() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = listener.local_addr().expect("an address").port();
+        let served = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().expect("a connection");
+            let mut bytes = [0; 4096];
+            let length = stream.read(&mut bytes).expect("a request");
+            write!(
+                stream,
+                "HTTP/1.1 307 X\r\nLocation: http://127.0.0.1:{port}/other\r\nContent-Length: 0\r\n\r\n"
+            )
+            .expect("sent");
+            String::from_utf8_lossy(&bytes[..length]).into_owned()
+        });
+        assert_eq!(told(&format!("http://localhost:{port}/x")), Err("status 307".into()));
+        let request = served.join().expect("served");
+        assert!(request.starts_with("POST /x HTTP/1.1\r\n"), "{request}");
+        assert!(request.to_ascii_lowercase().contains("\r\nidempotency-key: n-1-1\r\n"), "{request}");
     }
 }

@@ -25,7 +25,7 @@ const TABLE_FULL_RETRY_MS: u64 = 60_000;
 /// Longest value that an error repeats, in characters.
 const SHOWN_CHARS_MAX: usize = 80;
 
-/// Something for the daemon to do before it answers with [`answer`].
+/// Something for the daemon to do before it answers.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Operation {
     /// No new work for a scope; what still runs after so many milliseconds is cut.
@@ -56,13 +56,13 @@ pub fn route(segments: &[&str], request: &Request, core: &Core) -> Option<Result
         },
         ["callbacks", "unregister"] if method == "POST" => unregister(request),
         ["callbacks", "unregister"] => Err(not_allowed("POST")),
-        ["pools", pool, "replicas", replica, "status"] => replica_key(core, pool, replica).and_then(|key| {
-            match (method, core.replicas().replica_status(&key)) {
+        ["pools", pool, "replicas", replica, "status"] => {
+            replica_key(pool, replica).and_then(|key| match (method, core.replicas().replica_status(&key)) {
                 ("GET" | "POST", Some(status)) => Err(Response::json(200, &status)),
                 ("GET" | "POST", None) => Err(not_found(&format!("replica {key} not found"))),
                 _ => Err(not_allowed("GET, POST")),
-            }
-        }),
+            })
+        }
         [of @ .., verb @ ("drain" | "resume")] => match scope(of, core)? {
             Ok(scope) => match (*verb, method) {
                 ("drain", "POST") => drain(scope, request, core),
@@ -188,7 +188,7 @@ fn scope(segments: &[&str], core: &Core) -> Option<Result<Scope, Response>> {
             let known = core.pool_status(&pool).is_some() || core.replicas().drain_status(&scope).is_some();
             known.then_some(scope).ok_or_else(|| not_found(&format!("pool {pool} not found")))
         }),
-        ["pools", pool, "replicas", replica] => replica_key(core, pool, replica).and_then(|key| {
+        ["pools", pool, "replicas", replica] => replica_key(pool, replica).and_then(|key| {
             let scope = Scope::replica(&key);
             let replicas = core.replicas();
             let known = replicas.handoff(&key).is_some() || replicas.drain_status(&scope).is_some();
@@ -270,12 +270,9 @@ fn pool_id(text: &str) -> Result<PoolId, Response> {
     PoolId::new(text).map_err(|why| bad(&format!("`pool_id`: {why}")))
 }
 
-fn replica_key(core: &Core, pool: &str, replica: &str) -> Result<ReplicaKey, Response> {
+fn replica_key(pool: &str, replica: &str) -> Result<ReplicaKey, Response> {
     let pool = pool_id(pool)?;
     let replica = ReplicaId::new(replica).map_err(|why| bad(&format!("`replica_id`: {why}")))?;
-    if core.pool_status(&pool).is_none() && core.replicas().drain_of_pool(&pool).is_none() {
-        return Err(not_found(&format!("pool {pool} not found")));
-    }
     Ok(ReplicaKey { pool, replica })
 }
 

@@ -695,7 +695,7 @@ fn a_held_replica_returns_when_the_last_cause_is_gone() {
         let status = machine.registry.pool_status(&key.pool).expect("a pool");
         (status.replicas[0].state.clone(), status.replicas[0].reason.clone())
     };
-    let mut hold = |machine: &mut Machine, cause, reason: &str| {
+    let hold = |machine: &mut Machine, cause, reason: &str| {
         let Machine { registry, now, changes, .. } = machine;
         registry.hold(&key, generation, cause, reason.into(), *now, changes);
         registry.check_invariants();
@@ -716,7 +716,7 @@ fn a_held_replica_returns_when_the_last_cause_is_gone() {
     let_go(&mut machine, generation, Cause::Hung);
     assert_eq!(state(&machine).0, "ready");
     // A process that is gone is not asked any more.
-    let mut hold = |machine: &mut Machine, cause| {
+    let hold = |machine: &mut Machine, cause| {
         let Machine { registry, now, changes, .. } = machine;
         registry.hold(&key, generation, cause, "process 7 ended".into(), *now, changes);
     };

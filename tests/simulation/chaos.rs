@@ -57,11 +57,10 @@ impl World {
             healed.files.retain(|_, file| !matches!(*file.content, FileContent::Refused(_)));
             let exit_by = healed.agent.as_ref().and_then(|agent| agent.exit_by);
             assert!(exit_by.is_none_or(|at| self.now.mono <= at), "n{node}: its agent outlives its shutdown");
+            self.agent_turn(node, vec![AgentInput::Resume(Scope::Node)]);
             for pool in ["p0", "p1"] {
-                self.agent_turn(
-                    node,
-                    vec![AgentInput::Resume(Scope::pool(&PoolId::new(pool).expect("an id")))],
-                );
+                let scope = Scope::pool(&PoolId::new(pool).expect("an id"));
+                self.agent_turn(node, vec![AgentInput::Resume(scope)]);
             }
             let ports: Vec<u16> = self.nodes[node].engines.keys().copied().collect();
             for port in ports {
@@ -184,8 +183,8 @@ impl World {
             _ => {
                 let pool = PoolId::new(["p0", "p1"][self.random.usize(..2)]).expect("an id");
                 let drain = self.random.bool();
-                self.note(&format!("n{node} {pool} drains: {drain}"));
-                let scope = Scope::pool(&pool);
+                let scope = if self.chance(30) { Scope::Node } else { Scope::pool(&pool) };
+                self.note(&format!("n{node} {scope} drains: {drain}"));
                 let input = if drain { AgentInput::Drain(scope, None) } else { AgentInput::Resume(scope) };
                 self.agent_turn(node, vec![input]);
             }

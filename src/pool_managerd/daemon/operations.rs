@@ -1,6 +1,8 @@
 //! The shell's part of drains and callbacks: an operation is handed to the core and answered, deliveries
 //! and cuts are carried out.
 
+use std::collections::BTreeSet;
+
 use super::{Daemon, Running};
 use crate::pool_managerd::callbacks::Delivery;
 use crate::pool_managerd::core::Input;
@@ -36,6 +38,7 @@ impl Daemon {
 
     /// Ends the relayed requests with these leases. Their clients see no clean end.
     pub(super) fn cut(&mut self, leases: &[u64], now: Now) {
+        let leases: BTreeSet<u64> = leases.iter().copied().collect();
         let is_meant = |running: &Running| match running {
             Running::Relay { lease, .. } => leases.contains(&lease.id),
             Running::Probe(..) => false,
