@@ -411,6 +411,7 @@ impl Core {
                 self.replicas.data_path_failed(&lease.key, lease.serial, fault, &reason, now, changes);
             }
         }
+        self.replicas.cut_came_too_late(&lease);
         self.replicas.release(lease, now, changes);
     }
 

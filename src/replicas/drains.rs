@@ -17,7 +17,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::change::Change;
-use super::registry::Registry;
+use super::registry::{Registry, ReplicaLease};
 use crate::service::events::Happening;
 use crate::time::{Mono, Now, Wall, earliest};
 use crate::wire::drain::{DrainStatus, Scope, StoredDrain};
@@ -193,6 +193,13 @@ impl Registry {
             }));
         }
         leases
+    }
+
+    /// A request that was to be cut had ended by itself already, and counts as such when it is released.
+    pub fn cut_came_too_late(&mut self, lease: &ReplicaLease) {
+        if let Some(request) = self.running.requests.get_mut(&lease.id) {
+            request.is_cut = false;
+        }
     }
 
     /// When [`Registry::expire_drains`] is wanted next.

@@ -218,6 +218,18 @@ fn at_the_deadline_what_runs_is_cut_once() {
 }
 
 #[test]
+fn a_request_that_ended_before_it_could_be_cut_is_not_counted_as_cut() {
+    let mut machine = Machine::with(&REPLICAS);
+    let lease = machine.acquire("a", "r0").expect("free");
+    machine.drain(&Scope::Node, Some(100));
+    assert_eq!(machine.pass_ms(100), [lease.id]);
+    machine.registry.cut_came_too_late(&lease);
+    machine.release(lease);
+    let status = machine.status(&Scope::Node);
+    assert_eq!((status.finished, status.cut, status.drained), (1, 0, true));
+}
+
+#[test]
 fn another_deadline_for_a_drain_that_was_cut_is_kept_too() {
     let mut machine = Machine::with(&REPLICAS);
     let lease = machine.acquire("a", "r0").expect("free");
