@@ -245,6 +245,8 @@ pub enum FaultKind {
     Protocol,
     /// A status that was held back.
     Status(u16),
+    /// The owner called [`Net::abort`].
+    Aborted,
 }
 
 /// Points in an exchange's life.
@@ -440,6 +442,13 @@ impl Net {
             session.next = ClientNext::Owner;
         }
         self.finish_exchange(exchange, Outcome::Cancelled, now);
+    }
+
+    /// Ends an exchange at the owner's wish as if its engine had failed: a client that has part of the
+    /// answer sees an error event or a broken connection, never a clean end; one that has none is still
+    /// owed an answer. It ends with [`FaultKind::Aborted`] and `reason`, which the client may be told.
+    pub fn abort(&mut self, exchange: Token, reason: &str, now: Mono) {
+        self.fail_exchange(exchange, FaultKind::Aborted, reason, now);
     }
 
     /// Stops or resumes reading an exchange whose pieces go to the owner.

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use crate::http::server::{Request, Response};
 use crate::metrics::{self, Scrape};
 use crate::service::auth::Tokens;
+use crate::service::lag::LoopLag;
 use crate::time::Now;
 use crate::wire::id::{NodeId, PoolId};
 use crate::wire::node::{Heartbeat, RegisterRequest};
@@ -62,6 +63,8 @@ pub struct Facts<'a> {
     pub resident_bytes: Option<u64>,
     /// Connected clients.
     pub clients: usize,
+    /// How far the loop lags behind.
+    pub lag: &'a LoopLag,
 }
 
 /// Decides about a request.
@@ -101,7 +104,7 @@ pub fn route(request: &Request, core: &Core, facts: &Facts<'_>, now: Now) -> Act
             Ok(()) => respond(200, &json!({"ready": true})),
             Err(reason) => respond(503, &json!({"ready": false, "reason": reason})),
         },
-        ["metrics"] if get => Action::Respond(scrape(core, facts)),
+        ["metrics"] if get => Action::Respond(scrape(core, facts, now)),
         ["v2", "events"] if get => {
             let since = head.query("since").and_then(|n| n.parse().ok()).unwrap_or(0);
             respond(200, &core.events().to_json(since))
@@ -310,7 +313,7 @@ fn handoffs(core: &Core, facts: &Facts<'_>) -> Action {
     }
 }
 
-fn scrape(core: &Core, facts: &Facts<'_>) -> Response {
+fn scrape(core: &Core, facts: &Facts<'_>, now: Now) -> Response {
     let (counts, registry) = (core.counts(), core.registry());
     let mut scrape = Scrape::default();
     let by_status = [
@@ -372,6 +375,7 @@ fn scrape(core: &Core, facts: &Facts<'_>) -> Response {
         &counts.first_byte,
     );
     scrape.histogram("orchestratord_request_seconds", "From ask to the answer's end.", &counts.duration);
+    facts.lag.scrape("orchestratord", now.mono, &mut scrape);
     if let Some(bytes) = facts.resident_bytes {
         scrape.gauge("process_resident_memory_bytes", "Resident memory.", &[("", bytes as f64)]);
     }

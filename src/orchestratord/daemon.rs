@@ -14,6 +14,7 @@ use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Reactor, Registry, now};
 use crate::replicas::{EnginePolicy, ProbeId, ProbeKind, Processes, Watch, probe};
 use crate::service::auth::{self, Tokens};
+use crate::service::lag::LoopLag;
 use crate::service::machine;
 use crate::service::shell::Shell;
 use crate::settings::Exit;
@@ -56,6 +57,7 @@ pub struct Daemon {
     jobs: BTreeMap<RequestId, Job>,
     by_client: BTreeMap<Token, RequestId>,
     exchanges: BTreeMap<Token, Running>,
+    lag: LoopLag,
     next_request: RequestId,
     tokens: Tokens,
     config: Config,
@@ -121,6 +123,7 @@ impl Daemon {
             jobs: BTreeMap::new(),
             by_client: BTreeMap::new(),
             exchanges: BTreeMap::new(),
+            lag: LoopLag::default(),
             next_request: 1,
             tokens: config.tokens.clone(),
             config,
@@ -144,10 +147,14 @@ impl Daemon {
             let is_scanning = self.watch.as_ref().is_some_and(Watch::busy);
             let deadline = earliest(earliest(self.core.deadline(), self.net.deadline()), watch);
             let deadline = earliest(deadline, self.tasks.deadline());
+            if let Some(slow) = self.lag.worked(now.mono, crate::reactor::now().mono) {
+                log::warn!("{slow}");
+            }
             now = self
                 .reactor
                 .wait(deadline, self.net.busy() || is_scanning || self.over)
                 .map_err(|error| Exit::runtime(format!("the event loop failed: {error}")))?;
+            self.lag.woke(deadline, now.mono);
             let (mut changed, mut stops, mut ended) = (false, 0, Vec::new());
             for (token, edge) in self.reactor.events() {
                 match token.kind() {
@@ -260,6 +267,7 @@ impl Daemon {
             peer: &peer,
             resident_bytes: (request.head.path() == "/metrics").then(machine::resident_bytes).flatten(),
             clients: self.net.clients(),
+            lag: &self.lag,
         };
         match api::route(&request, &self.core, &facts, now) {
             Action::Respond(response) => self.net.respond(client, &response, now.mono),

@@ -1,22 +1,28 @@
 //! The node agent's HTTP interface: a request becomes an answer, or something for the daemon to do.
 //! Pure.
 
+use serde::Deserialize;
 use serde_json::json;
 
 use crate::http::server::{Request, Response};
 use crate::metrics::{self, Scrape, label_value};
 use crate::service::auth::{Denied, Tokens};
+use crate::service::lag::LoopLag;
+use crate::time::Mono;
 use crate::wire::handoff::{self, Handoff, HandoffFile};
 use crate::wire::id::{PoolId, ReplicaId, ReplicaKey};
 
 use super::core::Core;
 use super::gpus::GpuId;
 use super::membership::PlaneState;
+use super::operations::{self, Operation};
 
 /// Field in which a control plane says which engine it means.
 pub const GENERATION_FIELD: &str = "x-llorch-generation";
 /// Field in which a control plane says how many slots a request takes.
 pub const SLOTS_FIELD: &str = "x-llorch-slots";
+/// Largest body that is read for its `n`, in bytes: reading holds the loop up, by a few milliseconds here.
+const SLOTS_BODY_BYTES_MAX: usize = 2 << 20;
 
 /// What the daemon must do for a request.
 #[derive(Debug)]
@@ -34,10 +40,6 @@ pub enum Action {
         /// Path and query below the engine's URL.
         target: String,
     },
-    /// No new work for a pool, then answer.
-    Drain(PoolId),
-    /// Work again for a pool, then answer.
-    Resume(PoolId),
     /// A GPU is sound, an operator says; then answer.
     ClearGpu(GpuId),
     /// Take a handoff that comes without a file, then answer.
@@ -46,6 +48,8 @@ pub enum Action {
     Abandon(ReplicaKey),
     /// Ask a pool's engines how they are, then answer.
     Ask(PoolId),
+    /// Do something that an operator or a tool asked for, then answer.
+    Operate(Operation),
 }
 
 /// What the daemon knows beside the core.
@@ -57,6 +61,10 @@ pub struct Facts<'a> {
     pub watch_mode: &'static str,
     /// Resident memory, where known, in bytes.
     pub resident_bytes: Option<u64>,
+    /// How far the loop lags behind.
+    pub lag: &'a LoopLag,
+    /// The time of this turn.
+    pub now: Mono,
 }
 
 /// Decides about a request.
@@ -73,6 +81,9 @@ pub fn route(request: &Request, core: &Core, facts: &Facts<'_>) -> Action {
     let segments: Vec<&str> = path.trim_start_matches('/').split('/').collect();
     let get = matches!(head.method(), "GET" | "HEAD");
     let post = head.method() == "POST";
+    if let Some(operation) = operations::route(&segments, request, core) {
+        return operation.map_or_else(Action::Respond, Action::Operate);
+    }
     match segments.as_slice() {
         ["health"] if get => respond(200, &json!({"status": "ok", "version": env!("CARGO_PKG_VERSION")})),
         ["ready"] if get => ready(core),
@@ -82,8 +93,6 @@ pub fn route(request: &Request, core: &Core, facts: &Facts<'_>) -> Action {
             Some(status) => respond(200, &status),
             None => Action::Respond(not_found(&format!("pool {id} not found"))),
         }),
-        ["pools", pool, "drain"] if post => with_known_pool(core, pool, Action::Drain),
-        ["pools", pool, "resume"] if post => with_known_pool(core, pool, Action::Resume),
         ["pools", pool, "ready"] if post => with_pool(pool, |pool| announced(&request.body, pool, core)),
         ["pools", pool, "replicas", replica] if head.method() == "DELETE" => {
             with_pool(pool, |pool| abandon(pool, replica, core))
@@ -99,11 +108,12 @@ pub fn route(request: &Request, core: &Core, facts: &Facts<'_>) -> Action {
             let since = head.query("since").and_then(|n| n.parse().ok()).unwrap_or(0);
             respond(200, &core.events().to_json(since))
         }
-        ["health" | "ready" | "metrics" | "pools" | "gpus" | "handoffs" | "events"] => not_allowed("GET"),
-        ["pools", _, "status"] => not_allowed("GET, POST"),
-        ["gpus", _, "clear"] => not_allowed("POST"),
-        ["pools", _, "drain" | "resume" | "ready"] => not_allowed("POST"),
-        ["pools", _, "replicas", _] => not_allowed("DELETE"),
+        ["health" | "ready" | "metrics" | "pools" | "gpus" | "handoffs" | "events"] => {
+            Action::Respond(not_allowed("GET"))
+        }
+        ["pools", _, "status"] => Action::Respond(not_allowed("GET, POST")),
+        ["gpus", _, "clear"] | ["pools", _, "ready"] => Action::Respond(not_allowed("POST")),
+        ["pools", _, "replicas", _] => Action::Respond(not_allowed("DELETE")),
         _ => Action::Respond(not_found("there is nothing at this path")),
     }
 }
@@ -124,13 +134,15 @@ fn respond(status: u16, body: &impl serde::Serialize) -> Action {
     Action::Respond(Response::json(status, body))
 }
 
-fn not_found(message: &str) -> Response {
+/// Nothing is there.
+pub(super) fn not_found(message: &str) -> Response {
     error(404, "NOT_FOUND", message, None)
 }
 
-fn not_allowed(allow: &'static str) -> Action {
+/// The path serves other methods.
+pub(super) fn not_allowed(allow: &'static str) -> Response {
     let response = error(405, "METHOD_NOT_ALLOWED", &format!("this path serves {allow}"), None);
-    Action::Respond(response.with("Allow", allow))
+    response.with("Allow", allow)
 }
 
 fn unauthorized(denied: Denied) -> Response {
@@ -148,16 +160,6 @@ fn with_pool(pool: &str, then: impl FnOnce(PoolId) -> Action) -> Action {
         Ok(id) => then(id),
         Err(why) => Action::Respond(error(400, "INVALID_PARAMS", &why.to_string(), None)),
     }
-}
-
-fn with_known_pool(core: &Core, pool: &str, then: fn(PoolId) -> Action) -> Action {
-    with_pool(pool, |id| {
-        if core.pool_status(&id).is_some() {
-            then(id)
-        } else {
-            Action::Respond(not_found(&format!("pool {id} not found")))
-        }
-    })
 }
 
 /// A pool is said to be ready: with a handoff as the body its engine is taken in as if a file had
@@ -228,9 +230,32 @@ fn relay(request: &Request, pool: &str, replica: &str) -> Action {
     Action::Relay {
         key: ReplicaKey { pool, replica },
         generation,
-        slots: slots.and_then(|n| u32::try_from(n).ok()).unwrap_or(1),
+        slots: slots.map_or_else(|| slots_of(request), |n| u32::try_from(n).unwrap_or(u32::MAX)),
         target: target.to_string(),
     }
+}
+
+/// Slots that a request takes whose sender does not say so: one for each answer that its body asks for
+/// with `n`. What is no number from 1 up counts as 1; more than the engine has takes all of them.
+fn slots_of(request: &Request) -> u32 {
+    #[derive(Deserialize)]
+    struct Body {
+        n: Option<f64>,
+    }
+    let json = request.head.fields.get("content-type").is_some_and(is_json);
+    let worth_reading = json && request.head.method() == "POST" && request.body.len() <= SLOTS_BODY_BYTES_MAX;
+    // Most bodies say nothing of it, and that is found out much faster than the rest is read.
+    if !worth_reading || memchr::memmem::find(&request.body, b"\"n\"").is_none() {
+        return 1;
+    }
+    let answers = serde_json::from_slice::<Body>(&request.body).ok().and_then(|body| body.n).unwrap_or(1.0);
+    // The conversion saturates.
+    answers.max(1.0) as u32
+}
+
+fn is_json(content_type: &str) -> bool {
+    let kind = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    kind == "application/json" || kind.ends_with("+json")
 }
 
 fn ready(core: &Core) -> Action {
@@ -308,9 +333,12 @@ fn scrape(core: &Core, facts: &Facts<'_>) -> Response {
             ("outcome=\"answered\"", served),
             ("outcome=\"failed\"", counts.relayed_failed),
             ("outcome=\"refused\"", counts.relay_refused),
+            ("outcome=\"cut\"", counts.relayed_cut),
         ],
     );
     core.gpus().scrape(&mut scrape);
+    operations::scrape(core, &mut scrape);
+    facts.lag.scrape("pool_managerd", facts.now, &mut scrape);
     if let Some(bytes) = facts.resident_bytes {
         scrape.gauge("process_resident_memory_bytes", "Resident memory.", &[("", bytes as f64)]);
     }

@@ -149,6 +149,22 @@ pub static TABLE: &[Setting] = &[
         value: "MS",
         help: "How long running requests may take to finish at shutdown; 0 to 3600000",
     },
+    Setting {
+        flag: "callback-enabled",
+        env: "POOL_MANAGERD_CALLBACK_ENABLED",
+        aliases: &[],
+        default: Some("true"),
+        value: "BOOL",
+        help: "Tell registered callbacks when a replica becomes ready or stops being ready",
+    },
+    Setting {
+        flag: "orchestratord-callback-url",
+        env: "POOL_MANAGERD_ORCHESTRATORD_CALLBACK_URL",
+        aliases: &[Alias::same("ORCHESTRATORD_CALLBACK_URL")],
+        default: None,
+        value: "URL",
+        help: "A callback that is registered at start, for every pool",
+    },
     auth::TOKEN_SETTING,
     auth::TOKEN_FILE_SETTING,
     Setting {
@@ -196,6 +212,10 @@ pub struct Config {
     pub kmsg: Option<PathBuf>,
     /// Limit of a graceful shutdown.
     pub drain_timeout_ms: u64,
+    /// Whether callbacks are told.
+    pub callback_enabled: bool,
+    /// A callback from the start.
+    pub callback_url: Option<BaseUrl>,
     /// Accepted tokens.
     pub tokens: Tokens,
     /// Where they came from, if from a file.
@@ -265,6 +285,8 @@ impl Config {
             gpu_discovery_interval_ms: settings.need("gpu-discovery-interval-ms", number(1_000, 60_000))?,
             kmsg: settings.need("kmsg", |text| Ok((!matches!(text, "" | "off")).then(|| text.into())))?,
             drain_timeout_ms: settings.need("drain-timeout-ms", number(0, 3_600_000))?,
+            callback_enabled: settings.need("callback-enabled", boolean)?,
+            callback_url: settings.get("orchestratord-callback-url", plain_url)?,
             tokens,
             token_file,
             log_level: settings.need("log-level", |text| Ok(text.to_string()))?,

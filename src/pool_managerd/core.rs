@@ -18,16 +18,20 @@ use crate::replicas::{
 };
 use crate::service::events::{Events, Happening};
 use crate::time::{Mono, Now, earliest};
+use crate::wire::drain::{DrainStatus, Scope};
 use crate::wire::handoff::Handoff;
 use crate::wire::id::{NodeId, PoolId, ReplicaKey};
 use crate::wire::node::{Capabilities, Heartbeat, PoolBeat, RegisterRequest};
 use crate::wire::pool::PoolStatus;
 use crate::wire::url::BaseUrl;
 
+use super::callbacks::{Delivery, Notifier};
 use super::gpus::{Engine, GpuId, Gpus, Report};
 use super::membership::{Answer, Call, Note, Order, Plane, PlaneState};
+use super::operations::DrainTally;
 use super::saved::{Keeper, Saved};
 
+mod operations;
 #[cfg(test)]
 mod tests;
 
@@ -100,14 +104,18 @@ pub enum Input {
     },
     /// A pool is said to be ready: its engines are asked at once.
     Ask(PoolId),
-    /// No new work for a pool.
-    Drain(PoolId),
-    /// Work again for a pool.
-    Resume(PoolId),
     /// Something about the GPUs.
     Gpu(Report),
     /// A GPU is sound, an operator says.
     ClearGpu(GpuId),
+    /// A relayed request was cut, as [`Effect::Cut`] asked.
+    RelayCut(ReplicaLease),
+    /// No new work for a scope; what still runs after so many milliseconds is cut.
+    Drain(Scope, Option<u64>),
+    /// Work again for a scope.
+    Resume(Scope),
+    /// A notice reached a callback or did not: the callback, the event, and the reason.
+    Delivered(u64, u64, Result<(), String>),
     /// End gracefully.
     Shutdown,
     /// The deadline has passed.
@@ -134,6 +142,10 @@ pub enum Effect {
     Save(String),
     /// Delete a handoff file, unless it says something else by now.
     DeleteFile(Arc<str>, Arc<FileContent>),
+    /// End the relayed requests with these leases: a drain's deadline has passed.
+    Cut(Vec<u64>),
+    /// POST a notice to a callback.
+    Deliver(Box<Delivery>),
     /// Tell the log.
     Log(Happening),
     /// Everything has been finished or given up: end the process.
@@ -172,6 +184,8 @@ pub struct Core {
     shutdown: Shutdown,
     random: fastrand::Rng,
     counts: Counts,
+    drain_tally: DrainTally,
+    notifier: Notifier,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -204,6 +218,8 @@ pub struct Counts {
     pub relayed_failed: u64,
     /// Requests that got no slot.
     pub relay_refused: u64,
+    /// Relayed requests that were cut by a drain's deadline.
+    pub relayed_cut: u64,
 }
 
 impl Core {
@@ -227,6 +243,8 @@ impl Core {
             shutdown: Shutdown::No,
             random: fastrand::Rng::with_seed(seed),
             counts: Counts::default(),
+            drain_tally: DrainTally::default(),
+            notifier: Notifier::default(),
         }
     }
 
@@ -262,17 +280,29 @@ impl Core {
             Input::Told { plane, call, answer } => self.told(plane, call, answer, now, effects),
             Input::Relayed { lease, fault } => self.relayed(lease, fault, now, &mut changes),
             Input::Ask(pool) => self.replicas.ask_pool(&pool, now),
-            Input::Drain(pool) => {
-                self.replicas.drain_pool(&pool, now, &mut changes);
+            Input::RelayCut(lease) => {
+                self.counts.relayed_cut += 1;
+                self.replicas.release(lease, now, &mut changes);
             }
-            Input::Resume(pool) => {
-                self.replicas.resume_pool(&pool, now, &mut changes);
+            Input::Drain(scope, deadline_ms) => {
+                // Who asks is told before if there are too many.
+                let _ = self.replicas.drain(&scope, deadline_ms, now, &mut changes);
+            }
+            Input::Resume(scope) => {
+                self.replicas.resume(&scope, now, &mut changes);
+            }
+            Input::Delivered(callback, event, outcome) => {
+                self.delivered((callback, event, outcome), now, effects);
             }
             Input::Gpu(report) => self.gpus.report(report, now, &mut happenings),
             Input::ClearGpu(gpu) => self.gpus.clear(gpu, now, &mut happenings),
             Input::Shutdown => self.begin_shutdown(now, &mut changes),
             Input::Tick if self.shutdown == Shutdown::No => self.gpus.tick(now, &mut happenings),
             Input::Tick => {}
+        }
+        let cut = self.replicas.expire_drains(now, &mut changes);
+        if !cut.is_empty() {
+            effects.push(Effect::Cut(cut));
         }
         self.bind_gpus(now, &mut changes, &mut happenings);
         for happening in happenings {
@@ -295,7 +325,8 @@ impl Core {
         // As long as anybody is watched: a deadline that nothing meets would make the loop spin.
         let watched = earliest(self.replicas.deadline(), self.gpus.deadline());
         let watched = watched.filter(|_| self.shutdown == Shutdown::No);
-        earliest(earliest(earliest(planes, drained), watched), self.keeper.deadline())
+        let own = earliest(self.replicas.drain_deadline(), self.notifier.deadline());
+        earliest(earliest(earliest(planes, drained), watched), earliest(own, self.keeper.deadline()))
     }
 
     /// Takes slots of a replica for a request to be relayed.
@@ -308,16 +339,14 @@ impl Core {
         generation: Option<u64>,
         slots: u32,
     ) -> Result<(ReplicaLease, BaseUrl, Option<String>), Refused> {
+        let handoff = self.replicas.handoff(key).map(|known| (known.url.clone(), known.auth_file.clone()));
+        let Some((url, auth_file)) = handoff else {
+            self.counts.relay_refused += 1;
+            return Err(Refused::Unknown);
+        };
         let taken = self.replicas.acquire(key, generation, slots);
         self.counts.relay_refused += u64::from(taken.is_err());
-        let lease = taken?;
-        match self.replicas.handoff(key) {
-            Some(handoff) => Ok((lease, handoff.url.clone(), handoff.auth_file.clone())),
-            None => {
-                self.replicas.release(lease, &mut Vec::new());
-                Err(Refused::Unknown)
-            }
-        }
+        taken.map(|lease| (lease, url, auth_file))
     }
 
     /// The node's name.
@@ -335,7 +364,7 @@ impl Core {
     /// A pool; a configured one without replicas is known and not ready.
     #[must_use]
     pub fn pool_status(&self, pool: &PoolId) -> Option<PoolStatus> {
-        let configured = || self.identity.pools.contains(pool).then(|| empty_pool(pool));
+        let configured = || self.identity.pools.contains(pool).then(|| self.empty_pool(pool));
         self.replicas.pool_status(pool).map(|status| self.with_memory(status)).or_else(configured)
     }
 
@@ -346,7 +375,7 @@ impl Core {
             self.replicas.pools().into_iter().map(|status| self.with_memory(status)).collect();
         for pool in &self.identity.pools {
             if !pools.iter().any(|known| known.pool_id == *pool) {
-                pools.push(empty_pool(pool));
+                pools.push(self.empty_pool(pool));
             }
         }
         pools.sort_by(|a, b| a.pool_id.cmp(&b.pool_id));
@@ -381,6 +410,12 @@ impl Core {
     #[must_use]
     pub fn counts(&self) -> Counts {
         self.counts
+    }
+
+    /// What drains did so far.
+    #[must_use]
+    pub fn drain_tally(&self) -> &DrainTally {
+        &self.drain_tally
     }
 
     /// Relayed requests that run.
@@ -459,7 +494,8 @@ impl Core {
                 self.replicas.data_path_failed(&lease.key, lease.serial, fault, &reason, now, changes);
             }
         }
-        self.replicas.release(lease, changes);
+        self.replicas.cut_came_too_late(&lease);
+        self.replicas.release(lease, now, changes);
     }
 
     fn restore(&mut self, saved: &Saved, now: Now, changes: &mut Vec<Change>, effects: &mut Vec<Effect>) {
@@ -475,7 +511,8 @@ impl Core {
                 format!("{lost} saved handoffs are of an earlier boot or cannot be read: not restored");
             self.say("state".into(), text, now, effects);
         }
-        self.keeper = Keeper::new(self.replicas.adopted_revision());
+        self.restore_operations(&saved.drains, &saved.callbacks, now, effects);
+        self.keeper = Keeper::new(self.kept_revision());
     }
 
     fn saved(&mut self, result: Result<(), String>, now: Now, effects: &mut Vec<Effect>) {
@@ -491,7 +528,7 @@ impl Core {
 
     /// Deletes the files of which everything has been saved.
     fn delete_redundant(&mut self, effects: &mut Vec<Effect>) {
-        if self.auto_delete && self.keeper.has(self.replicas.adopted_revision()) {
+        if self.auto_delete && self.keeper.has(self.kept_revision()) {
             let files = self.replicas.redundant_files();
             effects.extend(files.map(|(name, content)| Effect::DeleteFile(name.clone(), content.clone())));
         }
@@ -505,7 +542,8 @@ impl Core {
     fn begin_shutdown(&mut self, now: Now, changes: &mut Vec<Change>) {
         if self.shutdown == Shutdown::No {
             self.shutdown = Shutdown::Draining { until: now.mono.plus_ms(self.drain_timeout_ms) };
-            self.replicas.drain_all(now, changes);
+            // There is always room for the mark of a shutdown.
+            let _ = self.replicas.drain(&Scope::Shutdown, Some(self.drain_timeout_ms), now, changes);
         }
     }
 
@@ -557,6 +595,13 @@ impl Core {
 
     fn announce(&mut self, change: &Change, now: Now, effects: &mut Vec<Effect>) {
         self.counts.files_refused += u64::from(matches!(change, Change::FileRefused { .. }));
+        match change {
+            Change::Drain(change) => self.drain_tally.note(change),
+            Change::State { key, .. } | Change::Replaced { key, .. } | Change::Gone { key, .. } => {
+                self.notifier.observe(key, self.replicas.replica_status(key), now);
+            }
+            _ => {}
+        }
         self.happened(change.happening(), now, effects);
     }
 
@@ -567,8 +612,13 @@ impl Core {
 
     /// What follows from the state, whatever the input was: probes, calls, the steps of a shutdown.
     fn proceed(&mut self, now: Now, effects: &mut Vec<Effect>) {
-        if self.keeper.begins(self.replicas.adopted_revision(), now.mono) {
-            let saved = Saved::new(self.identity.boot_id.clone(), &self.replicas.all_adopted());
+        if self.keeper.begins(self.kept_revision(), now.mono) {
+            let saved = Saved::new(
+                self.identity.boot_id.clone(),
+                &self.replicas.all_adopted(),
+                self.replicas.export_drains(),
+                self.notifier.export(),
+            );
             effects.push(Effect::Save(saved.text()));
         }
         effects.extend(self.replicas.take_process_orders().into_iter().map(Effect::Process));
@@ -578,6 +628,8 @@ impl Core {
             self.shutdown = Shutdown::Leaving;
             self.planes.iter_mut().for_each(|plane| plane.shutdown(now));
         }
+        let due = self.notifier.poll(now);
+        effects.extend(due.into_iter().map(|delivery| Effect::Deliver(Box::new(delivery))));
         let revision = self.replicas.revision() + u64::from(self.shutdown != Shutdown::No);
         for index in 0..self.planes.len() {
             self.planes[index].on_change(revision, self.replicas.len(), now);
@@ -626,12 +678,16 @@ impl Core {
                 pools: self.pool_beats(),
                 incarnation: Some(identity.incarnation),
                 seq: Some(seq),
-                draining: self.shutdown != Shutdown::No,
+                draining: self.shutdown != Shutdown::No || self.replicas.drain_status(&Scope::Node).is_some(),
             })),
             (Call::Deregister | Call::Register, _) => {
                 CallBody::Deregister { incarnation: identity.incarnation }
             }
         }
+    }
+
+    fn empty_pool(&self, pool: &PoolId) -> PoolStatus {
+        empty_pool(pool, self.replicas.drain_of_pool(pool))
     }
 
     fn pool_beats(&self) -> Vec<PoolBeat> {
@@ -641,7 +697,8 @@ impl Core {
         }
         for pool in &self.identity.pools {
             if !beats.iter().any(|beat| beat.pool_id == *pool) {
-                beats.push(empty_beat(pool));
+                let draining = self.replicas.drain_of_pool(pool).is_some();
+                beats.push(PoolBeat { draining, ..empty_beat(pool) });
             }
         }
         beats
@@ -663,12 +720,13 @@ fn empty_beat(pool: &PoolId) -> PoolBeat {
     }
 }
 
-fn empty_pool(pool: &PoolId) -> PoolStatus {
+fn empty_pool(pool: &PoolId, drain: Option<DrainStatus>) -> PoolStatus {
     PoolStatus {
         pool_id: pool.clone(),
         live: false,
         ready: false,
-        draining: false,
+        draining: drain.is_some(),
+        drain,
         active_leases: 0,
         engine_version: None,
         engine: None,

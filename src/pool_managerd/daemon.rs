@@ -14,9 +14,10 @@ use crate::reactor::signal::Signals;
 use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Reactor, Registry, Waker, now};
 use crate::replicas::{
-    EnginePolicy, Fault, ProbeId, ProbeKind, Processes, Refused, ReplicaLease, Watch, probe,
+    AllowList, EnginePolicy, Fault, ProbeId, ProbeKind, Processes, Refused, ReplicaLease, Watch, probe,
 };
 use crate::service::auth::{self, Tokens};
+use crate::service::lag::LoopLag;
 use crate::service::shell::Shell;
 use crate::service::{durable, machine};
 use crate::settings::Exit;
@@ -24,6 +25,8 @@ use crate::time::{Now, earliest};
 use crate::wire::id::ReplicaKey;
 
 use super::api::{self, Action};
+use super::callback_client::CallbackClient;
+use super::callbacks;
 use super::config::Config;
 use super::control_client;
 use super::core::{CallBody, Core, Effect, Identity, Input, Options};
@@ -31,6 +34,8 @@ use super::gpu_reader::GpuReader;
 use super::gpus::{Report, xid};
 use super::membership::{Call, Order, Plane};
 use super::saved::{self, Saved};
+
+mod operations;
 
 /// What a relayed request may take: prompts are read for minutes before the first token.
 const RELAY_PATIENCE: Patience = Patience { connect_ms: 2_000, first_byte_ms: 900_000, idle_ms: 300_000 };
@@ -53,6 +58,8 @@ pub struct Daemon {
     encoder: Option<Encoder>,
     waker: Waker,
     saver: Option<Saver>,
+    callbacks: CallbackClient,
+    lag: LoopLag,
     exchanges: BTreeMap<Token, Running>,
     tokens: Tokens,
     config: Config,
@@ -83,7 +90,10 @@ impl Daemon {
         }
         let Shell { reactor, registry, waker, signals, net, bound } =
             Shell::start(config.addr, "POOL_MANAGERD_ADDR")?;
-        let core = make_core(&config, bound.port());
+        let mut core = make_core(&config, bound.port());
+        let policy = callback_policy(&config, bound.port());
+        let mut effects = Vec::new();
+        enable_callbacks(&mut core, &config, &policy, &mut effects)?;
         let watch =
             Watch::new(config.runtime_dir.clone(), config.watch_interval_ms, Token::only(Kind::DirWatch));
         let gpus = GpuReader::start(config.gpu_discovery_interval_ms, waker.clone())
@@ -105,12 +115,14 @@ impl Daemon {
             net,
             core,
             encoder: None,
-            waker,
+            waker: waker.clone(),
             saver: None,
+            callbacks: CallbackClient::new(policy, waker),
+            lag: LoopLag::default(),
             exchanges: BTreeMap::new(),
             tokens: config.tokens.clone(),
             config,
-            effects: Vec::new(),
+            effects,
             over: false,
         })
     }
@@ -128,11 +140,15 @@ impl Daemon {
             self.perform(now);
             let deadline = earliest(self.core.deadline(), self.net.deadline());
             let deadline = earliest(deadline, Some(self.watch.deadline()));
+            if let Some(slow) = self.lag.worked(now.mono, crate::reactor::now().mono) {
+                log::warn!("{slow}");
+            }
             let logged_more = self.kernel_log.as_ref().is_some_and(KernelLog::busy);
             now = self
                 .reactor
                 .wait(deadline, self.net.busy() || self.watch.busy() || logged_more || self.over)
                 .map_err(|error| Exit::runtime(format!("the event loop failed: {error}")))?;
+            self.lag.woke(deadline, now.mono);
             let (mut changed, mut stops, mut ended) = (false, 0, Vec::new());
             let mut logged = logged_more;
             for (token, edge) in self.reactor.events() {
@@ -289,6 +305,12 @@ impl Daemon {
         while let Some(result) = self.saver.as_ref().and_then(Offload::take) {
             self.core.handle(Input::Saved(result), now, &mut self.effects);
         }
+        self.take_deliveries(now);
+    }
+
+    fn respond_with_pool(&mut self, client: Token, status: u16, pool: &crate::wire::id::PoolId, now: Now) {
+        let response = crate::http::server::Response::json(status, &self.core.pool_status(pool));
+        self.net.respond(client, &response, now.mono);
     }
 
     fn take_net_events(&mut self, now: Now) {
@@ -326,6 +348,8 @@ impl Daemon {
                     Effect::Call { plane, order, body } => self.call(plane, order, body, now),
                     Effect::Save(text) => self.save(text, now),
                     Effect::DeleteFile(name, content) => self.watch.delete(&name, &content),
+                    Effect::Cut(leases) => self.cut(&leases, now),
+                    Effect::Deliver(delivery) => self.deliver(delivery, now),
                     Effect::Log(happening) if happening.is_warning => log::warn!("{}", happening.text),
                     Effect::Log(happening) => log::info!("{}", happening.text),
                     Effect::Exit => self.over = true,
@@ -362,6 +386,8 @@ impl Daemon {
             tokens: &self.tokens,
             watch_mode: self.watch.mode(),
             resident_bytes: (request.head.path() == "/metrics").then(machine::resident_bytes).flatten(),
+            lag: &self.lag,
+            now: now.mono,
         };
         match api::route(&request, &self.core, &facts) {
             Action::Respond(response) => self.net.respond(client, &response, now.mono),
@@ -381,25 +407,13 @@ impl Daemon {
                 self.core.handle(Input::Ask(pool.clone()), now, &mut self.effects);
                 self.respond_with_pool(client, 202, &pool, now);
             }
-            Action::Drain(pool) => {
-                self.core.handle(Input::Drain(pool.clone()), now, &mut self.effects);
-                self.respond_with_pool(client, 202, &pool, now);
-            }
-            Action::Resume(pool) => {
-                self.core.handle(Input::Resume(pool.clone()), now, &mut self.effects);
-                self.respond_with_pool(client, 200, &pool, now);
-            }
             Action::ClearGpu(gpu) => {
                 self.core.handle(Input::ClearGpu(gpu), now, &mut self.effects);
                 let gpu = self.core.gpus().gpu_json(gpu);
                 self.net.respond(client, &crate::http::server::Response::json(200, &gpu), now.mono);
             }
+            Action::Operate(operation) => self.operate(client, operation, now),
         }
-    }
-
-    fn respond_with_pool(&mut self, client: Token, status: u16, pool: &crate::wire::id::PoolId, now: Now) {
-        let response = crate::http::server::Response::json(status, &self.core.pool_status(pool));
-        self.net.respond(client, &response, now.mono);
     }
 
     #[expect(clippy::too_many_arguments, reason = "they are one parsed request")]
@@ -442,6 +456,14 @@ impl Daemon {
                 self.core.handle(input, now, &mut self.effects);
             }
             Some(Running::Relay { client, lease }) => {
+                if let Outcome::Failed(net::Fault { kind: FaultKind::Aborted, answered, .. }) = outcome {
+                    if !answered {
+                        let message = format!("{}: {}", lease.key, operations::CUT_REASON);
+                        let response = api::error(503, "POOL_UNREADY", &message, Some(FULL_RETRY_MS));
+                        self.net.respond(client, &response, now.mono);
+                    }
+                    return self.core.handle(Input::RelayCut(lease), now, &mut self.effects);
+                }
                 let fault = match &outcome {
                     Outcome::Failed(fault) => {
                         if !fault.answered {
@@ -480,7 +502,11 @@ impl Daemon {
 fn fault_of(fault: &net::Fault) -> Option<(Fault, String)> {
     let kind = match fault.kind {
         FaultKind::Connect => Fault::ConnectFailed,
-        FaultKind::Timeout | FaultKind::Reset | FaultKind::Protocol | FaultKind::Status(_) => Fault::Broken,
+        FaultKind::Timeout
+        | FaultKind::Reset
+        | FaultKind::Protocol
+        | FaultKind::Status(_)
+        | FaultKind::Aborted => Fault::Broken,
     };
     Some((kind, fault.reason.clone()))
 }
@@ -523,6 +549,27 @@ fn make_core(config: &Config, own_port: u16) -> Core {
         auto_delete: config.auto_delete,
     };
     Core::new(identity, policy, &options, fastrand::u64(..), at)
+}
+
+fn callback_policy(config: &Config, own_port: u16) -> callbacks::Policy {
+    let rules = EnginePolicy::new(machine::own_addresses(), Some(own_port), AllowList::default(), "");
+    let planes = config.cloud.as_ref().map(|cloud| cloud.control_planes.clone());
+    callbacks::Policy::new(rules, planes.unwrap_or_default())
+}
+
+fn enable_callbacks(
+    core: &mut Core,
+    config: &Config,
+    policy: &callbacks::Policy,
+    effects: &mut Vec<Effect>,
+) -> Result<(), Exit> {
+    if !config.callback_enabled {
+        return Ok(());
+    }
+    core.enable_callbacks(policy.clone());
+    let Some(url) = &config.callback_url else { return Ok(()) };
+    core.register_callback(url, None, true, now(), effects)
+        .map_err(|why| Exit::config(format!("POOL_MANAGERD_ORCHESTRATORD_CALLBACK_URL={url}: {why}")))
 }
 
 /// One more than the last start's, and never less than the clock says: a node whose state directory

@@ -3,13 +3,16 @@
 //!
 //! [`core`] decides, [`daemon`] does. Below them: [`crate::replicas`] (the directory and the probes),
 //! [`gpus`] (which GPUs there are and what breaks on them) and [`membership`] (registration and
-//! heartbeats).
+//! heartbeats); beside them [`operations`] (drains, as operators ask for them), [`callbacks`] (who is told
+//! when a replica becomes ready) and [`saved`] (what outlives a restart).
 
 use std::ffi::OsString;
 
 use crate::settings::Exit;
 
 pub mod api;
+mod callback_client;
+pub mod callbacks;
 pub mod config;
 mod control_client;
 pub mod core;
@@ -17,6 +20,7 @@ pub mod daemon;
 mod gpu_reader;
 pub mod gpus;
 pub mod membership;
+pub mod operations;
 pub mod saved;
 
 /// Runs the daemon until a signal ends it.

@@ -1,4 +1,5 @@
-//! What the node agent remembers over a restart: handoffs that stand without a file.
+//! What the node agent remembers over a restart: handoffs that stand without a file, drains that
+//! operators asked for, callbacks that were registered.
 //!
 //! ```text
 //!   a handoff was adopted ──▶ Effect::Save(text) ──▶ Input::Saved ──▶ its file may be deleted
@@ -13,7 +14,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::time::Mono;
+use crate::wire::drain::StoredDrain;
 use crate::wire::handoff::{Handoff, HandoffFile, parse};
+
+use super::callbacks::StoredCallback;
 
 /// Name of the file in the state directory.
 pub const FILE_NAME: &str = "agent.json";
@@ -33,14 +37,25 @@ pub struct Saved {
     boot_id: Option<String>,
     #[serde(default)]
     handoffs: Vec<Value>,
+    /// Drains that operators asked for.
+    #[serde(default)]
+    pub drains: Vec<StoredDrain>,
+    /// Callbacks that were registered.
+    #[serde(default)]
+    pub callbacks: Vec<StoredCallback>,
 }
 
 impl Saved {
     /// What is to be remembered.
     #[must_use]
-    pub fn new(boot_id: Option<String>, handoffs: &[Arc<Handoff>]) -> Saved {
+    pub fn new(
+        boot_id: Option<String>,
+        handoffs: &[Arc<Handoff>],
+        drains: Vec<StoredDrain>,
+        callbacks: Vec<StoredCallback>,
+    ) -> Saved {
         let value = |handoff: &Arc<Handoff>| serde_json::from_str(&handoff.to_json()).unwrap_or_default();
-        Saved { version: VERSION, boot_id, handoffs: handoffs.iter().map(value).collect() }
+        Saved { version: VERSION, boot_id, handoffs: handoffs.iter().map(value).collect(), drains, callbacks }
     }
 
     /// The file's text.
@@ -147,7 +162,7 @@ mod tests {
     #[test]
     fn what_was_saved_is_restored_in_the_same_boot_only() {
         let one = handoff(r#"{"url":"http://127.0.0.1:1","slots":3,"pid":7,"pid_start":9,"generation":4}"#);
-        let text = Saved::new(Some("boot".into()), std::slice::from_ref(&one)).text();
+        let text = Saved::new(Some("boot".into()), std::slice::from_ref(&one), Vec::new(), Vec::new()).text();
         let saved = Saved::read(text.as_bytes()).expect("readable");
         assert_eq!(saved.handoffs(Some("boot")), (vec![one], 0));
         assert_eq!(saved.handoffs(Some("next")), (vec![], 1));

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use super::drains::DrainChange;
 use crate::service::events::Happening;
 use crate::time::Wall;
 use crate::wire::id::ReplicaKey;
@@ -166,6 +167,8 @@ pub enum Change {
         /// Why.
         reason: String,
     },
+    /// A drain.
+    Drain(DrainChange),
     /// A file's contents are in use.
     FileAccepted {
         /// The file.
@@ -234,6 +237,7 @@ impl Change {
             Change::FileShadowed { name, .. } => ("file", name.escape_debug().to_string(), "shadowed", true),
             Change::LimitReached { .. } => ("daemon", "watch".to_string(), "", true),
             Change::LimitCleared => ("daemon", "watch".to_string(), "", false),
+            Change::Drain(change) => return change.happening(),
         };
         Happening { kind, subject, state, text, is_warning }
     }
@@ -256,6 +260,7 @@ impl fmt::Display for Change {
                 write!(f, "{key}: whether its process lives cannot be told, probes decide: {reason}")
             }
             Change::Gone { key, reason } => write!(f, "{key}: gone: {reason}"),
+            Change::Drain(change) => change.fmt(f),
             Change::FileAccepted { name, key } => write!(f, "{name:?}: accepted for {key}"),
             Change::FileSkipped { name } => {
                 write!(f, "{name:?}: skipped, it describes a model without an engine")

@@ -29,6 +29,7 @@
 
 pub mod change;
 pub mod directory;
+pub mod drains;
 pub mod health;
 pub mod liveness;
 pub mod policy;
@@ -42,6 +43,7 @@ pub mod watch;
 
 pub use change::{Cause, Change, FileState, FileView, Refused, State};
 pub use directory::{FileContent, ListedFile, Listing, Scope};
+pub use drains::{DrainChange, DrainEvent};
 pub use liveness::Processes;
 pub use policy::{AllowList, EnginePolicy};
 pub use probing::{Fault, ProbeId, ProbeKind, ProbeOrder, ProbeOutcome};

@@ -54,7 +54,9 @@ pub fn outcome(kind: ProbeKind, ended: net::Outcome) -> ProbeOutcome {
         net::Outcome::Failed(fault) => match fault.kind {
             FaultKind::Connect | FaultKind::Reset => ProbeOutcome::Refused(fault.reason),
             FaultKind::Timeout => ProbeOutcome::Slow,
-            FaultKind::Protocol | FaultKind::Status(_) => ProbeOutcome::Broken(fault.reason),
+            FaultKind::Protocol | FaultKind::Status(_) | FaultKind::Aborted => {
+                ProbeOutcome::Broken(fault.reason)
+            }
         },
         net::Outcome::ClientGone | net::Outcome::Cancelled => ProbeOutcome::Slow,
     }

@@ -13,16 +13,15 @@ use std::sync::Arc;
 
 use super::change::{Cause, Change, Refused, State};
 use super::directory::{ADOPTED_MAX, Directory, Election, FileContent, Listing};
+use super::drains::{Drains, Running};
 use super::health::Health;
 use super::policy::EnginePolicy;
 use super::probing::{Outstanding, ProbeKind, Schedule};
 use super::process::ProcessOrder;
 use crate::time::{Mono, Now, Wall};
 use crate::wire::handoff::Handoff;
-use crate::wire::id::{PoolId, ReplicaKey};
+use crate::wire::id::ReplicaKey;
 
-/// Most pools or replicas that are remembered as drained beyond those that exist.
-pub const DRAIN_MARKS_MAX: usize = 1_024;
 /// Slots that a request occupies until [`Registry::release`].
 #[derive(Debug, PartialEq, Eq)]
 #[must_use = "slots stay taken until the lease is released"]
@@ -31,6 +30,8 @@ pub struct ReplicaLease {
     pub key: ReplicaKey,
     /// Generation of the engine that serves the request.
     pub serial: u64,
+    /// Its number: unique as long as this process runs.
+    pub id: u64,
     /// Slots that it occupies there.
     pub slots: u32,
 }
@@ -40,9 +41,8 @@ pub struct ReplicaLease {
 pub struct Registry {
     pub(super) directory: Directory,
     pub(super) replicas: BTreeMap<ReplicaKey, Replica>,
-    pub(super) drained_pools: BTreeSet<PoolId>,
-    drained_replicas: BTreeSet<ReplicaKey>,
-    all_drained: bool,
+    pub(super) drains: Drains,
+    pub(super) running: Running,
     pub(super) schedule: Schedule,
     /// What the shell is to do about processes.
     pub(super) process_orders: Vec<ProcessOrder>,
@@ -91,9 +91,8 @@ impl Registry {
         Registry {
             directory: Directory::new(policy),
             replicas: BTreeMap::new(),
-            drained_pools: BTreeSet::new(),
-            drained_replicas: BTreeSet::new(),
-            all_drained: false,
+            drains: Drains::default(),
+            running: Running::default(),
             schedule: Schedule::default(),
             process_orders: Vec::new(),
             next_serial: first_serial.max(1),
@@ -225,12 +224,14 @@ impl Registry {
         replica.slots_used += slots;
         replica.leases += 1;
         self.in_flight += 1;
-        Ok(ReplicaLease { key: key.clone(), serial: replica.serial, slots })
+        let id = self.running.begin(key, replica.handoff.clone());
+        Ok(ReplicaLease { key: key.clone(), serial: replica.serial, id, slots })
     }
 
     /// Gives a request's slots back.
-    pub fn release(&mut self, lease: ReplicaLease, changes: &mut Vec<Change>) {
+    pub fn release(&mut self, lease: ReplicaLease, now: Now, changes: &mut Vec<Change>) {
         self.in_flight = self.in_flight.saturating_sub(1);
+        self.request_ended(lease.id, now, changes);
         match self.replicas.get_mut(&lease.key).filter(|replica| replica.serial == lease.serial) {
             Some(replica) => {
                 replica.slots_used = replica.slots_used.saturating_sub(lease.slots);
@@ -245,55 +246,6 @@ impl Registry {
     #[must_use]
     pub fn in_flight(&self) -> u32 {
         self.in_flight
-    }
-
-    /// Gives a pool no new work until [`Registry::resume_pool`], replicas that it gets later included.
-    /// False where no such pool exists.
-    pub fn drain_pool(&mut self, pool: &PoolId, now: Now, changes: &mut Vec<Change>) -> bool {
-        if !self.replicas.keys().any(|key| key.pool == *pool) {
-            return false;
-        }
-        if self.drained_pools.len() >= DRAIN_MARKS_MAX {
-            let replicas = &self.replicas;
-            self.drained_pools.retain(|marked| replicas.keys().any(|key| key.pool == *marked));
-        }
-        self.drained_pools.insert(pool.clone());
-        self.apply_drains(now, changes);
-        true
-    }
-
-    /// Ends a pool's drain. False where no such pool exists and none was drained.
-    pub fn resume_pool(&mut self, pool: &PoolId, now: Now, changes: &mut Vec<Change>) -> bool {
-        let known = self.drained_pools.remove(pool) || self.replicas.keys().any(|key| key.pool == *pool);
-        self.apply_drains(now, changes);
-        known
-    }
-
-    /// Gives a replica no new work until [`Registry::resume_replica`]. False where it does not exist.
-    pub fn drain_replica(&mut self, key: &ReplicaKey, now: Now, changes: &mut Vec<Change>) -> bool {
-        if !self.replicas.contains_key(key) {
-            return false;
-        }
-        if self.drained_replicas.len() >= DRAIN_MARKS_MAX {
-            let replicas = &self.replicas;
-            self.drained_replicas.retain(|marked| replicas.contains_key(marked));
-        }
-        self.drained_replicas.insert(key.clone());
-        self.apply_drains(now, changes);
-        true
-    }
-
-    /// Ends a replica's own drain; its pool's goes on. False where it neither exists nor was drained.
-    pub fn resume_replica(&mut self, key: &ReplicaKey, now: Now, changes: &mut Vec<Change>) -> bool {
-        let known = self.drained_replicas.remove(key) || self.replicas.contains_key(key);
-        self.apply_drains(now, changes);
-        known
-    }
-
-    /// Gives nothing new work any more: this process is about to end.
-    pub fn drain_all(&mut self, now: Now, changes: &mut Vec<Change>) {
-        self.all_drained = true;
-        self.apply_drains(now, changes);
     }
 
     /// Holds a replica out of use until [`Registry::let_go`] is called for the same cause or another
@@ -380,7 +332,7 @@ impl Registry {
         now: Now,
         changes: &mut Vec<Change>,
     ) {
-        let drained = self.is_drained(key);
+        let drained = self.drains.cover(key, handoff.device_mask.as_deref());
         let Some(replica) = self.replicas.get_mut(key) else {
             changes.push(Change::Found { key: key.clone(), file: file.clone() });
             let mut replica = Replica::found(handoff, file, self.next_serial, now);
@@ -401,6 +353,7 @@ impl Registry {
         let before = replica.state();
         let returns = replica.withdrawn.take().is_some();
         let old = std::mem::replace(&mut replica.handoff, handoff);
+        replica.drained = drained;
         if !is_same_engine(&old, &replica.handoff) {
             self.orphans += replica.leases;
             let mut successor =
@@ -471,15 +424,15 @@ impl Registry {
         changes.push(Change::Gone { key: key.clone(), reason });
     }
 
-    fn is_drained(&self, key: &ReplicaKey) -> bool {
-        self.all_drained || self.drained_pools.contains(&key.pool) || self.drained_replicas.contains(key)
+    fn is_drained(&self, key: &ReplicaKey, replica: &Replica) -> bool {
+        self.drains.cover(key, replica.handoff.device_mask.as_deref())
     }
 
-    fn apply_drains(&mut self, now: Now, changes: &mut Vec<Change>) {
+    pub(super) fn apply_drains(&mut self, now: Now, changes: &mut Vec<Change>) {
         let moved: Vec<ReplicaKey> = self
             .replicas
             .iter()
-            .filter(|(key, replica)| replica.drained != self.is_drained(key))
+            .filter(|(key, replica)| replica.drained != self.is_drained(key, replica))
             .map(|(key, _)| key.clone())
             .collect();
         for key in moved {
@@ -509,12 +462,13 @@ impl Registry {
     /// When they contradict each other, which is a mistake in this room.
     pub fn check_invariants(&self) {
         self.directory.check_invariants();
+        self.check_drains();
         let mut leases = self.orphans;
         let (mut due, mut lost) = (0, 0);
         for (key, replica) in &self.replicas {
             leases += replica.leases;
             assert!(replica.slots_used >= replica.leases, "{key}: a request takes at least one slot");
-            assert_eq!(replica.drained, self.is_drained(key), "{key}: drain marks are applied");
+            assert_eq!(replica.drained, self.is_drained(key, replica), "{key}: drain marks are applied");
             assert_eq!(
                 replica.withdrawn.is_none(),
                 self.directory.announces(key),

@@ -35,6 +35,12 @@ impl Registry {
         self.status(&replicas)
     }
 
+    /// One replica's status.
+    #[must_use]
+    pub fn replica_status(&self, key: &ReplicaKey) -> Option<ReplicaStatus> {
+        self.replicas.get(key).map(|replica| self.status_of(key, replica))
+    }
+
     /// Every pool's status, by name.
     #[must_use]
     pub fn pools(&self) -> Vec<PoolStatus> {
@@ -132,6 +138,7 @@ impl Registry {
             live: replicas.iter().any(|(_, replica)| replica.phase == State::Ready && replica.is_probed()),
             ready: replicas.iter().any(|(_, replica)| replica.state() == State::Ready),
             draining: self.is_pool_draining(replicas),
+            drain: self.drain_of_pool(&key.pool),
             active_leases: replicas.iter().map(|(_, replica)| replica.leases).sum(),
             engine_version: first.handoff.engine_version.clone(),
             engine: Some(first.handoff.engine.clone()),
@@ -144,27 +151,29 @@ impl Registry {
             last_error: newest_trouble.map(|(_, replica)| replica.reason().to_string()),
             url: Some(first.handoff.url.clone()),
             replica_id: Some(key.replica.clone()),
-            replicas: replicas
-                .iter()
-                .map(|(key, replica)| ReplicaStatus {
-                    replica_id: key.replica.clone(),
-                    url: replica.handoff.url.clone(),
-                    state: replica.state().as_str().to_string(),
-                    reason: replica.reason().to_string(),
-                    since_ms: replica.since.unix_ms(),
-                    ready: replica.state() == State::Ready,
-                    draining: replica.state() == State::Draining,
-                    slots_total: replica.handoff.slots,
-                    slots_free: replica.slots_free(),
-                    generation: replica.serial,
-                    models: replica.models().to_vec(),
-                    engine: Some(replica.handoff.engine.clone()),
-                    engine_version: replica.handoff.engine_version.clone(),
-                    device_mask: replica.handoff.device_mask.clone(),
-                    handoff_file: replica.file.as_deref().map(str::to_string),
-                })
-                .collect(),
+            replicas: replicas.iter().map(|(key, replica)| self.status_of(key, replica)).collect(),
         })
+    }
+
+    fn status_of(&self, key: &ReplicaKey, replica: &Replica) -> ReplicaStatus {
+        ReplicaStatus {
+            replica_id: key.replica.clone(),
+            url: replica.handoff.url.clone(),
+            state: replica.state().as_str().to_string(),
+            reason: replica.reason().to_string(),
+            since_ms: replica.since.unix_ms(),
+            ready: replica.state() == State::Ready,
+            draining: replica.state() == State::Draining,
+            drain: self.drain_of(key),
+            slots_total: replica.handoff.slots,
+            slots_free: replica.slots_free(),
+            generation: replica.serial,
+            models: replica.models().to_vec(),
+            engine: Some(replica.handoff.engine.clone()),
+            engine_version: replica.handoff.engine_version.clone(),
+            device_mask: replica.handoff.device_mask.clone(),
+            handoff_file: replica.file.as_deref().map(str::to_string),
+        }
     }
 }
 

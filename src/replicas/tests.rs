@@ -10,6 +10,7 @@ use super::policy::AllowList;
 use super::probing::{PROBE_GAP_MS, PROBE_LOST_MS, PROBES_MAX};
 use super::*;
 use crate::time::{Mono, Now, Wall};
+use crate::wire::drain::Scope;
 use crate::wire::handoff::{self, Handoff, HandoffFile};
 use crate::wire::id::{PoolId, ReplicaId, ReplicaKey};
 use crate::wire::node::{POOLS_MAX, REPLICAS_MAX};
@@ -90,9 +91,9 @@ impl Machine {
         for name in &names {
             let files = self.dir.get(name).cloned().into_iter().collect();
             let scope = if as_ranges {
-                Scope::Range(from, Bound::Included(name.clone()))
+                super::directory::Scope::Range(from, Bound::Included(name.clone()))
             } else {
-                Scope::Names(vec![name.clone()])
+                super::directory::Scope::Names(vec![name.clone()])
             };
             from = Bound::Excluded(name.clone());
             let listing = Listing { scope, files, truncated: false, completes: false };
@@ -273,7 +274,7 @@ fn other_details_are_taken_in_place_and_another_engine_starts_anew() {
         "the old engine's request is not on the new one"
     );
     assert_eq!(machine.registry.in_flight(), 1, "but it runs");
-    machine.registry.release(lease, &mut machine.changes);
+    machine.registry.release(lease, machine.now, &mut machine.changes);
     assert_eq!(machine.registry.in_flight(), 0);
     machine.registry.check_invariants();
 }
@@ -288,7 +289,7 @@ fn a_vanished_file_lets_requests_finish_and_then_the_replica_goes() {
     assert_eq!(machine.told(), ["p/r0: ready -> draining: its handoff file is gone"]);
     assert_eq!(machine.registry.acquire(&key("p", "r0"), None, 1), Err(Refused::Draining));
     assert!(machine.registry.pool_beats()[0].draining);
-    machine.registry.release(lease, &mut machine.changes);
+    machine.registry.release(lease, machine.now, &mut machine.changes);
     assert_eq!(machine.told(), ["p/r0: gone: its handoff file is gone"]);
     assert!(machine.registry.pools().is_empty());
     assert_eq!(machine.registry.acquire(&key("p", "r0"), None, 1), Err(Refused::Unknown));
@@ -309,7 +310,7 @@ fn a_file_that_returns_while_requests_run_takes_its_replica_up_again() {
     assert_eq!(machine.state("p", "r0").as_deref(), Some("ready"));
     assert_eq!(machine.generation("p", "r0"), generation);
     assert_eq!(machine.registry.pool_beats()[0].slots_free, 3, "the request still occupies its slot");
-    machine.registry.release(lease, &mut machine.changes);
+    machine.registry.release(lease, machine.now, &mut machine.changes);
     assert_eq!(machine.registry.pool_beats()[0].slots_free, 4);
 }
 
@@ -449,39 +450,14 @@ fn slots_are_counted_and_refusals_say_why() {
     let all = machine.registry.acquire(&key("p", "r0"), None, 100).expect("more than there are: all");
     assert_eq!(all.slots, 4);
     assert_eq!(machine.registry.acquire(&key("p", "r0"), None, 1), Err(Refused::Full { slots: 4 }));
-    machine.registry.release(all, &mut machine.changes);
+    machine.registry.release(all, machine.now, &mut machine.changes);
     let revision = machine.registry.revision();
     let three = machine.registry.acquire(&key("p", "r0"), None, 3).expect("three of four");
     assert_eq!(machine.registry.acquire(&key("p", "r0"), None, 2), Err(Refused::Full { slots: 4 }));
     let status = machine.registry.pools().remove(0);
     assert_eq!((status.active_leases, status.slots_free, status.slots_total), (1, 1, 4));
-    machine.registry.release(three, &mut machine.changes);
+    machine.registry.release(three, machine.now, &mut machine.changes);
     assert_eq!(machine.registry.revision(), revision, "requests alone cause no heartbeats");
-}
-
-#[test]
-fn drains_stop_new_work_and_resume_finds_a_live_engine() {
-    let mut machine = Machine::with_ready_engine();
-    let pool = PoolId::new("p").expect("an id");
-    let (now, r0) = (machine.now, key("p", "r0"));
-    assert!(!machine.registry.drain_pool(&PoolId::new("other").expect("an id"), now, &mut machine.changes));
-    assert!(machine.registry.drain_pool(&pool, now, &mut machine.changes));
-    assert!(machine.registry.drain_pool(&pool, now, &mut machine.changes));
-    assert_eq!(machine.told(), ["p/r0: ready -> draining: drained on request"]);
-    machine.write("b.json", &json("p", "r1", 8082, ""));
-    machine.list();
-    machine.answer_all(ProbeOutcome::Healthy);
-    assert_eq!(machine.state("p", "r1").as_deref(), Some("draining"), "a later replica of a drained pool");
-    assert_eq!(machine.registry.acquire(&r0, None, 1), Err(Refused::Draining));
-    assert!(machine.registry.drain_replica(&r0, now, &mut machine.changes));
-    assert!(machine.registry.resume_pool(&pool, now, &mut machine.changes));
-    assert_eq!(machine.state("p", "r0").as_deref(), Some("draining"), "its own drain goes on");
-    assert_eq!(machine.state("p", "r1").as_deref(), Some("ready"));
-    assert!(machine.registry.resume_replica(&r0, now, &mut machine.changes));
-    assert_eq!(machine.state("p", "r0").as_deref(), Some("ready"));
-    machine.registry.drain_all(now, &mut machine.changes);
-    assert!(machine.registry.pools().iter().all(|pool| pool.draining && !pool.ready));
-    machine.registry.check_invariants();
 }
 
 #[test]
@@ -707,7 +683,7 @@ proptest::proptest! {
                     }
                 }
                 Op::Release { which } => if which < leases.len() {
-                    machine.registry.release(leases.remove(which), &mut machine.changes);
+                    machine.registry.release(leases.remove(which), machine.now, &mut machine.changes);
                 }
                 Op::Fail { replica, connect } => if let Some(lease) = leases.iter().find(|l| l.key == key_of(replica)) {
                     let fault = if connect { Fault::ConnectFailed } else { Fault::Broken };
@@ -720,10 +696,10 @@ proptest::proptest! {
                     let (registry, now, changes) = (&mut machine.registry, machine.now, &mut machine.changes);
                     let key = key_of(replica);
                     match what {
-                        0 => registry.drain_replica(&key, now, changes),
-                        1 => registry.resume_replica(&key, now, changes),
-                        2 => registry.drain_pool(&key.pool, now, changes),
-                        _ => registry.resume_pool(&key.pool, now, changes),
+                        0 => registry.drain(&Scope::replica(&key), None, now, changes).is_ok(),
+                        1 => registry.resume(&Scope::replica(&key), now, changes),
+                        2 => registry.drain(&Scope::pool(&key.pool), None, now, changes).is_ok(),
+                        _ => registry.resume(&Scope::pool(&key.pool), now, changes),
                     };
                 }
             }
@@ -743,12 +719,12 @@ proptest::proptest! {
 
         list(&mut machine, 0, &mut good);
         for lease in leases {
-            machine.registry.release(lease, &mut machine.changes);
+            machine.registry.release(lease, machine.now, &mut machine.changes);
         }
         let pool = key("p", "r0").pool;
-        machine.registry.resume_pool(&pool, machine.now, &mut machine.changes);
+        machine.registry.resume(&Scope::pool(&pool), machine.now, &mut machine.changes);
         for replica in 0..3 {
-            machine.registry.resume_replica(&key("p", &format!("r{replica}")), machine.now, &mut machine.changes);
+            machine.registry.resume(&Scope::replica(&key("p", &format!("r{replica}"))), machine.now, &mut machine.changes);
         }
         machine.orders.clear();
         let healed_at = machine.now.mono;

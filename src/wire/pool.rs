@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::drain::DrainStatus;
 use super::id::{PoolId, ReplicaId};
 use super::url::BaseUrl;
 
@@ -20,6 +21,9 @@ pub struct PoolStatus {
     /// Every replica is draining.
     #[serde(default)]
     pub draining: bool,
+    /// The narrowest drain that covers the pool.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain: Option<DrainStatus>,
     /// Requests that run through this node's relay.
     #[serde(default)]
     pub active_leases: u32,
@@ -79,6 +83,9 @@ pub struct ReplicaStatus {
     /// Takes no new work.
     #[serde(default)]
     pub draining: bool,
+    /// The narrowest drain that covers it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain: Option<DrainStatus>,
     /// Requests that it serves at once.
     pub slots_total: u32,
     /// Of these, free.

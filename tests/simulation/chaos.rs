@@ -9,6 +9,7 @@ use llama_orch::pool_managerd::core::Input as AgentInput;
 use llama_orch::pool_managerd::membership::PlaneState;
 use llama_orch::replicas::{FileContent, ListedFile};
 use llama_orch::time::Mono;
+use llama_orch::wire::drain::Scope;
 use llama_orch::wire::handoff::{Handoff, HandoffFile, parse};
 use llama_orch::wire::id::PoolId;
 
@@ -56,9 +57,6 @@ impl World {
             healed.files.retain(|_, file| !matches!(*file.content, FileContent::Refused(_)));
             let exit_by = healed.agent.as_ref().and_then(|agent| agent.exit_by);
             assert!(exit_by.is_none_or(|at| self.now.mono <= at), "n{node}: its agent outlives its shutdown");
-            for pool in ["p0", "p1"] {
-                self.agent_turn(node, vec![AgentInput::Resume(PoolId::new(pool).expect("an id"))]);
-            }
             let ports: Vec<u16> = self.nodes[node].engines.keys().copied().collect();
             for port in ports {
                 let (birth, lives) = (self.number(), self.chance(70));
@@ -69,6 +67,12 @@ impl World {
                 }
             }
             self.start_agent(node);
+            // What it took up from its state file too.
+            self.agent_turn(node, vec![AgentInput::Resume(Scope::Node)]);
+            for pool in ["p0", "p1"] {
+                let scope = Scope::pool(&PoolId::new(pool).expect("an id"));
+                self.agent_turn(node, vec![AgentInput::Resume(scope)]);
+            }
         }
         let settled = self.now.mono.plus_ms(SETTLE_MS);
         self.run_until(settled);
@@ -180,8 +184,9 @@ impl World {
             _ => {
                 let pool = PoolId::new(["p0", "p1"][self.random.usize(..2)]).expect("an id");
                 let drain = self.random.bool();
-                self.note(&format!("n{node} {pool} drains: {drain}"));
-                let input = if drain { AgentInput::Drain(pool) } else { AgentInput::Resume(pool) };
+                let scope = if self.chance(30) { Scope::Node } else { Scope::pool(&pool) };
+                self.note(&format!("n{node} {scope} drains: {drain}"));
+                let input = if drain { AgentInput::Drain(scope, None) } else { AgentInput::Resume(scope) };
                 self.agent_turn(node, vec![input]);
             }
         }

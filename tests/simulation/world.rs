@@ -9,6 +9,7 @@ use llama_orch::orchestratord::refusal::Refusal;
 use llama_orch::orchestratord::service_registry::{Limits, Target};
 use llama_orch::pool_managerd::core::{self as agent_core, CallBody, Identity};
 use llama_orch::pool_managerd::membership::{Answer, Call};
+use llama_orch::pool_managerd::saved::Saved;
 use llama_orch::replicas::{
     AllowList, EnginePolicy, Fault, ListedFile, Listing, ProbeId, ProbeKind, ProbeOrder, ProbeOutcome,
     ReplicaLease,
@@ -103,6 +104,12 @@ pub(crate) enum Event {
         id: ProbeId,
         outcome: ProbeOutcome,
     },
+    /// The agent's state file is on the disk, or could not be written.
+    Saved {
+        node: usize,
+        life: u64,
+        text: Option<String>,
+    },
     List {
         node: usize,
         life: u64,
@@ -171,6 +178,8 @@ pub(crate) struct Node {
     pub(crate) agent: Option<Agent>,
     pub(crate) incarnation: u64,
     pub(crate) boot: u64,
+    /// The state file.
+    pub(crate) saved: Option<String>,
     pub(crate) files: BTreeMap<Arc<str>, ListedFile>,
     pub(crate) engines: BTreeMap<u16, Engine>,
     /// Until when calls to, and answers from, the control plane are lost on the way.
@@ -256,6 +265,7 @@ impl World {
             agent: None,
             incarnation: 0,
             boot: 1,
+            saved: None,
             files: BTreeMap::new(),
             engines: BTreeMap::new(),
             up_cut_until: Mono(0),
@@ -367,6 +377,13 @@ impl World {
             Event::ProbeEnds { node, life, id, outcome } => {
                 self.agent_input(node, life, agent_core::Input::Probed(id, outcome));
             }
+            Event::Saved { node, life, text } => {
+                if self.agent(node, life).is_some() {
+                    let result = text.as_ref().map(|_| ()).ok_or_else(|| "the disk is full".to_string());
+                    self.nodes[node].saved = text.or(self.nodes[node].saved.take());
+                    self.agent_input(node, life, agent_core::Input::Saved(result));
+                }
+            }
             Event::List { node, life, again } => {
                 if self.agent(node, life).is_some() {
                     if again {
@@ -449,7 +466,10 @@ impl World {
         self.note(&format!("n{node} agent starts"));
         self.after(RELIST_MS, Event::List { node, life, again: true });
         let listing = Listing::whole(self.nodes[node].files.values().cloned().collect());
-        self.agent_turn(node, vec![agent_core::Input::Listing(listing)]);
+        let saved = self.nodes[node].saved.clone();
+        let saved = saved.map(|text| Saved::read(text.as_bytes()).expect("what was saved can be read"));
+        let inputs = saved.map(agent_core::Input::Restore).into_iter();
+        self.agent_turn(node, inputs.chain([agent_core::Input::Listing(listing)]).collect());
     }
 
     fn agent(&mut self, node: usize, life: u64) -> Option<&mut Agent> {
@@ -502,10 +522,15 @@ impl World {
             }
             // Handoffs of this world name no process.
             agent_core::Effect::Process(_) => {}
-            agent_core::Effect::Save(_) | agent_core::Effect::DeleteFile(..) => {
-                panic!("n{node}: nothing was adopted")
+            agent_core::Effect::Save(text) => {
+                let text = (!self.chance(self.loss_percent)).then_some(text);
+                self.after(delay_ms, Event::Saved { node, life, text });
             }
+            agent_core::Effect::DeleteFile(name, _) => panic!("n{node}: {name} was not to be deleted"),
             agent_core::Effect::Log(happening) => self.note(&format!("n{node} {}", happening.text)),
+            // The process ends soon after, and its connections with it.
+            agent_core::Effect::Cut(_) => {}
+            agent_core::Effect::Deliver(_) => panic!("nobody registered a callback"),
             agent_core::Effect::Exit => {
                 self.note(&format!("n{node} agent exits"));
                 self.totals.agent_exits += 1;

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::super::callbacks::Policy;
 use super::*;
 use crate::replicas::{AllowList, FileContent, ListedFile};
 use crate::time::Wall;
@@ -170,4 +171,63 @@ fn a_handoff_file_is_deleted_once_what_it_says_is_saved_and_not_before() {
     assert_eq!((saves(&effects), deletes(&effects)), (0, 0), "what was restored is saved");
     let pools = next.pools();
     assert_eq!(pools[0].url.as_ref().map(BaseUrl::port), Some(8082), "{pools:?}");
+}
+
+/// A ready replica with a request on it.
+fn busy_core() -> (Core, ReplicaLease) {
+    let mut core = core(&[]);
+    let listing = vec![file("a.json", r#"{"url":"http://127.0.0.1:1","models":["m"]}"#)];
+    let effects = handle(&mut core, Input::Listing(Listing::whole(listing)), NOW);
+    let probe = effects.into_iter().find_map(|effect| match effect {
+        Effect::Probe(order) => Some(order.id),
+        _ => None,
+    });
+    let id = probe.expect("a probe");
+    handle(&mut core, Input::Probed(id.clone(), ProbeOutcome::Healthy), NOW);
+    let (lease, ..) = core.acquire(&id.key, None, 1).expect("it is ready");
+    (core, lease)
+}
+
+#[test]
+fn a_shutdown_cuts_what_its_limit_does_not_suffice_for() {
+    let (mut core, lease) = busy_core();
+    handle(&mut core, Input::Shutdown, NOW);
+    let at = core.deadline().expect("its limit");
+    assert_eq!(at, NOW.mono.plus_ms(30_000));
+    let late = NOW.plus_ms(30_000);
+    let effects = handle(&mut core, Input::Tick, late);
+    let cut = effects.iter().position(|effect| *effect == Effect::Cut(vec![lease.id])).expect("it is cut");
+    let exit = effects.iter().position(|effect| *effect == Effect::Exit).expect("nobody is told any more");
+    assert!(cut < exit, "clients are told before the process ends: {effects:?}");
+}
+
+#[test]
+fn drains_and_callbacks_outlive_a_restart() {
+    let (mut core, lease) = busy_core();
+    let mut effects = Vec::new();
+    let policy = EnginePolicy::new(Vec::new(), Some(9200), AllowList::default(), "");
+    core.enable_callbacks(Policy::new(policy.clone(), Vec::new()));
+    let saved = |effects: Vec<Effect>| {
+        effects.into_iter().find_map(|e| if let Effect::Save(text) = e { Some(text) } else { None })
+    };
+    let first = saved(handle(&mut core, Input::Drain(Scope::Node, Some(60_000)), NOW));
+    assert!(first.is_some_and(|text| text.contains("drains")));
+    handle(&mut core, Input::Saved(Ok(())), NOW);
+    let url = BaseUrl::new("http://127.0.0.1:7/x").expect("a URL");
+    core.register_callback(&url, None, false, NOW, &mut effects).expect("allowed");
+    let second = saved(effects).expect("saved again");
+    handle(&mut core, Input::Saved(Ok(())), NOW);
+    let third = saved(handle(&mut core, Input::Relayed { lease, fault: None }, NOW));
+    assert_eq!(third, None, "progress needs no keeping");
+
+    let (drains, callbacks) = (core.replicas().export_drains(), core.callbacks().export());
+    let mut next = busy_core().0;
+    next.enable_callbacks(Policy::new(policy, Vec::new()));
+    let saved = Saved::read(second.as_bytes()).expect("readable");
+    handle(&mut next, Input::Restore(saved), NOW);
+    next.check_invariants();
+    assert_eq!((next.replicas().export_drains(), next.callbacks().export()), (drains, callbacks));
+    assert!(next.replicas().pools().iter().all(|pool| pool.draining));
+    handle(&mut next, Input::Resume(Scope::Node), NOW);
+    assert!(next.replicas().pools().iter().all(|pool| pool.ready));
 }

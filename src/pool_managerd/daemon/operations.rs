@@ -1,0 +1,64 @@
+//! The shell's part of drains and callbacks: an operation is handed to the core and answered, deliveries
+//! and cuts are carried out.
+
+use std::collections::BTreeSet;
+
+use super::{Daemon, Running};
+use crate::pool_managerd::callbacks::Delivery;
+use crate::pool_managerd::core::Input;
+use crate::pool_managerd::operations::{self, Operation};
+use crate::reactor::token::Token;
+use crate::time::Now;
+
+/// What a client is told whose request is cut.
+pub(super) const CUT_REASON: &str = "cut: this replica is being drained and the drain's deadline has passed";
+
+impl Daemon {
+    pub(super) fn operate(&mut self, client: Token, operation: Operation, now: Now) {
+        let response = match operation {
+            Operation::Drain(scope, deadline_ms) => {
+                self.core.handle(Input::Drain(scope.clone(), deadline_ms), now, &mut self.effects);
+                operations::progress(202, &self.core, &scope)
+            }
+            Operation::Resume(scope) => {
+                self.core.handle(Input::Resume(scope.clone()), now, &mut self.effects);
+                operations::progress(200, &self.core, &scope)
+            }
+            Operation::Register(url, pool) => {
+                let outcome = self.core.register_callback(&url, pool.clone(), false, now, &mut self.effects);
+                operations::registered(&url, pool.as_ref(), &outcome)
+            }
+            Operation::Unregister(url, pool) => {
+                let removed = self.core.unregister_callback(&url, pool.as_ref(), now, &mut self.effects);
+                operations::unregistered(&url, removed)
+            }
+        };
+        self.net.respond(client, &response, now.mono);
+    }
+
+    /// Ends the relayed requests with these leases. Their clients see no clean end.
+    pub(super) fn cut(&mut self, leases: &[u64], now: Now) {
+        let leases: BTreeSet<u64> = leases.iter().copied().collect();
+        let is_meant = |running: &Running| match running {
+            Running::Relay { lease, .. } => leases.contains(&lease.id),
+            Running::Probe(..) | Running::Call { .. } => false,
+        };
+        let meant = self.exchanges.iter().filter(|(_, running)| is_meant(running)).map(|(token, _)| *token);
+        for exchange in meant.collect::<Vec<Token>>() {
+            self.net.abort(exchange, CUT_REASON, now.mono);
+        }
+    }
+
+    pub(super) fn deliver(&mut self, delivery: Box<Delivery>, now: Now) {
+        let bearer = self.tokens.bearer();
+        if let Err((callback, event, outcome)) = self.callbacks.submit(delivery, bearer) {
+            self.core.handle(Input::Delivered(callback, event, outcome), now, &mut self.effects);
+        }
+    }
+
+    pub(super) fn take_deliveries(&mut self, now: Now) {
+        while let Some((callback, event, outcome)) = self.callbacks.take() {
+            self.core.handle(Input::Delivered(callback, event, outcome), now, &mut self.effects);
+        }
+    }
+}

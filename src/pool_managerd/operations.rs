@@ -1,0 +1,365 @@
+//! What operators and tools ask of the agent: drains, and callbacks. A request becomes an answer or an
+//! [`Operation`] for the daemon to carry out. Pure.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::http::server::{Request, Response};
+use crate::metrics::{Histogram, Scrape};
+use crate::replicas::drains::DRAIN_DEADLINE_MS_MAX;
+use crate::replicas::{DrainChange, DrainEvent};
+use crate::wire::drain::Scope;
+use crate::wire::id::{PoolId, ReplicaId, ReplicaKey};
+use crate::wire::url::BaseUrl;
+
+use super::api::{error, not_allowed, not_found};
+use super::callbacks::NotRegistered;
+use super::core::Core;
+
+/// Highest GPU index that can be drained: what a handoff can name.
+const GPU_INDEX_MAX: u32 = u16::MAX as u32;
+/// When somebody who found a full table should come back, in milliseconds.
+const TABLE_FULL_RETRY_MS: u64 = 60_000;
+/// Longest value that an error repeats, in characters.
+const SHOWN_CHARS_MAX: usize = 80;
+
+/// Something for the daemon to do before it answers.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// No new work for a scope; what still runs after so many milliseconds is cut.
+    Drain(Scope, Option<u64>),
+    /// Work again for a scope.
+    Resume(Scope),
+    /// Tell a URL of changes in a pool, or in all.
+    Register(BaseUrl, Option<PoolId>),
+    /// Tell it no more.
+    Unregister(BaseUrl, Option<PoolId>),
+}
+
+/// What to do for a request below `/v2`; `None` where the path is none of these.
+#[must_use]
+pub fn route(segments: &[&str], request: &Request, core: &Core) -> Option<Result<Operation, Response>> {
+    let method = match request.head.method() {
+        "HEAD" => "GET",
+        method => method,
+    };
+    Some(match segments {
+        ["drains"] if method == "GET" => Err(drains(core)),
+        ["callbacks"] if method == "GET" => Err(Response::json(200, &core.callbacks().to_json())),
+        ["drains" | "callbacks"] => Err(not_allowed("GET")),
+        ["callbacks", "register"] => match method {
+            "POST" => register(request),
+            "DELETE" => unregister_query(request),
+            _ => Err(not_allowed("POST, DELETE")),
+        },
+        ["callbacks", "unregister"] if method == "POST" => unregister(request),
+        ["callbacks", "unregister"] => Err(not_allowed("POST")),
+        ["pools", pool, "replicas", replica, "status"] => {
+            replica_key(pool, replica).and_then(|key| match (method, core.replicas().replica_status(&key)) {
+                ("GET" | "POST", Some(status)) => Err(Response::json(200, &status)),
+                ("GET" | "POST", None) => Err(not_found(&format!("replica {key} not found"))),
+                _ => Err(not_allowed("GET, POST")),
+            })
+        }
+        [of @ .., verb @ ("drain" | "resume")] => match scope(of, core)? {
+            Ok(scope) => match (*verb, method) {
+                ("drain", "POST") => drain(scope, request, core),
+                ("drain", "GET") => Err(progress(200, core, &scope)),
+                ("resume", "POST") => Ok(Operation::Resume(scope)),
+                ("drain", _) => Err(not_allowed("GET, POST")),
+                _ => Err(not_allowed("POST")),
+            },
+            Err(response) => Err(response),
+        },
+        _ => return None,
+    })
+}
+
+/// The answer to an operation that was carried out on a scope.
+#[must_use]
+pub fn progress(status: u16, core: &Core, scope: &Scope) -> Response {
+    match core.replicas().drain_status(scope) {
+        Some(progress) => Response::json(status, &progress),
+        None => Response::json(status, &json!({"scope": scope, "draining": false})),
+    }
+}
+
+/// The answer to a registration.
+#[must_use]
+pub fn registered(url: &BaseUrl, pool: Option<&PoolId>, outcome: &Result<(), NotRegistered>) -> Response {
+    match outcome {
+        Ok(()) => Response::json(201, &json!({"registered": true, "callback_url": url, "pool_id": pool})),
+        Err(why @ NotRegistered::Url(_)) => bad(&why.to_string()),
+        Err(why @ NotRegistered::TooMany) => {
+            error(503, "TOO_MANY_CALLBACKS", &why.to_string(), Some(TABLE_FULL_RETRY_MS))
+        }
+        Err(why @ NotRegistered::Disabled) => error(503, "CALLBACKS_DISABLED", &why.to_string(), None),
+    }
+}
+
+/// The answer to the removal of so many callbacks.
+#[must_use]
+pub fn unregistered(url: &BaseUrl, removed: usize) -> Response {
+    if removed == 0 {
+        not_found(&format!("no callback is registered for {url}"))
+    } else {
+        Response::json(200, &json!({"removed": removed}))
+    }
+}
+
+/// What drains did so far, by scope and event.
+#[derive(Debug, Default)]
+pub struct DrainTally {
+    /// At most five scopes times six events.
+    events: BTreeMap<(&'static str, &'static str), u64>,
+    took: Histogram,
+}
+
+impl DrainTally {
+    /// Counts a change.
+    pub fn note(&mut self, change: &DrainChange) {
+        *self.events.entry((change.scope.kind(), change.what.as_str())).or_default() += 1;
+        if let DrainEvent::Drained { took_ns, .. } = change.what {
+            self.took.observe_ns(took_ns);
+        }
+    }
+}
+
+/// Writes the metrics of drains and callbacks.
+pub fn scrape(core: &Core, scrape: &mut Scrape) {
+    let tally = core.drain_tally();
+    let labels: Vec<(String, u64)> = tally
+        .events
+        .iter()
+        .map(|((scope, event), count)| (format!("scope=\"{scope}\",outcome=\"{event}\""), *count))
+        .collect();
+    let samples: Vec<(&str, u64)> = labels.iter().map(|(labels, count)| (labels.as_str(), *count)).collect();
+    scrape.counter("pool_managerd_drain_events_total", "What became of drains.", &samples);
+    scrape.histogram(
+        "pool_managerd_drain_duration_seconds",
+        "From a drain's begin until nothing ran any more.",
+        &tally.took,
+    );
+    scrape.gauge(
+        "pool_managerd_drains",
+        "Drains that are in force.",
+        &[("", core.replicas().drains().count() as f64)],
+    );
+    let (callbacks, waiting) = core.callbacks().sizes();
+    let counts = core.callbacks().counts();
+    scrape.gauge("pool_managerd_callbacks", "Callbacks that are registered.", &[("", callbacks as f64)]);
+    scrape.gauge(
+        "pool_managerd_callback_notices_waiting",
+        "Notices that no receiver has confirmed yet.",
+        &[("", waiting as f64)],
+    );
+    scrape.counter(
+        "pool_managerd_callback_deliveries_total",
+        "Deliveries to callbacks, by outcome: attempts that worked or failed, notices given up or without room.",
+        &[
+            ("outcome=\"delivered\"", counts.delivered),
+            ("outcome=\"failed\"", counts.failed),
+            ("outcome=\"given_up\"", counts.given_up),
+            ("outcome=\"dropped\"", counts.dropped),
+        ],
+    );
+}
+
+fn drains(core: &Core) -> Response {
+    let drains: Vec<_> = core.replicas().drains().collect();
+    Response::json(200, &json!({"node_id": core.node_id(), "drains": drains}))
+}
+
+/// The scope that a path names; `None` where it names none.
+fn scope(segments: &[&str], core: &Core) -> Option<Result<Scope, Response>> {
+    Some(match segments {
+        ["node"] => Ok(Scope::Node),
+        ["gpus", index] => match index.parse::<u32>().ok().filter(|index| *index <= GPU_INDEX_MAX) {
+            Some(index) => Ok(Scope::Gpu { index }),
+            None => Err(bad(&format!(
+                "the GPU's index must be a whole number from 0 to {GPU_INDEX_MAX}, found {:?}",
+                shown(index)
+            ))),
+        },
+        ["pools", pool] => pool_id(pool).and_then(|pool| {
+            let scope = Scope::pool(&pool);
+            let known = core.pool_status(&pool).is_some() || core.replicas().drain_status(&scope).is_some();
+            known.then_some(scope).ok_or_else(|| not_found(&format!("pool {pool} not found")))
+        }),
+        ["pools", pool, "replicas", replica] => replica_key(pool, replica).and_then(|key| {
+            let scope = Scope::replica(&key);
+            let replicas = core.replicas();
+            let known = replicas.handoff(&key).is_some() || replicas.drain_status(&scope).is_some();
+            known.then_some(scope).ok_or_else(|| not_found(&format!("replica {key} not found")))
+        }),
+        _ => return None,
+    })
+}
+
+fn drain(scope: Scope, request: &Request, core: &Core) -> Result<Operation, Response> {
+    let deadline_ms = deadline_ms(&request.body)?;
+    match core.replicas().can_drain(&scope) {
+        Ok(()) => Ok(Operation::Drain(scope, deadline_ms)),
+        Err(why) => Err(error(503, "TOO_MANY_DRAINS", &why.to_string(), Some(TABLE_FULL_RETRY_MS))),
+    }
+}
+
+fn deadline_ms(body: &[u8]) -> Result<Option<u64>, Response> {
+    if body.trim_ascii().is_empty() {
+        return Ok(None);
+    }
+    let Ok(Value::Object(fields)) = serde_json::from_slice::<Value>(body) else {
+        return Err(bad("the body must be empty or a JSON object such as {\"deadline_ms\": 60000}"));
+    };
+    match fields.get("deadline_ms") {
+        None | Some(Value::Null) => Ok(None),
+        Some(value) => match value.as_u64().filter(|ms| *ms <= DRAIN_DEADLINE_MS_MAX) {
+            Some(ms) => Ok(Some(ms)),
+            None => Err(bad(&format!(
+                "`deadline_ms` must be a whole number from 0 to {DRAIN_DEADLINE_MS_MAX}, found {}",
+                shown(&value.to_string())
+            ))),
+        },
+    }
+}
+
+fn register(request: &Request) -> Result<Operation, Response> {
+    callback(&request.body).map(|(url, pool)| Operation::Register(url, pool))
+}
+
+fn unregister(request: &Request) -> Result<Operation, Response> {
+    callback(&request.body).map(|(url, pool)| Operation::Unregister(url, pool))
+}
+
+fn unregister_query(request: &Request) -> Result<Operation, Response> {
+    let parameter = |name| request.head.query(name).map(percent_decoded);
+    let url = parameter("url").or_else(|| parameter("callback_url"));
+    let url = url.ok_or_else(|| bad("`url` is missing in the query"))?;
+    let pool = parameter("pool_id").map(|pool| pool_id(&pool)).transpose()?;
+    Ok(Operation::Unregister(callback_url(&url)?, pool))
+}
+
+/// Reads `{"callback_url"|"url": string, "pool_id"?: string}`.
+fn callback(body: &[u8]) -> Result<(BaseUrl, Option<PoolId>), Response> {
+    #[derive(Deserialize)]
+    struct Body {
+        callback_url: Option<Value>,
+        url: Option<Value>,
+        pool_id: Option<Value>,
+    }
+    let body: Body = serde_json::from_slice(body).map_err(|_| {
+        bad("the body must be a JSON object such as {\"callback_url\": \"http://HOST:PORT/PATH\"}")
+    })?;
+    let url = body.callback_url.or(body.url).ok_or_else(|| bad("`callback_url` is missing"))?;
+    let url = url.as_str().ok_or_else(|| bad("`callback_url` must be a string"))?;
+    let pool = match &body.pool_id {
+        None => None,
+        Some(Value::String(pool)) => Some(pool_id(pool)?),
+        Some(_) => return Err(bad("`pool_id` must be a string")),
+    };
+    Ok((callback_url(url)?, pool))
+}
+
+fn callback_url(text: &str) -> Result<BaseUrl, Response> {
+    BaseUrl::new(text).map_err(|why| bad(&format!("`callback_url`: {why}")))
+}
+
+fn pool_id(text: &str) -> Result<PoolId, Response> {
+    PoolId::new(text).map_err(|why| bad(&format!("`pool_id`: {why}")))
+}
+
+fn replica_key(pool: &str, replica: &str) -> Result<ReplicaKey, Response> {
+    let pool = pool_id(pool)?;
+    let replica = ReplicaId::new(replica).map_err(|why| bad(&format!("`replica_id`: {why}")))?;
+    Ok(ReplicaKey { pool, replica })
+}
+
+fn bad(message: &str) -> Response {
+    error(400, "INVALID_PARAMS", message, None)
+}
+
+/// A caller's text, shortened for an error.
+fn shown(text: &str) -> String {
+    text.chars().take(SHOWN_CHARS_MAX).collect()
+}
+
+/// A query parameter's value with its escapes undone; what is no escape stays as it is.
+fn percent_decoded(text: &str) -> String {
+    let bytes = text.as_bytes();
+    let mut out = Vec::with_capacity(bytes.len());
+    let mut rest = bytes;
+    while let Some((first, tail)) = rest.split_first() {
+        let hex = |at: usize| tail.get(at).and_then(|b| char::from(*b).to_digit(16));
+        match (first, hex(0), hex(1)) {
+            (b'%', Some(high), Some(low)) => {
+                out.push(u8::try_from(high * 16 + low).unwrap_or(b'?'));
+                rest = &tail[2..];
+            }
+            _ => {
+                out.push(*first);
+                rest = tail;
+            }
+        }
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(response: &Response) -> (u16, String) {
+        (response.status, String::from_utf8_lossy(&response.body).into_owned())
+    }
+
+    #[test]
+    fn deadlines_are_optional_and_checked() {
+        for absent in ["", " \n", "{}", r#"{"deadline_ms":null}"#, r#"{"other":1}"#] {
+            assert_eq!(deadline_ms(absent.as_bytes()).map_err(|r| message(&r)), Ok(None), "{absent}");
+        }
+        assert_eq!(deadline_ms(br#"{"deadline_ms":0}"#).map_err(|r| message(&r)), Ok(Some(0)));
+        assert_eq!(
+            deadline_ms(br#"{"deadline_ms":86400000}"#).map_err(|r| message(&r)),
+            Ok(Some(86_400_000))
+        );
+        for (wrong, names) in [
+            ("[]", "JSON object"),
+            ("{", "JSON object"),
+            (r#"{"deadline_ms":-1}"#, "`deadline_ms`"),
+            (r#"{"deadline_ms":1.5}"#, "`deadline_ms`"),
+            (r#"{"deadline_ms":"1"}"#, "`deadline_ms`"),
+            (r#"{"deadline_ms":86400001}"#, "`deadline_ms`"),
+        ] {
+            let (status, text) = message(&deadline_ms(wrong.as_bytes()).expect_err(wrong));
+            assert!(status == 400 && text.contains(names), "{wrong}: {text}");
+        }
+    }
+
+    #[test]
+    fn callbacks_are_read_and_bad_fields_named() {
+        let (url, pool) =
+            callback(br#"{"url":"http://h:1/x","pool_id":"p"}"#).map_err(|r| message(&r)).expect("good");
+        assert_eq!((url.to_string().as_str(), pool.expect("a pool").as_str()), ("http://h:1/x", "p"));
+        for (wrong, names) in [
+            ("", "JSON object"),
+            ("{}", "`callback_url` is missing"),
+            (r#"{"callback_url":7}"#, "`callback_url` must be"),
+            (r#"{"callback_url":"h:1"}"#, "`callback_url`"),
+            (r#"{"callback_url":"http://u:p@h:1"}"#, "`callback_url`"),
+            (r#"{"callback_url":"http://h:1","pool_id":"a/b"}"#, "`pool_id`"),
+            (r#"{"callback_url":"http://h:1","pool_id":1}"#, "`pool_id`"),
+        ] {
+            let (status, text) = message(&callback(wrong.as_bytes()).expect_err(wrong));
+            assert!(status == 400 && text.contains(names), "{wrong}: {text}");
+        }
+    }
+
+    #[test]
+    fn escapes_are_undone() {
+        assert_eq!(percent_decoded("http%3A%2F%2Fh%3a1%2fx"), "http://h:1/x");
+        assert_eq!(percent_decoded("100%"), "100%");
+        assert_eq!(percent_decoded("%zz%4"), "%zz%4");
+    }
+}
