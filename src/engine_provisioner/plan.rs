@@ -179,6 +179,8 @@ impl Plan {
             engine: config.engine.clone(),
             engine_version: config.engine_version.clone(),
             slots: config.slots,
+            slots_given: true,
+            model_bytes: None,
             slots_free: config.slots,
             ready: true,
             device_mask: config.device_mask.clone(),

@@ -260,6 +260,15 @@ pub struct Timing {
     pub ended: Mono,
 }
 
+/// How far an exchange has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// [`Net::start`] was called.
+    pub started: Mono,
+    /// The last byte of the answer that came.
+    pub last_byte: Option<Mono>,
+}
+
 /// Both sides and what is between them.
 #[derive(Debug)]
 pub struct Net {
@@ -431,6 +440,12 @@ impl Net {
             self.dial(exchange, now);
         }
         exchange
+    }
+
+    /// How far an exchange has come, if it still runs.
+    #[must_use]
+    pub fn progress(&self, exchange: Token) -> Option<Progress> {
+        self.upstreams.progress(exchange)
     }
 
     /// Ends an exchange at the owner's wish; its client, if it has one, is still owed an answer.

@@ -20,7 +20,7 @@ use super::buffer::HIGH_WATER_BYTES;
 use super::relay::{Forward, Relay, Step};
 use super::resolve::Resolved;
 use super::server::ClientNext;
-use super::{Fault, FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Sink, Timing};
+use super::{Fault, FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Progress, Sink, Timing};
 
 /// Bodies up to this size are sent in one write with their head.
 const JOINED_BODY_BYTES_MAX: usize = 64 * 1024;
@@ -41,6 +41,8 @@ pub(super) struct Exchange {
     connection: Option<Token>,
     /// The answer has begun to arrive.
     received: bool,
+    /// When its last byte came.
+    last_byte: Option<Mono>,
     head_announced: bool,
     retried: bool,
     resolving: bool,
@@ -109,6 +111,7 @@ impl Upstreams {
             timing: Timing { started: now, first_byte: None, ended: now },
             connection: None,
             received: false,
+            last_byte: None,
             head_announced: false,
             retried: false,
             resolving: false,
@@ -120,6 +123,11 @@ impl Upstreams {
             SinkState::Client(client) => Some(client),
             _ => None,
         }
+    }
+
+    pub(super) fn progress(&self, exchange: Token) -> Option<Progress> {
+        let session = self.exchanges.get(exchange)?;
+        Some(Progress { started: session.timing.started, last_byte: session.last_byte })
     }
 
     /// The answer's status, if it is a stream that said that it is done.
@@ -324,6 +332,7 @@ impl Net {
             };
             budget = budget.saturating_sub(length);
             session.received = true;
+            session.last_byte = Some(now);
             if !matches!(session.sink, SinkState::Collect { .. }) {
                 self.timers.arm(exchange, &mut session.deadline, now.plus_ms(session.patience.idle_ms));
             }

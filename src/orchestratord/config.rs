@@ -106,6 +106,14 @@ pub static TABLE: &[Setting] = &[
         help: "Hosts or CIDRs, separated by commas, on which handoffs may place engines beside this machine",
     },
     Setting {
+        flag: "hang-suspect-ms",
+        env: "ORCHESTRATORD_HANG_SUSPECT_MS",
+        aliases: &[],
+        default: Some("60000"),
+        value: "MS",
+        help: "How long all answers of an engine may stand still before it is sent a trial request; 1000 to 3600000",
+    },
+    Setting {
         flag: "drain-timeout-ms",
         env: "ORCHESTRATORD_DRAIN_TIMEOUT_MS",
         aliases: &[],
@@ -154,6 +162,8 @@ pub struct Config {
     pub watch_interval_ms: u64,
     /// Hosts of engines beside this machine's own.
     pub allow_engine_hosts: AllowList,
+    /// How long all answers of an engine may stand still before it is suspected.
+    pub hang_suspect_ms: u64,
     /// Limit of a graceful shutdown.
     pub drain_timeout_ms: u64,
     /// Accepted tokens.
@@ -211,6 +221,7 @@ impl Config {
             runtime_dir: settings.need("runtime-dir", |text| Ok(PathBuf::from(text)))?,
             watch_interval_ms: settings.need("watch-interval-ms", number(100, 10_000))?,
             allow_engine_hosts: settings.get("allow-engine-hosts", AllowList::parse)?.unwrap_or_default(),
+            hang_suspect_ms: settings.need("hang-suspect-ms", number(1_000, 3_600_000))?,
             drain_timeout_ms: settings.need("drain-timeout-ms", number(0, 3_600_000))?,
             tokens,
             token_file,

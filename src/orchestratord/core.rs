@@ -84,10 +84,10 @@ impl Core {
     /// A core that knows nobody.
     #[must_use]
     pub fn new(options: Options, now: Now) -> Core {
-        let local = options.local.map(|(node, policy)| Local {
-            node,
-            replicas: replicas::Registry::new(policy, now.wall.unix_ms()),
-            shown_revision: 0,
+        let local = options.local.map(|(node, policy)| {
+            let mut replicas = replicas::Registry::new(policy, now.wall.unix_ms());
+            replicas.set_hang_limit(options.hang_suspect_ms);
+            Local { node, replicas, shown_revision: 0 }
         });
         Core {
             registry: ServiceRegistry::new(options.limits, now.wall.unix_ms()),
@@ -134,6 +134,11 @@ impl Core {
             Input::Process(key, generation, seen) => self.with_local(now, effects, |local, now, found| {
                 local.process_seen(&key, generation, seen, now, found);
             }),
+            Input::Active { key, generation, activity } => {
+                self.with_local(now, effects, |local, now, found| {
+                    local.active(&key, generation, activity, now, found);
+                })
+            }
             Input::Probed(id, outcome) => {
                 self.with_local(now, effects, |local, now, found| local.probed(&id, outcome, now, found));
             }

@@ -12,14 +12,14 @@ use crate::net::{FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Sink, fo
 use crate::reactor::signal::Signals;
 use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Reactor, Registry, now};
-use crate::replicas::{EnginePolicy, ProbeId, ProbeKind, Processes, Watch, probe};
+use crate::replicas::{Activity, EnginePolicy, ProbeOrder, Processes, Watch, probe};
 use crate::service::auth::{self, Tokens};
 use crate::service::lag::LoopLag;
 use crate::service::machine;
 use crate::service::shell::Shell;
 use crate::settings::Exit;
 use crate::time::{Now, earliest};
-use crate::wire::id::{NodeId, PoolId};
+use crate::wire::id::{NodeId, PoolId, ReplicaKey};
 use crate::wire::pool::PoolStatus;
 
 use super::api::{self, Action};
@@ -71,6 +71,8 @@ struct Job {
     front: Front,
     body: Arc<Vec<u8>>,
     exchange: Option<Token>,
+    /// The replica and its generation that serve it.
+    on: Option<(ReplicaKey, u64)>,
 }
 
 enum Front {
@@ -84,7 +86,7 @@ enum Front {
 
 /// What an exchange is for.
 enum Running {
-    Probe(ProbeId, ProbeKind),
+    Probe(Box<ProbeOrder>),
     Agent(NodeId, PoolId),
     Request(RequestId),
 }
@@ -246,7 +248,7 @@ impl Daemon {
                     }
                     Effect::Probe(order) => {
                         let exchange = self.net.start(probe::outbound(&order), now.mono);
-                        self.exchanges.insert(exchange, Running::Probe(order.id, order.kind));
+                        self.exchanges.insert(exchange, Running::Probe(Box::new(order)));
                     }
                     Effect::AskAgent { node, pool, agent } => self.ask_agent(node, pool, agent, now),
                     Effect::Log(happening) if happening.is_warning => log::warn!("{}", happening.text),
@@ -305,7 +307,7 @@ impl Daemon {
     fn open_job(&mut self, front: Front, body: Vec<u8>) -> RequestId {
         let request = self.next_request;
         self.next_request += 1;
-        self.jobs.insert(request, Job { front, body: Arc::new(body), exchange: None });
+        self.jobs.insert(request, Job { front, body: Arc::new(body), exchange: None, on: None });
         request
     }
 
@@ -376,7 +378,11 @@ impl Daemon {
         };
         let bearer = match &dispatch.target {
             Target::Relay { .. } => self.tokens.bearer(),
-            _ => dispatch.auth_file.as_deref().and_then(probe::read_key).map(|key| format!("Bearer {key}")),
+            _ => dispatch
+                .auth_file
+                .as_deref()
+                .and_then(|file| probe::read_key(file).ok())
+                .map(|key| format!("Bearer {key}")),
         };
         fields.extend(bearer.map(|bearer| ("Authorization".to_string(), bearer.into_bytes())));
         let sink = match &job.front {
@@ -391,6 +397,7 @@ impl Daemon {
         self.exchanges.insert(exchange, Running::Request(request));
         if let Some(job) = self.jobs.get_mut(&request) {
             job.exchange = Some(exchange);
+            job.on = Some((dispatch.key.clone(), dispatch.generation));
         }
     }
 
@@ -424,10 +431,31 @@ impl Daemon {
         }
     }
 
+    /// Tells what the requests on a local replica have been doing, if any run: before each outcome of a
+    /// probe.
+    fn tell_activity(&mut self, key: &ReplicaKey, generation: u64, now: Now) {
+        let mut activity = Activity::default();
+        for job in self.jobs.values() {
+            if let (Some((on, serial)), Some(exchange)) = (&job.on, job.exchange)
+                && on == key
+                && *serial == generation
+                && let Some(progress) = self.net.progress(exchange)
+            {
+                activity.add(progress.started, progress.last_byte);
+            }
+        }
+        if activity != Activity::default() {
+            let input = Input::Active { key: key.clone(), generation, activity };
+            self.core.handle(input, now, &mut self.effects);
+        }
+    }
+
     fn finished(&mut self, exchange: Token, outcome: Outcome, now: Now) {
         match self.exchanges.remove(&exchange) {
-            Some(Running::Probe(id, kind)) => {
-                let input = Input::Probed(id, probe::outcome(kind, outcome));
+            Some(Running::Probe(order)) => {
+                self.tell_activity(&order.id.key, order.id.serial, now);
+                let outcome = probe::outcome(&order, outcome);
+                let input = Input::Probed(order.id, outcome);
                 self.core.handle(input, now, &mut self.effects);
             }
             Some(Running::Agent(node, pool)) => {
@@ -532,7 +560,7 @@ impl Daemon {
             _ => {
                 // It is over already; what is left are its events.
                 let front = Front::Task { creator: None, reader: Some(client) };
-                self.jobs.insert(request, Job { front, body: Arc::default(), exchange: None });
+                self.jobs.insert(request, Job { front, body: Arc::default(), exchange: None, on: None });
             }
         }
         let fields = [("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no")];
@@ -608,6 +636,7 @@ fn options(config: &Config, bound: SocketAddr) -> Result<Options, Exit> {
         admission_capacity: config.admission_capacity,
         admission_timeout_ms: config.admission_timeout_ms,
         drain_timeout_ms: config.drain_timeout_ms,
+        hang_suspect_ms: config.hang_suspect_ms,
         local,
         seed: fastrand::u64(..),
     })

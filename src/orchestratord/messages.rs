@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::metrics::Histogram;
 use crate::replicas::{
-    EnginePolicy, Listing, ProbeId, ProbeOrder, ProbeOutcome, ProcessOrder, ProcessSeen, Trouble,
+    Activity, EnginePolicy, Listing, ProbeId, ProbeOrder, ProbeOutcome, ProcessOrder, ProcessSeen, Trouble,
 };
 use crate::service::events::Happening;
 use crate::wire::id::{NodeId, PoolId, ReplicaKey};
@@ -92,6 +92,15 @@ pub enum Input {
     WatchTrouble(Option<Trouble>),
     /// What was seen of the process of a local replica's generation.
     Process(ReplicaKey, u64, ProcessSeen),
+    /// What the requests on a local replica's generation have been doing.
+    Active {
+        /// The replica.
+        key: ReplicaKey,
+        /// Its generation.
+        generation: u64,
+        /// What they have been doing.
+        activity: Activity,
+    },
     /// A probe of a local engine ended.
     Probed(ProbeId, ProbeOutcome),
     /// A node's agent told about a pool.
@@ -193,6 +202,8 @@ pub struct Options {
     pub admission_timeout_ms: u64,
     /// Limit of a graceful shutdown.
     pub drain_timeout_ms: u64,
+    /// How long all answers of a local engine may stand still before it is suspected.
+    pub hang_suspect_ms: u64,
     /// In the HOME profile: this machine's name, and where its engines may be.
     pub local: Option<(NodeId, EnginePolicy)>,
     /// Decides the random strategy.

@@ -142,6 +142,14 @@ pub static TABLE: &[Setting] = &[
         help: "The kernel's log, where GPU faults appear; off: it is not read",
     },
     Setting {
+        flag: "hang-suspect-ms",
+        env: "POOL_MANAGERD_HANG_SUSPECT_MS",
+        aliases: &[],
+        default: Some("60000"),
+        value: "MS",
+        help: "How long all answers of an engine may stand still before it is sent a trial request; 1000 to 3600000",
+    },
+    Setting {
         flag: "drain-timeout-ms",
         env: "POOL_MANAGERD_DRAIN_TIMEOUT_MS",
         aliases: &[],
@@ -210,6 +218,8 @@ pub struct Config {
     pub gpu_discovery_interval_ms: u64,
     /// The kernel's log; `None`: it is not read.
     pub kmsg: Option<PathBuf>,
+    /// How long all answers of an engine may stand still before it is suspected.
+    pub hang_suspect_ms: u64,
     /// Limit of a graceful shutdown.
     pub drain_timeout_ms: u64,
     /// Whether callbacks are told.
@@ -284,6 +294,7 @@ impl Config {
             allow_engine_hosts: settings.get("allow-engine-hosts", AllowList::parse)?.unwrap_or_default(),
             gpu_discovery_interval_ms: settings.need("gpu-discovery-interval-ms", number(1_000, 60_000))?,
             kmsg: settings.need("kmsg", |text| Ok((!matches!(text, "" | "off")).then(|| text.into())))?,
+            hang_suspect_ms: settings.need("hang-suspect-ms", number(1_000, 3_600_000))?,
             drain_timeout_ms: settings.need("drain-timeout-ms", number(0, 3_600_000))?,
             callback_enabled: settings.need("callback-enabled", boolean)?,
             callback_url: settings.get("orchestratord-callback-url", plain_url)?,

@@ -12,8 +12,9 @@
 
 use std::sync::Arc;
 
+use crate::replicas::hang::HANG_SUSPECT_MS;
 use crate::replicas::{
-    Cause, Change, EnginePolicy, Fault, FileContent, Listing, ProbeId, ProbeOrder, ProbeOutcome,
+    Activity, Cause, Change, EnginePolicy, Fault, FileContent, Listing, ProbeId, ProbeOrder, ProbeOutcome,
     ProcessOrder, ProcessSeen, Refused, Registry, ReplicaLease, Trouble,
 };
 use crate::service::events::{Events, Happening};
@@ -55,7 +56,7 @@ pub struct Identity {
 }
 
 /// How the agent behaves.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Options {
     /// Every control plane; none in the HOME profile.
     pub control_planes: Vec<BaseUrl>,
@@ -65,6 +66,20 @@ pub struct Options {
     pub drain_timeout_ms: u64,
     /// Delete handoff files once they are accepted and saved.
     pub auto_delete: bool,
+    /// How long all answers of an engine may stand still before it is suspected.
+    pub hang_suspect_ms: u64,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            control_planes: Vec::new(),
+            heartbeat_interval_ms: 10_000,
+            drain_timeout_ms: 30_000,
+            auto_delete: false,
+            hang_suspect_ms: HANG_SUSPECT_MS,
+        }
+    }
 }
 
 /// What happened.
@@ -84,6 +99,15 @@ pub enum Input {
     WatchTrouble(Option<Trouble>),
     /// What was seen of the process of a replica's generation.
     Process(ReplicaKey, u64, ProcessSeen),
+    /// What the requests on a replica's generation have been doing.
+    Active {
+        /// The replica.
+        key: ReplicaKey,
+        /// Its generation.
+        generation: u64,
+        /// What they have been doing.
+        activity: Activity,
+    },
     /// A probe ended.
     Probed(ProbeId, ProbeOutcome),
     /// A control plane answered a call.
@@ -228,8 +252,10 @@ impl Core {
     pub fn new(identity: Identity, policy: EnginePolicy, options: &Options, seed: u64, now: Now) -> Core {
         let interval_ms = options.heartbeat_interval_ms;
         let planes = options.control_planes.iter().map(|url| Plane::new(url.clone(), interval_ms, now));
+        let mut replicas = Registry::new(policy, now.wall.unix_ms());
+        replicas.set_hang_limit(options.hang_suspect_ms);
         Core {
-            replicas: Registry::new(policy, now.wall.unix_ms()),
+            replicas,
             gpus: Gpus::new(now),
             bound: None,
             planes: planes.collect(),
@@ -275,6 +301,9 @@ impl Core {
             Input::WatchTrouble(trouble) => self.note_watch(trouble, now, effects),
             Input::Process(key, generation, seen) => {
                 self.replicas.process_seen(&key, generation, seen, now, &mut changes);
+            }
+            Input::Active { key, generation, activity } => {
+                self.replicas.active(&key, generation, activity, now, &mut changes);
             }
             Input::Probed(id, outcome) => self.replicas.probed(&id, outcome, now, &mut changes),
             Input::Told { plane, call, answer } => self.told(plane, call, answer, now, effects),

@@ -14,7 +14,7 @@ use crate::reactor::signal::Signals;
 use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Reactor, Registry, Waker, now};
 use crate::replicas::{
-    AllowList, EnginePolicy, Fault, ProbeId, ProbeKind, Processes, Refused, ReplicaLease, Watch, probe,
+    Activity, AllowList, EnginePolicy, Fault, ProbeOrder, Processes, Refused, ReplicaLease, Watch, probe,
 };
 use crate::service::auth::{self, Tokens};
 use crate::service::lag::LoopLag;
@@ -74,7 +74,7 @@ type Saver = Offload<String, Result<(), String>>;
 
 /// What an exchange is for.
 enum Running {
-    Probe(ProbeId, ProbeKind),
+    Probe(Box<ProbeOrder>),
     Relay { client: Token, lease: ReplicaLease },
     Call { plane: usize, call: Call },
 }
@@ -343,7 +343,7 @@ impl Daemon {
                     }
                     Effect::Probe(order) => {
                         let exchange = self.net.start(probe::outbound(&order), now.mono);
-                        self.exchanges.insert(exchange, Running::Probe(order.id, order.kind));
+                        self.exchanges.insert(exchange, Running::Probe(Box::new(order)));
                     }
                     Effect::Call { plane, order, body } => self.call(plane, order, body, now),
                     Effect::Save(text) => self.save(text, now),
@@ -432,7 +432,7 @@ impl Daemon {
             Err(refused) => return self.net.respond(client, &refusal(key, &refused), now.mono),
         };
         let mut fields = forwardable(&request.head);
-        if let Some(engine_key) = auth_file.as_deref().and_then(probe::read_key) {
+        if let Some(engine_key) = auth_file.as_deref().and_then(|file| probe::read_key(file).ok()) {
             fields.push(("Authorization".into(), format!("Bearer {engine_key}").into_bytes()));
         }
         let outbound = Outbound {
@@ -449,10 +449,30 @@ impl Daemon {
         self.exchanges.insert(exchange, Running::Relay { client, lease });
     }
 
+    /// Tells what the requests on a replica have been doing, if any run: before each outcome of a probe.
+    fn tell_activity(&mut self, key: &ReplicaKey, generation: u64, now: Now) {
+        let mut activity = Activity::default();
+        for (exchange, running) in &self.exchanges {
+            if let Running::Relay { lease, .. } = running
+                && lease.key == *key
+                && lease.serial == generation
+                && let Some(progress) = self.net.progress(*exchange)
+            {
+                activity.add(progress.started, progress.last_byte);
+            }
+        }
+        if activity != Activity::default() {
+            let input = Input::Active { key: key.clone(), generation, activity };
+            self.core.handle(input, now, &mut self.effects);
+        }
+    }
+
     fn finished(&mut self, exchange: Token, outcome: Outcome, now: Now) {
         match self.exchanges.remove(&exchange) {
-            Some(Running::Probe(id, kind)) => {
-                let input = Input::Probed(id, probe::outcome(kind, outcome));
+            Some(Running::Probe(order)) => {
+                self.tell_activity(&order.id.key, order.id.serial, now);
+                let outcome = probe::outcome(&order, outcome);
+                let input = Input::Probed(order.id, outcome);
                 self.core.handle(input, now, &mut self.effects);
             }
             Some(Running::Relay { client, lease }) => {
@@ -547,6 +567,7 @@ fn make_core(config: &Config, own_port: u16) -> Core {
         heartbeat_interval_ms: config.cloud.as_ref().map_or(0, |cloud| cloud.heartbeat_interval_ms),
         drain_timeout_ms: config.drain_timeout_ms,
         auto_delete: config.auto_delete,
+        hang_suspect_ms: config.hang_suspect_ms,
     };
     Core::new(identity, policy, &options, fastrand::u64(..), at)
 }

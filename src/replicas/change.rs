@@ -55,6 +55,8 @@ pub enum Cause {
     Gpu,
     /// It stopped producing and did not answer a trial request.
     Hung,
+    /// It has been starting for longer than any engine takes.
+    Start,
 }
 
 /// What became of a file of the runtime directory.
@@ -169,6 +171,15 @@ pub enum Change {
     },
     /// A drain.
     Drain(DrainChange),
+    /// Something about a replica that is worth a line.
+    Note {
+        /// The replica.
+        key: ReplicaKey,
+        /// What.
+        text: String,
+        /// Whether an operator should look at it.
+        is_warning: bool,
+    },
     /// A file's contents are in use.
     FileAccepted {
         /// The file.
@@ -229,6 +240,7 @@ impl Change {
             Change::Reason { key, state, .. } => ("replica", key.to_string(), state.as_str(), false),
             Change::Replaced { key, .. } => ("replica", key.to_string(), "replaced", false),
             Change::Updated { key, .. } => ("replica", key.to_string(), "", false),
+            Change::Note { key, is_warning, .. } => ("replica", key.to_string(), "", *is_warning),
             Change::Unwatched { key, .. } => ("replica", key.to_string(), "", true),
             Change::Gone { key, .. } => ("replica", key.to_string(), "gone", false),
             Change::FileAccepted { name, .. } => ("file", name.escape_debug().to_string(), "accepted", false),
@@ -256,6 +268,7 @@ impl fmt::Display for Change {
             Change::Updated { key, file } => {
                 write!(f, "{key}: details changed in {}", Source(file.as_deref()))
             }
+            Change::Note { key, text, .. } => write!(f, "{key}: {text}"),
             Change::Unwatched { key, reason } => {
                 write!(f, "{key}: whether its process lives cannot be told, probes decide: {reason}")
             }

@@ -7,10 +7,12 @@
 //! - *Ready*: rarely, and for all replicas of a machine in the same wake-up.
 //! - *Suspect*: it answered before and fails now; soon again, with growing pauses.
 //!
-//! An answer is read as a [`Sign`]. A clear sign (connection refused, 503) ends readiness at once; a
-//! doubtful one (slow, another status) only the second time in a row, and never while requests go
-//! through: engines in long prefills answer their health path late. An engine that falls again and
-//! again has to answer twice in a row before it takes work.
+//! An answer is read as a [`Sign`]. A refused connection ends readiness at once. So does a 503, and a
+//! doubtful answer (slow, another status) the second time in a row, but neither while requests go
+//! through: engines in long prefills answer their health path late or wrong.
+//!
+//! Every fall raises a penalty that time forgives. An engine whose penalty is high has to be healthy for
+//! a while before it takes work, the longer the more often it fell.
 
 use crate::time::Mono;
 
@@ -28,20 +30,29 @@ pub const SUSPECT_DELAY_MS_MIN: u64 = 250;
 pub const PROBE_TIMEOUT_MS: u64 = 5_000;
 /// Doubtful answers in a row that end readiness.
 pub const DOUBTS_MAX: u32 = 2;
-/// Falls within [`FLAP_WINDOW_MS`] after which one good answer no longer suffices.
-pub const FLAP_FALLS: usize = 3;
-/// The window for [`FLAP_FALLS`], in milliseconds.
-pub const FLAP_WINDOW_MS: u64 = 60_000;
-/// Good answers in a row that an engine needs which flaps.
-pub const FLAP_HEALTHY_IN_ROW: u32 = 2;
+/// What a fall adds to an engine's penalty.
+const FALL_PENALTY: f64 = 1.0;
+/// Time in which half of a penalty is forgiven, in milliseconds: two falls a day cost nothing.
+pub const PENALTY_HALF_LIFE_MS: u64 = 60_000;
+/// Penalty from which one good answer no longer suffices: the third fall within half a minute.
+const PENALTY_MAX: f64 = 2.5;
+/// How long an engine that just exceeded [`PENALTY_MAX`] must be healthy before it takes work, in
+/// milliseconds; it doubles with every fall beyond.
+pub const DAMPED_MS_MIN: u64 = 2_000;
+/// Longest such time, in milliseconds.
+pub const DAMPED_MS_MAX: u64 = 300_000;
+/// Longest pause between probes of an engine that should have started long ago, in milliseconds.
+pub const OVERDUE_DELAY_MS_MAX: u64 = 30_000;
 
 /// What an answer says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sign {
     /// It serves.
     Healthy,
-    /// It certainly does not serve now.
+    /// Nobody listens there.
     Down,
+    /// It says itself that it does not serve now.
+    Unavailable,
     /// It may be busy or broken.
     Doubtful,
 }
@@ -74,10 +85,14 @@ pub struct Health {
     phase: Phase,
     next_at: Mono,
     delay_ms: u64,
+    delay_ms_max: u64,
     doubts: u32,
-    healthy_in_row: u32,
-    /// The last falls, oldest first.
-    falls: [Option<Mono>; FLAP_FALLS],
+    started_at: Mono,
+    /// Since when it answers well, while it is not ready.
+    healthy_since: Option<Mono>,
+    /// The penalty at the last fall, and when that was.
+    penalty: f64,
+    fell_at: Option<Mono>,
     /// When a request last went through.
     worked_at: Option<Mono>,
 }
@@ -90,9 +105,12 @@ impl Health {
             phase: Phase::Starting,
             next_at: now,
             delay_ms: STARTING_DELAY_MS_MIN,
+            delay_ms_max: DELAY_MS_MAX,
             doubts: 0,
-            healthy_in_row: 0,
-            falls: [None; FLAP_FALLS],
+            started_at: now,
+            healthy_since: None,
+            penalty: 0.0,
+            fell_at: None,
             worked_at: None,
         }
     }
@@ -118,20 +136,51 @@ impl Health {
                 Verdict::Unchanged
             }
             (Phase::Ready, Sign::Down) => self.fall(now),
+            (Phase::Ready, Sign::Unavailable | Sign::Doubtful) if self.works(now) => {
+                self.next_at = next_aligned(now);
+                Verdict::Unchanged
+            }
+            (Phase::Ready, Sign::Unavailable) => self.fall(now),
             (Phase::Ready, Sign::Doubtful) => self.doubt(now),
             (_, Sign::Healthy) => self.rise(now),
-            (_, Sign::Down | Sign::Doubtful) => {
-                self.healthy_in_row = 0;
+            (_, Sign::Down | Sign::Unavailable | Sign::Doubtful) => {
+                self.healthy_since = None;
                 self.pause(now);
                 Verdict::Unchanged
             }
         }
     }
 
-    /// A request got an answer from the engine.
-    pub fn worked(&mut self, now: Mono) {
-        self.worked_at = Some(now);
+    /// A request got a byte from the engine at `at`.
+    pub fn worked(&mut self, at: Mono) {
+        self.worked_at = self.worked_at.max(Some(at));
         self.doubts = 0;
+    }
+
+    /// For how long it has been starting, in milliseconds, if that is longer than `limit_ms`.
+    #[must_use]
+    pub fn overdue_ms(&self, limit_ms: u64, now: Mono) -> Option<u64> {
+        let ms = now.ms_since(self.started_at);
+        (self.phase == Phase::Starting && ms >= limit_ms).then_some(ms)
+    }
+
+    /// Makes further pauses longer: it should have started long ago.
+    pub fn slow_down(&mut self) {
+        self.delay_ms_max = OVERDUE_DELAY_MS_MAX;
+    }
+
+    /// Why an engine that answers well takes no work yet, for people.
+    #[must_use]
+    pub fn waits(&self, now: Mono) -> Option<String> {
+        let since = self.healthy_since?;
+        let needed_ms = self.healthy_ms_needed();
+        let left_ms = needed_ms.saturating_sub(now.ms_since(since));
+        Some(format!(
+            "answers again, but fell about {:.0} times lately: takes work once it was healthy for {} s, in {} s",
+            self.penalty,
+            needed_ms / 1000,
+            left_ms.div_ceil(1000)
+        ))
     }
 
     /// A request could not connect: the engine is down, whatever the last probe said.
@@ -151,25 +200,33 @@ impl Health {
         self.next_at = self.next_at.min(at);
     }
 
+    /// Puts the next probe off until `at`.
+    pub fn probe_at(&mut self, at: Mono) {
+        self.next_at = at;
+    }
+
     fn rise(&mut self, now: Mono) -> Verdict {
-        self.healthy_in_row += 1;
-        if self.healthy_in_row < self.healthy_needed() {
-            self.next_at = now.plus_ms(DELAY_MS_MAX);
+        let since = *self.healthy_since.get_or_insert(now);
+        let needed_ms = self.healthy_ms_needed();
+        if now.ms_since(since) < needed_ms {
+            self.next_at = now.plus_ms(DELAY_MS_MAX).min(since.plus_ms(needed_ms)).max(now.plus_ms(1));
             return Verdict::Unchanged;
         }
         self.phase = Phase::Ready;
         self.doubts = 0;
-        self.healthy_in_row = 0;
+        self.healthy_since = None;
+        self.delay_ms_max = DELAY_MS_MAX;
         self.next_at = next_aligned(now);
         Verdict::Rose
     }
 
     fn fall(&mut self, now: Mono) -> Verdict {
-        self.falls.rotate_left(1);
-        self.falls[FLAP_FALLS - 1] = Some(now);
+        let forgiven = self.fell_at.map_or(0.0, |at| now.ms_since(at) as f64 / PENALTY_HALF_LIFE_MS as f64);
+        self.penalty = self.penalty * (-forgiven).exp2() + FALL_PENALTY;
+        self.fell_at = Some(now);
         self.phase = Phase::Suspect;
         self.doubts = 0;
-        self.healthy_in_row = 0;
+        self.healthy_since = None;
         self.delay_ms = SUSPECT_DELAY_MS_MIN;
         self.worked_at = None;
         self.pause(now);
@@ -177,10 +234,6 @@ impl Health {
     }
 
     fn doubt(&mut self, now: Mono) -> Verdict {
-        if self.worked_at.is_some_and(|at| now.ms_since(at) < READY_INTERVAL_MS) {
-            self.next_at = next_aligned(now);
-            return Verdict::Unchanged;
-        }
         self.doubts += 1;
         if self.doubts >= DOUBTS_MAX {
             return self.fall(now);
@@ -189,16 +242,24 @@ impl Health {
         Verdict::Unchanged
     }
 
-    fn healthy_needed(&self) -> u32 {
-        match (self.falls[0], self.falls[FLAP_FALLS - 1]) {
-            (Some(first), Some(last)) if last.ms_since(first) <= FLAP_WINDOW_MS => FLAP_HEALTHY_IN_ROW,
-            _ => 1,
+    /// Whether requests went through lately.
+    fn works(&self, now: Mono) -> bool {
+        self.worked_at.is_some_and(|at| now.ms_since(at) < READY_INTERVAL_MS)
+    }
+
+    /// How long it must be healthy before it takes work, in milliseconds, by the penalty of its last fall.
+    fn healthy_ms_needed(&self) -> u64 {
+        let beyond = self.penalty - PENALTY_MAX;
+        if beyond < 0.0 {
+            return 0;
         }
+        let factor = beyond.floor().exp2();
+        ((DAMPED_MS_MIN as f64 * factor) as u64).min(DAMPED_MS_MAX)
     }
 
     fn pause(&mut self, now: Mono) {
         self.next_at = now.plus_ms(self.delay_ms);
-        self.delay_ms = (self.delay_ms * 2).min(DELAY_MS_MAX);
+        self.delay_ms = (self.delay_ms * 2).min(self.delay_ms_max);
     }
 }
 
@@ -296,29 +357,56 @@ mod tests {
     }
 
     #[test]
-    fn an_engine_that_flaps_must_answer_twice_in_a_row() {
+    fn an_engine_that_flaps_must_be_healthy_for_longer_and_longer() {
         let (mut health, mut now) = ready();
-        for _ in 0..2 {
+        let mut needed = Vec::new();
+        for _ in 0..12 {
             now = now.plus_ms(1_000);
             assert_eq!(health.observe(Sign::Down, now), Verdict::Fell);
-            assert_eq!(health.observe(Sign::Healthy, now), Verdict::Rose);
+            let since = now;
+            while health.observe(Sign::Healthy, now) != Verdict::Rose {
+                let why = health.waits(now).expect("it says why");
+                assert!(why.contains("healthy for"), "{why}");
+                now = health.next_at();
+            }
+            needed.push(now.ms_since(since));
         }
-        assert_eq!(health.observe(Sign::Down, now), Verdict::Fell);
-        assert_eq!(health.observe(Sign::Healthy, now), Verdict::Unchanged);
-        assert_eq!(health.observe(Sign::Down, now), Verdict::Unchanged, "the row is broken");
-        assert_eq!(health.observe(Sign::Healthy, now), Verdict::Unchanged);
-        assert_eq!(health.observe(Sign::Healthy, now), Verdict::Rose);
-        // Old falls are forgiven.
-        now = now.plus_ms(FLAP_WINDOW_MS + 1);
+        assert_eq!(needed[..2], [0, 0], "two falls are forgiven");
+        assert!(needed[2] >= DAMPED_MS_MIN, "{needed:?}");
+        assert!(needed.iter().max() > Some(&(4 * DAMPED_MS_MIN)), "{needed:?}");
+        assert!(needed.iter().all(|ms| *ms <= DAMPED_MS_MAX), "{needed:?}");
+        // Time forgives.
+        now = now.plus_ms(20 * PENALTY_HALF_LIFE_MS);
         assert_eq!(health.observe(Sign::Down, now), Verdict::Fell);
         assert_eq!(health.observe(Sign::Healthy, now), Verdict::Rose);
     }
 
+    #[test]
+    fn what_starts_for_too_long_is_asked_more_rarely() {
+        let mut health = Health::starting(T0);
+        let mut now = T0;
+        while health.overdue_ms(600_000, now).is_none() {
+            health.observe(Sign::Down, now);
+            assert!(health.next_at().ms_since(now) <= DELAY_MS_MAX);
+            now = health.next_at();
+        }
+        assert!(now.ms_since(T0) < 603_000);
+        health.slow_down();
+        for _ in 0..10 {
+            health.observe(Sign::Down, now);
+            now = health.next_at();
+        }
+        health.observe(Sign::Down, now);
+        assert_eq!(health.next_at().ms_since(now), OVERDUE_DELAY_MS_MAX);
+        assert_eq!(health.observe(Sign::Healthy, now), Verdict::Rose);
+        assert_eq!(health.overdue_ms(0, now), None);
+    }
+
     proptest::proptest! {
         /// Whatever the answers: the next probe lies ahead, within one interval, and healthy answers
-        /// bring any engine back after at most two.
+        /// bring any engine back within the longest damping.
         #[test]
-        fn every_engine_is_asked_again_and_can_return(signs in proptest::collection::vec((0u8..5, 0u64..20_000), 0..60)) {
+        fn every_engine_is_asked_again_and_can_return(signs in proptest::collection::vec((0u8..6, 0u64..20_000), 0..60)) {
             let mut health = Health::starting(T0);
             let mut now = T0;
             for (sign, ms) in signs {
@@ -328,14 +416,33 @@ mod tests {
                     1 => { health.observe(Sign::Down, now); }
                     2 => { health.observe(Sign::Doubtful, now); }
                     3 => { health.worked(now); continue; }
+                    4 => { health.observe(Sign::Unavailable, now); }
                     _ => { health.connect_failed(now); continue; }
                 }
                 proptest::prop_assert!(health.next_at() > now);
                 proptest::prop_assert!(health.next_at().ms_since(now) <= READY_INTERVAL_MS);
             }
+            let healed = now;
             health.observe(Sign::Healthy, now);
-            health.observe(Sign::Healthy, now);
-            proptest::prop_assert_eq!(health.phase(), Phase::Ready);
+            while health.phase() != Phase::Ready {
+                now = health.next_at();
+                proptest::prop_assert!(now.ms_since(healed) <= DAMPED_MS_MAX);
+                health.observe(Sign::Healthy, now);
+            }
+        }
+
+        /// As long as requests go through, nothing but a refused connection takes an engine out.
+        #[test]
+        fn what_works_stays_ready(signs in proptest::collection::vec((0u8..3, 0u64..READY_INTERVAL_MS), 0..60)) {
+            let (mut health, mut now) = ready();
+            for (sign, ms) in signs {
+                health.worked(now);
+                now = now.plus_ms(ms);
+                health.observe([Sign::Healthy, Sign::Unavailable, Sign::Doubtful][usize::from(sign)], now);
+                proptest::prop_assert_eq!(health.phase(), Phase::Ready);
+            }
+            health.observe(Sign::Down, now);
+            proptest::prop_assert_eq!(health.phase(), Phase::Suspect);
         }
     }
 }

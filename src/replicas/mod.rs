@@ -30,12 +30,14 @@
 pub mod change;
 pub mod directory;
 pub mod drains;
+pub mod hang;
 pub mod health;
 pub mod liveness;
 pub mod policy;
 pub mod probe;
 pub mod probing;
 pub mod process;
+pub mod profile;
 pub mod registry;
 mod report;
 pub mod scan;
@@ -44,10 +46,12 @@ pub mod watch;
 pub use change::{Cause, Change, FileState, FileView, Refused, State};
 pub use directory::{FileContent, ListedFile, Listing, Scope};
 pub use drains::{DrainChange, DrainEvent};
+pub use hang::Activity;
 pub use liveness::Processes;
 pub use policy::{AllowList, EnginePolicy};
 pub use probing::{Fault, ProbeId, ProbeKind, ProbeOrder, ProbeOutcome};
 pub use process::{ProcessOrder, ProcessSeen};
+pub use profile::Facts;
 pub use registry::{Registry, ReplicaLease};
 pub use watch::{Trouble, Watch};
 

@@ -1,13 +1,13 @@
 //! Probes as exchanges: how an order becomes a request, and an ending becomes an outcome.
 
-use std::fs;
+use std::fs::File;
+use std::io::Read;
 use std::sync::Arc;
-
-use serde::Deserialize;
 
 use crate::net::{self, FaultKind, Outbound, Patience, Sink};
 
 use super::probing::{ProbeKind, ProbeOrder, ProbeOutcome};
+use super::profile::Facts;
 
 /// Largest answer to a probe, in bytes: lists of models are the longest.
 const ANSWER_BYTES_MAX: usize = 1024 * 1024;
@@ -22,15 +22,18 @@ pub fn outbound(order: &ProbeOrder) -> Outbound {
         ("Accept".to_string(), b"application/json".to_vec()),
         ("Connection".to_string(), b"close".to_vec()),
     ];
-    if let Some(key) = order.auth_file.as_deref().and_then(read_key) {
+    if let Some(Ok(key)) = order.auth_file.as_deref().map(read_key) {
         fields.push(("Authorization".to_string(), format!("Bearer {key}").into_bytes()));
+    }
+    if order.body.is_some() {
+        fields.push(("Content-Type".to_string(), b"application/json".to_vec()));
     }
     Outbound {
         to: order.url.clone(),
-        method: "GET".into(),
+        method: if order.body.is_some() { "POST" } else { "GET" }.into(),
         target: order.path.clone(),
         fields,
-        body: Arc::default(),
+        body: Arc::new(order.body.clone().unwrap_or_default().into_bytes()),
         sink: Sink::Collect { bytes_max: ANSWER_BYTES_MAX },
         patience: Patience {
             connect_ms: order.timeout_ms,
@@ -43,47 +46,89 @@ pub fn outbound(order: &ProbeOrder) -> Outbound {
 
 /// What an exchange's ending says about the engine.
 #[must_use]
-pub fn outcome(kind: ProbeKind, ended: net::Outcome) -> ProbeOutcome {
+pub fn outcome(order: &ProbeOrder, ended: net::Outcome) -> ProbeOutcome {
     match ended {
-        net::Outcome::Complete { status: 200, body } => match kind {
-            ProbeKind::Health => ProbeOutcome::Healthy,
-            ProbeKind::Models => models(&body),
+        net::Outcome::Complete { status: 200, body } => match order.kind {
+            ProbeKind::Health | ProbeKind::Canary => ProbeOutcome::Healthy,
+            kind => ProbeOutcome::Facts(Facts::read(kind, &body)),
         },
+        net::Outcome::Complete { status: status @ (401 | 403), .. } => {
+            ProbeOutcome::Unauthorized { status, why: key_trouble(order.auth_file.as_deref()) }
+        }
         net::Outcome::Complete { status: status @ 500..=599, .. } => ProbeOutcome::Loading(status),
         net::Outcome::Complete { status, .. } => ProbeOutcome::Unhealthy { status },
         net::Outcome::Failed(fault) => match fault.kind {
             FaultKind::Connect | FaultKind::Reset => ProbeOutcome::Refused(fault.reason),
-            FaultKind::Timeout => ProbeOutcome::Slow,
-            FaultKind::Protocol | FaultKind::Status(_) | FaultKind::Aborted => {
-                ProbeOutcome::Broken(fault.reason)
-            }
+            FaultKind::Timeout | FaultKind::Aborted => ProbeOutcome::Slow,
+            FaultKind::Protocol | FaultKind::Status(_) => ProbeOutcome::Broken(fault.reason),
         },
         net::Outcome::ClientGone | net::Outcome::Cancelled => ProbeOutcome::Slow,
     }
 }
 
-/// The engine's own API key. Small local files are read on the loop: they take microseconds, and the
-/// key may change between two probes.
-#[must_use]
-pub fn read_key(file: &str) -> Option<String> {
-    let small = fs::metadata(file).ok().filter(|meta| meta.is_file() && meta.len() <= KEY_BYTES_MAX);
-    let text = small.and_then(|_| fs::read_to_string(file).ok())?;
-    let key = text.lines().next()?.trim();
-    (!key.is_empty()).then(|| key.to_string())
+/// The engine's own API key: the first line of its file. Small local files are read on the loop: they
+/// take microseconds, and the key may change between two requests.
+///
+/// # Errors
+/// Why there is none, without any of the file's contents.
+pub fn read_key(file: &str) -> Result<String, String> {
+    let cannot = |error: std::io::Error| format!("the key file {file} cannot be read: {error}");
+    // Without blocking: a FIFO of that name must not stop the loop.
+    let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::CLOEXEC;
+    let opened =
+        rustix::fs::open(file, flags, rustix::fs::Mode::empty()).map_err(|error| cannot(error.into()))?;
+    let opened = File::from(opened);
+    let metadata = opened.metadata().map_err(cannot)?;
+    if !metadata.is_file() {
+        return Err(format!("the key file {file} is no plain file"));
+    }
+    let mut text = String::new();
+    opened.take(KEY_BYTES_MAX + 1).read_to_string(&mut text).map_err(cannot)?;
+    if text.len() as u64 > KEY_BYTES_MAX {
+        return Err(format!("the key file {file} is larger than {KEY_BYTES_MAX} bytes"));
+    }
+    match text.lines().next().map(str::trim).filter(|key| !key.is_empty()) {
+        Some(key) if key.bytes().all(|byte| byte.is_ascii_graphic()) => Ok(key.to_string()),
+        Some(_) => Err(format!("the first line of the key file {file} holds characters that no key has")),
+        None => Err(format!("the first line of the key file {file} is empty")),
+    }
 }
 
-fn models(body: &[u8]) -> ProbeOutcome {
-    #[derive(Deserialize)]
-    struct List {
-        #[serde(default)]
-        data: Vec<Model>,
+fn key_trouble(file: Option<&str>) -> String {
+    match file.map(|file| (file, read_key(file))) {
+        None => "it wants a key, and the handoff names no file with one (`auth.file`)".into(),
+        Some((_, Err(why))) => why,
+        Some((file, Ok(_))) => format!("it does not accept the key in {file}"),
     }
-    #[derive(Deserialize)]
-    struct Model {
-        id: String,
-    }
-    match serde_json::from_slice::<List>(body) {
-        Ok(list) => ProbeOutcome::Models(list.data.into_iter().map(|model| model.id).collect()),
-        Err(_) => ProbeOutcome::Broken("its list of models cannot be read".into()),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn a_key_is_the_first_line_of_a_small_plain_file_and_never_part_of_an_error() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = |name: &str| directory.path().join(name).display().to_string();
+        fs::write(path("good"), "  sk-secret \nsecond line\n").expect("written");
+        assert_eq!(read_key(&path("good")), Ok("sk-secret".into()));
+        fs::write(path("empty"), "\n").expect("written");
+        fs::write(path("huge"), "sk-secret".repeat(1000)).expect("written");
+        fs::write(path("odd"), "sk-secret\u{7}x\n").expect("written");
+        fs::create_dir(path("directory")).expect("made");
+        let fifo = rustix::fs::FileType::Fifo;
+        rustix::fs::mknodat(rustix::fs::CWD, path("fifo"), fifo, rustix::fs::Mode::RUSR, 0).expect("a fifo");
+        for (name, why) in [
+            ("empty", "is empty"),
+            ("huge", "larger than"),
+            ("odd", "no key has"),
+            ("directory", "no plain file"),
+            ("fifo", "no plain file"),
+            ("missing", "cannot be read"),
+        ] {
+            let error = read_key(&path(name)).expect_err(name);
+            assert!(error.contains(why) && error.contains(name) && !error.contains("secret"), "{error}");
+        }
     }
 }

@@ -3,16 +3,17 @@
 //!
 //! The registry keeps at most one probe under way for a replica and [`PROBES_MAX`] in all. A probe
 //! is an order that the caller carries out; its outcome comes back under the order's id, and one
-//! that does not come back is given up. When no file names an engine's models, the engine is asked
-//! once, after its first good answer and before it is announced as ready.
+//! that does not come back is given up. After its first good answer and before it is announced as
+//! ready, an engine is asked once what it serves: see `profile.rs`.
 
 use std::collections::BTreeSet;
 
-use super::change::{Change, State};
+use super::change::{Cause, Change, State};
+use super::hang::CANARY_TIMEOUT_MS;
 use super::health::{PROBE_TIMEOUT_MS, SUSPECT_DELAY_MS_MIN, Sign, Verdict};
+use super::profile::{Engine, Facts};
 use super::registry::{Registry, Replica};
 use crate::time::{Mono, Now, earliest};
-use crate::wire::handoff::{MODELS_MAX, TEXT_BYTES_MAX};
 use crate::wire::id::{PoolId, ReplicaKey};
 use crate::wire::url::BaseUrl;
 
@@ -26,8 +27,14 @@ pub const PROBE_LOST_MS: u64 = PROBE_TIMEOUT_MS + 5_000;
 pub const PROBE_GAP_MS: u64 = 2_000;
 /// Longest text from an engine that is shown as a reason, in characters.
 const SHOWN_CHARS_MAX: usize = 200;
-/// Where an engine lists its models.
-const MODELS_PATH: &str = "/v1/models";
+/// Most probes that are started in one turn of the loop: each is a connect of some tens of microseconds.
+pub const PROBES_PER_TURN_MAX: usize = 32;
+/// How long an engine may take to start, in milliseconds, beside the time that reading its model takes.
+pub const START_MS_MAX: u64 = 600_000;
+/// Slowest reading of a model that counts as progress, in bytes a millisecond: a busy network disk.
+pub const MODEL_BYTES_PER_MS_MIN: u64 = 50_000;
+/// So many times longer may an engine take that is known to be alive.
+pub const START_ALIVE_FACTOR: u64 = 3;
 
 /// A probe to be sent. Its outcome is handed to [`Registry::probed`] with the same id.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,6 +45,8 @@ pub struct ProbeOrder {
     pub url: BaseUrl,
     /// Path below the URL's own.
     pub path: String,
+    /// Body of a POST; a GET without one.
+    pub body: Option<String>,
     /// What is asked.
     pub kind: ProbeKind,
     /// How long the whole answer may take, in milliseconds.
@@ -64,6 +73,12 @@ pub enum ProbeKind {
     Health,
     /// Which models it serves, as the OpenAI list tells it.
     Models,
+    /// llama.cpp's own properties.
+    Props,
+    /// TGI's own properties.
+    Info,
+    /// Whether it still produces anything: a request for one token.
+    Canary,
 }
 
 /// How a probe ended.
@@ -71,14 +86,21 @@ pub enum ProbeKind {
 pub enum ProbeOutcome {
     /// 200.
     Healthy,
-    /// 200 with a list of models.
-    Models(Vec<String>),
+    /// 200, and what the answer tells.
+    Facts(Facts),
     /// A 5xx status: 503 while loading.
     Loading(u16),
     /// Any other status.
     Unhealthy {
         /// The status.
         status: u16,
+    },
+    /// 401 or 403.
+    Unauthorized {
+        /// The status.
+        status: u16,
+        /// What is wrong with the key, as far as it can be told without showing it.
+        why: String,
     },
     /// No connection, or a reset before the answer.
     Refused(String),
@@ -126,13 +148,20 @@ impl Registry {
                 self.schedule.set(&key, replica, Some(now.mono));
             }
         }
+        if self.batch.0 != now.mono {
+            self.batch = (now.mono, 0);
+        }
         while self.schedule.lost.len() < PROBES_MAX
+            && self.batch.1 < PROBES_PER_TURN_MAX
             && let Some((at, key)) = self.schedule.due.first().filter(|(at, _)| *at <= now.mono).cloned()
         {
             self.schedule.due.remove(&(at, key.clone()));
             let Some(replica) = self.replicas.get_mut(&key) else { continue };
+            self.batch.1 += 1;
             let lost_at = now.mono.plus_ms(PROBE_LOST_MS);
-            let (seq, kind) = (self.next_seq, replica.next_kind);
+            let kind = if replica.hang.wants_canary() { ProbeKind::Canary } else { replica.next_kind };
+            let lost_at = lost_at.plus_ms(kind.timeout_ms() - PROBE_TIMEOUT_MS);
+            let seq = self.next_seq;
             self.next_seq += 1;
             replica.due_at = None;
             replica.ordered_at = Some(now.mono);
@@ -141,12 +170,10 @@ impl Registry {
             orders.push(ProbeOrder {
                 id: ProbeId { key, serial: replica.serial, seq },
                 url: replica.handoff.url.clone(),
-                path: match kind {
-                    ProbeKind::Health => replica.handoff.health_path.clone(),
-                    ProbeKind::Models => MODELS_PATH.into(),
-                },
+                path: kind.path(&replica.handoff.health_path).into(),
+                body: (kind == ProbeKind::Canary).then(|| replica.canary_body()),
                 kind,
-                timeout_ms: PROBE_TIMEOUT_MS,
+                timeout_ms: kind.timeout_ms(),
                 auth_file: replica.handoff.auth_file.clone(),
             });
         }
@@ -179,49 +206,79 @@ impl Registry {
         };
         let Some(probe) = replica.probe.take_if(|probe| probe.seq == id.seq) else { return };
         self.schedule.lost.remove(&(probe.lost_at, id.key.clone()));
-        let mut sign = sign_of(&outcome);
+        if probe.kind == ProbeKind::Canary {
+            return self.canary_ended(&id.key, &outcome, now, changes);
+        }
+        let sign = sign_of(&outcome);
         if probe.outdated && sign == Sign::Healthy {
             let at = now.mono.plus_ms(SUSPECT_DELAY_MS_MIN);
             self.schedule.set(&id.key, replica, Some(at));
             return;
         }
-        let reason = replica.explain(&outcome);
-        if probe.kind == ProbeKind::Models {
-            replica.next_kind = ProbeKind::Health;
-            // The engine is healthy: that was asked before. Which models it serves may stay unknown.
-            if !matches!(outcome, ProbeOutcome::Refused(_)) {
-                sign = Sign::Healthy;
-                replica.learned = Some(match outcome {
-                    ProbeOutcome::Models(models) => bounded(models),
-                    _ => Vec::new(),
-                });
+        let reason = replica.explain(probe.kind, &outcome);
+        let sign = match replica.learn(probe.kind, outcome, sign, &id.key, changes) {
+            Learned::AskOn(kind) => {
+                replica.next_kind = kind;
+                self.schedule.set(&id.key, replica, Some(now.mono));
+                return;
             }
-        } else if sign == Sign::Healthy && replica.phase != State::Ready && replica.must_ask_models() {
-            replica.next_kind = ProbeKind::Models;
-            replica.reason = "answers, and is asked which models it serves".into();
-            self.schedule.set(&id.key, replica, Some(now.mono));
-            return;
-        }
+            Learned::Judge(sign) => sign,
+        };
+        self.judge(&id.key, sign, reason, now, changes);
+    }
+
+    /// What a sign means for a replica.
+    fn judge(&mut self, key: &ReplicaKey, sign: Sign, reason: String, now: Now, changes: &mut Vec<Change>) {
+        let Some(replica) = self.replicas.get_mut(key) else { return };
         let before = replica.state();
+        let mut rose = false;
         match replica.health.observe(sign, now.mono) {
-            Verdict::Rose => replica.enter(State::Ready, "answers its health probe".into()),
+            Verdict::Rose => {
+                replica.enter(State::Ready, "answers its health probe".into());
+                rose = true;
+            }
             Verdict::Fell => {
                 if sign == Sign::Down {
                     // It may come back as another process, with other models.
-                    replica.learned = None;
+                    replica.forget_facts();
                 }
-                replica.enter(State::Suspect, reason);
+                replica.enter(State::Suspect, reason.clone());
             }
-            Verdict::Unchanged if replica.phase != State::Ready && replica.reason != reason => {
-                replica.reason.clone_from(&reason);
-                self.revision += 1;
-                changes.push(Change::Reason { key: id.key.clone(), state: replica.state(), reason });
+            Verdict::Unchanged if replica.phase != State::Ready => {
+                let reason = replica.health.waits(now.mono).unwrap_or_else(|| reason.clone());
+                if replica.reason != reason {
+                    replica.reason.clone_from(&reason);
+                    if replica.state() == replica.phase {
+                        self.revision += 1;
+                        changes.push(Change::Reason { key: key.clone(), state: replica.phase, reason });
+                    }
+                }
             }
             Verdict::Unchanged => {}
         }
         let at = replica.health.next_at();
-        self.schedule.set(&id.key, replica, Some(at));
-        self.announce(&id.key, before, now, changes);
+        self.schedule.set(key, replica, Some(at));
+        let serial = replica.serial;
+        let late = (replica.phase == State::Probing)
+            .then(|| replica.health.overdue_ms(replica.start_limit_ms(sign), now.mono))
+            .flatten();
+        self.announce(key, before, now, changes);
+        if rose {
+            self.let_go(key, serial, Cause::Start, now, changes);
+        } else if let Some(ms) = late {
+            let why = format!("has been starting for {} minutes: {reason}", ms / 60_000);
+            self.start_is_late(key, why, now, changes);
+        }
+    }
+
+    fn start_is_late(&mut self, key: &ReplicaKey, why: String, now: Now, changes: &mut Vec<Change>) {
+        let Some(replica) = self.replicas.get_mut(key) else { return };
+        replica.health.slow_down();
+        if !replica.held.contains_key(&Cause::Start) {
+            let serial = replica.serial;
+            self.hold(key, serial, Cause::Start, why, now, changes);
+        }
+        self.schedule_again(key);
     }
 
     /// A request to the engine failed. `generation`: the one on which it ran.
@@ -249,7 +306,7 @@ impl Registry {
         match fault {
             Fault::ConnectFailed => {
                 if replica.health.connect_failed(now.mono) == Verdict::Fell {
-                    replica.learned = None;
+                    replica.forget_facts();
                     replica.enter(State::Suspect, format!("a request could not connect: {}", shown(reason)));
                 }
             }
@@ -272,26 +329,121 @@ impl Registry {
     }
 }
 
+/// What follows from an answer.
+enum Learned {
+    /// One more question.
+    AskOn(ProbeKind),
+    /// Nothing more to ask: the sign counts.
+    Judge(Sign),
+}
+
 impl Replica {
-    fn must_ask_models(&self) -> bool {
-        self.handoff.models.is_empty() && self.learned.is_none()
+    /// Takes what an answer tells about the engine, and chooses the next question.
+    fn learn(
+        &mut self,
+        kind: ProbeKind,
+        outcome: ProbeOutcome,
+        sign: Sign,
+        key: &ReplicaKey,
+        changes: &mut Vec<Change>,
+    ) -> Learned {
+        let engine = Engine::named(&self.handoff.engine);
+        let asks_health = kind == self.health_kind();
+        match outcome {
+            ProbeOutcome::Unhealthy { status: 404 }
+                if kind == ProbeKind::Health && engine.lists_models_as_health() =>
+            {
+                self.health_is_models = true;
+                return Learned::AskOn(ProbeKind::Models);
+            }
+            ProbeOutcome::Facts(facts) => self.facts.add(facts),
+            ProbeOutcome::Unauthorized { why, .. } if !asks_health => {
+                let text =
+                    format!("{} is not answered, what it would tell stays unknown: {why}", kind.path(""));
+                changes.push(Change::Note { key: key.clone(), text, is_warning: true });
+            }
+            _ => {}
+        }
+        // That the engine is healthy was asked before its other questions. What it does not tell stays
+        // unknown; only an engine that is gone by now is not healthy any more.
+        let sign = if asks_health || sign == Sign::Down { sign } else { Sign::Healthy };
+        self.asked += usize::from(!asks_health);
+        let questions = engine.questions(&self.handoff);
+        let next = questions.iter().skip(self.asked).find(|kind| **kind != self.health_kind());
+        if sign == Sign::Healthy
+            && self.phase != State::Ready
+            && let Some(next) = next
+        {
+            self.reason = "answers, and is asked what it serves".into();
+            return Learned::AskOn(*next);
+        }
+        if !asks_health && sign == Sign::Healthy {
+            self.tell_facts(key, changes);
+        }
+        self.next_kind = self.health_kind();
+        Learned::Judge(sign)
+    }
+
+    fn tell_facts(&self, key: &ReplicaKey, changes: &mut Vec<Change>) {
+        if let Some(own) =
+            self.facts.slots.filter(|own| self.handoff.slots_given && *own < self.handoff.slots)
+        {
+            let text =
+                format!("the handoff says {} slots and the engine {own}: {own} are used", self.handoff.slots);
+            changes.push(Change::Note { key: key.clone(), text, is_warning: true });
+        }
+    }
+
+    fn health_kind(&self) -> ProbeKind {
+        if self.health_is_models { ProbeKind::Models } else { ProbeKind::Health }
+    }
+
+    fn forget_facts(&mut self) {
+        self.facts = Facts::default();
+        self.asked = 0;
+        self.health_is_models = false;
+    }
+
+    /// How long it may take to start, in milliseconds.
+    fn start_limit_ms(&self, sign: Sign) -> u64 {
+        let reading_ms = self.handoff.model_bytes.unwrap_or(0) / MODEL_BYTES_PER_MS_MIN;
+        let limit_ms = START_MS_MAX.saturating_add(reading_ms);
+        // It says that it is at work, or at least has not died of it.
+        let is_alive = sign == Sign::Unavailable || self.handoff.pid.is_some();
+        limit_ms.saturating_mul(if is_alive { START_ALIVE_FACTOR } else { 1 })
     }
 
     /// An outcome as a reason for people.
-    fn explain(&self, outcome: &ProbeOutcome) -> String {
-        let path = &self.handoff.health_path;
+    fn explain(&self, kind: ProbeKind, outcome: &ProbeOutcome) -> String {
+        let path = kind.path(&self.handoff.health_path);
         match outcome {
-            ProbeOutcome::Healthy | ProbeOutcome::Models(_) => {
-                "answers again, and has to do so twice because it failed often".into()
-            }
+            ProbeOutcome::Healthy | ProbeOutcome::Facts(_) => "answers again".into(),
             ProbeOutcome::Loading(503) => format!("{path} answers 503: it is loading or overloaded"),
             ProbeOutcome::Loading(status) | ProbeOutcome::Unhealthy { status } => {
                 format!("{path} answers {status}")
             }
+            ProbeOutcome::Unauthorized { status, why } => format!("{path} answers {status}: {why}"),
             ProbeOutcome::Refused(why) => format!("cannot connect to {}: {}", self.handoff.url, shown(why)),
-            ProbeOutcome::Slow => format!("{path} gave no answer within {PROBE_TIMEOUT_MS} ms"),
+            ProbeOutcome::Slow => format!("{path} gave no answer within {} ms", kind.timeout_ms()),
             ProbeOutcome::Broken(why) => format!("{path} gave no usable answer: {}", shown(why)),
         }
+    }
+}
+
+impl ProbeKind {
+    /// Where it is asked.
+    pub(super) fn path(self, health_path: &str) -> &str {
+        match self {
+            ProbeKind::Health => health_path,
+            ProbeKind::Models => "/v1/models",
+            ProbeKind::Props => "/props",
+            ProbeKind::Info => "/info",
+            ProbeKind::Canary => "/v1/completions",
+        }
+    }
+
+    pub(super) fn timeout_ms(self) -> u64 {
+        if self == ProbeKind::Canary { CANARY_TIMEOUT_MS } else { PROBE_TIMEOUT_MS }
     }
 }
 
@@ -338,24 +490,15 @@ impl Schedule {
 
 fn sign_of(outcome: &ProbeOutcome) -> Sign {
     match outcome {
-        ProbeOutcome::Healthy | ProbeOutcome::Models(_) => Sign::Healthy,
-        ProbeOutcome::Refused(_) | ProbeOutcome::Loading(503) => Sign::Down,
+        ProbeOutcome::Healthy | ProbeOutcome::Facts(_) => Sign::Healthy,
+        ProbeOutcome::Refused(_) => Sign::Down,
+        ProbeOutcome::Loading(503) => Sign::Unavailable,
         ProbeOutcome::Loading(_)
         | ProbeOutcome::Unhealthy { .. }
+        | ProbeOutcome::Unauthorized { .. }
         | ProbeOutcome::Slow
         | ProbeOutcome::Broken(_) => Sign::Doubtful,
     }
-}
-
-/// Model names within the limits that handoffs keep, each once.
-fn bounded(models: Vec<String>) -> Vec<String> {
-    let mut names: Vec<String> = Vec::new();
-    for name in models.into_iter().take(MODELS_MAX) {
-        if !name.is_empty() && name.len() <= TEXT_BYTES_MAX && !names.contains(&name) {
-            names.push(name);
-        }
-    }
-    names
 }
 
 /// A peer's text, short and without control characters.

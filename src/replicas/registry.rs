@@ -14,10 +14,12 @@ use std::sync::Arc;
 use super::change::{Cause, Change, Refused, State};
 use super::directory::{ADOPTED_MAX, Directory, Election, FileContent, Listing};
 use super::drains::{Drains, Running};
+use super::hang::{HANG_SUSPECT_MS, Hang};
 use super::health::Health;
 use super::policy::EnginePolicy;
 use super::probing::{Outstanding, ProbeKind, Schedule};
 use super::process::ProcessOrder;
+use super::profile::Facts;
 use crate::time::{Mono, Now, Wall};
 use crate::wire::handoff::Handoff;
 use crate::wire::id::ReplicaKey;
@@ -46,6 +48,9 @@ pub struct Registry {
     pub(super) schedule: Schedule,
     /// What the shell is to do about processes.
     pub(super) process_orders: Vec<ProcessOrder>,
+    pub(super) hang_suspect_ms: u64,
+    /// Probes that were handed out at the time of the last ones.
+    pub(super) batch: (Mono, usize),
     next_serial: u64,
     pub(super) next_seq: u64,
     /// Requests that run, on engines that were replaced meanwhile too.
@@ -69,11 +74,16 @@ pub(super) struct Replica {
     /// Its process was not looked for yet: it is not asked before that.
     pub(super) awaits_process: bool,
     /// What holds it out of use, and why, for people.
-    held: BTreeMap<Cause, String>,
+    pub(super) held: BTreeMap<Cause, String>,
     /// Why no file stands behind it any more.
     withdrawn: Option<String>,
-    /// Models that the engine itself told; `None` until it was asked.
-    pub(super) learned: Option<Vec<String>>,
+    /// What the engine itself told since it came up.
+    pub(super) facts: Facts,
+    /// So many of its profile's questions were asked since it came up.
+    pub(super) asked: usize,
+    /// It has no health path, and its list of models stands in for it.
+    pub(super) health_is_models: bool,
+    pub(super) hang: Hang,
     pub(super) health: Health,
     pub(super) next_kind: ProbeKind,
     pub(super) probe: Option<Outstanding>,
@@ -95,6 +105,8 @@ impl Registry {
             running: Running::default(),
             schedule: Schedule::default(),
             process_orders: Vec::new(),
+            hang_suspect_ms: HANG_SUSPECT_MS,
+            batch: (Mono(0), 0),
             next_serial: first_serial.max(1),
             next_seq: 1,
             in_flight: 0,
@@ -217,9 +229,9 @@ impl Registry {
                 return Err(Refused::NotReady { reason: replica.reason().to_string() });
             }
         }
-        let slots = slots.clamp(1, replica.handoff.slots);
+        let slots = slots.clamp(1, replica.slots());
         if slots > replica.slots_free() {
-            return Err(Refused::Full { slots: replica.handoff.slots });
+            return Err(Refused::Full { slots: replica.slots() });
         }
         replica.slots_used += slots;
         replica.leases += 1;
@@ -508,7 +520,10 @@ impl Replica {
             awaits_process: false,
             held: BTreeMap::new(),
             withdrawn: None,
-            learned: None,
+            facts: Facts::default(),
+            asked: 0,
+            health_is_models: false,
+            hang: Hang::default(),
             health: Health::starting(now.mono),
             next_kind: ProbeKind::Health,
             probe: None,
@@ -523,6 +538,7 @@ impl Replica {
     fn start(&mut self, now: Mono) {
         self.health = Health::starting(now);
         self.next_kind = ProbeKind::Health;
+        self.held.remove(&Cause::Start);
         if self.handoff.ready {
             self.enter(State::Probing, "waiting for its first answer".into());
         } else {
@@ -565,16 +581,22 @@ impl Replica {
         self.withdrawn.is_some()
     }
 
+    /// Requests that it serves at once: what its file says, but no more than what it says itself.
+    pub(super) fn slots(&self) -> u32 {
+        match self.facts.slots {
+            Some(own) if self.handoff.slots_given => own.min(self.handoff.slots),
+            Some(own) => own,
+            None => self.handoff.slots,
+        }
+    }
+
     pub(super) fn slots_free(&self) -> u32 {
-        self.handoff.slots.saturating_sub(self.slots_used)
+        self.slots().saturating_sub(self.slots_used)
     }
 
     /// What it serves; empty where nobody knows.
     pub(super) fn models(&self) -> &[String] {
-        match &self.learned {
-            Some(learned) if self.handoff.models.is_empty() => learned,
-            _ => &self.handoff.models,
-        }
+        if self.handoff.models.is_empty() { &self.facts.models } else { &self.handoff.models }
     }
 }
 

@@ -103,9 +103,10 @@ impl Registry {
                 ready: replica.state() == State::Ready,
                 draining: replica.state() == State::Draining,
                 slots_free: replica.slots_free(),
-                slots_total: replica.handoff.slots,
+                slots_total: replica.slots(),
                 generation: replica.serial,
                 models: replica.models().to_vec(),
+                context_length: replica.facts.context_length,
                 reason: (replica.state() != State::Ready).then(|| replica.reason().to_string()),
                 device_mask: replica.handoff.device_mask.clone(),
                 engine: Some(replica.handoff.engine.clone()),
@@ -165,10 +166,11 @@ impl Registry {
             ready: replica.state() == State::Ready,
             draining: replica.state() == State::Draining,
             drain: self.drain_of(key),
-            slots_total: replica.handoff.slots,
+            slots_total: replica.slots(),
             slots_free: replica.slots_free(),
             generation: replica.serial,
             models: replica.models().to_vec(),
+            context_length: replica.facts.context_length,
             engine: Some(replica.handoff.engine.clone()),
             engine_version: replica.handoff.engine_version.clone(),
             device_mask: replica.handoff.device_mask.clone(),
@@ -184,7 +186,7 @@ fn slots_free(replicas: &[Entry]) -> u32 {
 }
 
 fn slots_total(replicas: &[Entry]) -> u32 {
-    replicas.iter().map(|(_, replica)| replica.handoff.slots).fold(0, u32::saturating_add)
+    replicas.iter().map(|(_, replica)| replica.slots()).fold(0, u32::saturating_add)
 }
 
 /// Models that can be served now, sorted, each once.

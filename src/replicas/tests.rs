@@ -7,13 +7,15 @@ use std::sync::Arc;
 
 use super::health::{PROBE_TIMEOUT_MS, READY_INTERVAL_MS};
 use super::policy::AllowList;
-use super::probing::{PROBE_GAP_MS, PROBE_LOST_MS, PROBES_MAX};
+use super::probing::{PROBE_GAP_MS, PROBE_LOST_MS, PROBES_MAX, PROBES_PER_TURN_MAX};
 use super::*;
 use crate::time::{Mono, Now, Wall};
 use crate::wire::drain::Scope;
 use crate::wire::handoff::{self, Handoff, HandoffFile};
 use crate::wire::id::{PoolId, ReplicaId, ReplicaKey};
 use crate::wire::node::{POOLS_MAX, REPLICAS_MAX};
+
+mod engines;
 
 /// A registry with a directory and engines around it.
 struct Machine {
@@ -120,11 +122,24 @@ impl Machine {
         self.orders.len() - before
     }
 
-    /// Orders what is due now, and answers every order with `outcome`.
+    /// Orders what is due now, and answers every question about health with `outcome`; what else is asked
+    /// at the same time is not told.
     fn answer_all(&mut self, outcome: ProbeOutcome) {
         self.due();
+        while !self.orders.is_empty() {
+            self.answer_each(|order| match order.kind {
+                ProbeKind::Health => outcome.clone(),
+                _ => ProbeOutcome::Facts(Facts::default()),
+            });
+            self.due();
+        }
+    }
+
+    /// Answers every order.
+    fn answer_each(&mut self, answer: impl Fn(&ProbeOrder) -> ProbeOutcome) {
         for order in std::mem::take(&mut self.orders) {
-            self.registry.probed(&order.id, outcome.clone(), self.now, &mut self.changes);
+            let outcome = answer(&order);
+            self.registry.probed(&order.id, outcome, self.now, &mut self.changes);
             self.registry.check_invariants();
         }
     }
@@ -196,33 +211,6 @@ fn a_handoff_becomes_ready_and_every_step_is_told_once() {
     assert_eq!((beats[0].ready, beats[0].slots_free, beats[0].models_available.len()), (true, 4, 1));
     let view = machine.registry.files().next().expect("a file");
     assert_eq!((view.state, view.error, view.replica), (FileState::Accepted, None, Some(key("p", "r0"))));
-}
-
-#[test]
-fn an_engine_is_asked_for_its_models_only_where_no_file_names_them() {
-    for (outcome, models) in [
-        (ProbeOutcome::Models(vec!["x".into(), "y".into(), "x".into()]), vec!["x", "y"]),
-        (ProbeOutcome::Unhealthy { status: 401 }, vec![]),
-        (ProbeOutcome::Slow, vec![]),
-    ] {
-        let mut machine = Machine::new();
-        machine.write("a.json", r#"{"url":"http://127.0.0.1:8081/base","auth":{"file":"/run/key"}}"#);
-        machine.list();
-        machine.due();
-        assert_eq!(machine.orders[0].kind, ProbeKind::Health);
-        machine.answer_all(ProbeOutcome::Healthy);
-        assert_eq!(machine.state("default", "r0").as_deref(), Some("probing"), "not before it was asked");
-        machine.due();
-        let order = &machine.orders[0];
-        assert_eq!((order.kind, order.path.as_str()), (ProbeKind::Models, "/v1/models"));
-        assert_eq!(order.auth_file.as_deref(), Some("/run/key"));
-        machine.answer_all(outcome);
-        assert_eq!(machine.state("default", "r0").as_deref(), Some("ready"));
-        assert_eq!(machine.registry.pool_beats()[0].models_available, models);
-        machine.until_deadline();
-        machine.due();
-        assert_eq!(machine.orders[0].kind, ProbeKind::Health, "models are asked once a start");
-    }
 }
 
 #[test]
@@ -510,9 +498,19 @@ fn only_so_many_probes_are_under_way() {
         machine.write(&format!("{n}.json"), &json("p", &format!("r{n}"), 1, ""));
     }
     machine.list();
-    assert_eq!(machine.due(), PROBES_MAX);
+    let mut turns = Vec::new();
+    loop {
+        let started = machine.due();
+        assert_eq!(machine.due(), 0, "what a turn may start it has started");
+        if started == 0 {
+            break;
+        }
+        turns.push(started);
+        machine.now = Now { mono: Mono(machine.now.mono.0 + 1), ..machine.now };
+    }
+    assert_eq!(turns, vec![PROBES_PER_TURN_MAX; PROBES_MAX / PROBES_PER_TURN_MAX]);
     assert!(machine.registry.deadline().expect("the lost ones") > machine.now.mono, "no spinning meanwhile");
-    machine.answer_all(ProbeOutcome::Healthy);
+    machine.answer_each(|_| ProbeOutcome::Refused("refused".into()));
     assert_eq!(machine.due(), 10);
 }
 
@@ -611,7 +609,7 @@ fn op() -> impl proptest::strategy::Strategy<Value = Op> {
 fn outcome(kind: u8) -> ProbeOutcome {
     match kind {
         0..=2 => ProbeOutcome::Healthy,
-        3 => ProbeOutcome::Models(vec!["x".into()]),
+        3 => ProbeOutcome::Facts(Facts { models: vec!["x".into()], ..Facts::default() }),
         4 => ProbeOutcome::Loading(503),
         5 => ProbeOutcome::Refused("no".into()),
         6 => ProbeOutcome::Slow,

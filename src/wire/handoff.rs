@@ -39,6 +39,8 @@ pub struct Handoff {
     pub engine_version: Option<String>,
     /// Requests that the engine serves at once, at least 1.
     pub slots: u32,
+    /// Whether the file says so; otherwise the engine's own number counts, where it tells one.
+    pub slots_given: bool,
     /// Slots that were free when the file was written, at most `slots`.
     pub slots_free: u32,
     /// `false`: known, but not routable.
@@ -47,6 +49,8 @@ pub struct Handoff {
     pub device_mask: Option<String>,
     /// Model names; empty when the file names none and the engine has to be asked.
     pub models: Vec<String>,
+    /// Size of the model's files in bytes, where the file tells it: large models load longer.
+    pub model_bytes: Option<u64>,
     /// Engine process, for liveness.
     pub pid: Option<u32>,
     /// When that process started, in clock ticks after boot: tells a pid from its successor.
@@ -172,9 +176,11 @@ impl Handoff {
         put("url", json!(self.url));
         put("engine", json!(self.engine));
         put("engine_version", json!(self.engine_version));
-        put("slots", json!(self.slots));
-        put("slots_total", json!(self.slots));
-        put("slots_free", json!(self.slots_free));
+        if self.slots_given {
+            put("slots", json!(self.slots));
+            put("slots_total", json!(self.slots));
+            put("slots_free", json!(self.slots_free));
+        }
         put("ready", json!(self.ready));
         put("device_mask", json!(self.device_mask));
         put("gpu_device", json!(self.gpu_device()));
@@ -183,6 +189,7 @@ impl Handoff {
             [one] => put("model", json!(one)),
             many => put("models", json!(many)),
         }
+        put("model_bytes", json!(self.model_bytes));
         put("pid", json!(self.pid));
         put("pid_start", json!(self.pid_start));
         put("boot_id", json!(self.boot_id));
@@ -210,7 +217,8 @@ impl Fields {
             .map_err(|e| error(format!("`pool_id`: {e}")))?;
         let replica_id = ReplicaId::new(self.text("replica_id")?.unwrap_or("r0"))
             .map_err(|e| error(format!("`replica_id`: {e}")))?;
-        let slots = self.slots("slots_total", 1)?.or(self.slots("slots", 1)?).unwrap_or(1);
+        let slots_given = self.slots("slots_total", 1)?.or(self.slots("slots", 1)?);
+        let slots = slots_given.unwrap_or(1);
         let slots_free = self.slots("slots_free", 0)?.unwrap_or(slots).min(slots);
         let device_mask = match self.text("device_mask")? {
             Some(mask) => Some(mask.to_string()),
@@ -229,10 +237,12 @@ impl Fields {
             engine: self.text("engine")?.unwrap_or("llamacpp").to_string(),
             engine_version: self.text("engine_version")?.map(str::to_string),
             slots,
+            slots_given: slots_given.is_some(),
             slots_free,
             ready: self.boolean("ready")?.unwrap_or(true),
             device_mask,
             models: self.models()?,
+            model_bytes: self.model_bytes()?,
             pid: self
                 .uint("pid", u64::from(u32::MAX >> 1))?
                 .and_then(|pid| u32::try_from(pid).ok())
@@ -330,6 +340,12 @@ impl Fields {
             }
         }
         Ok(names)
+    }
+
+    /// `model_bytes`, or `size_bytes` of `model` or `metadata`.
+    fn model_bytes(&self) -> Result<Option<u64>, HandoffError> {
+        let nested = |name: &str| self.get(name).and_then(|value| value["size_bytes"].as_u64());
+        Ok(self.uint("model_bytes", u64::MAX)?.or_else(|| nested("model")).or_else(|| nested("metadata")))
     }
 
     fn auth_file(&self) -> Result<Option<String>, HandoffError> {
@@ -544,7 +560,7 @@ mod tests {
             let handoff = Handoff {
                 pool_id: PoolId::new(&pool).expect("an id"), replica_id: ReplicaId::new(&replica).expect("an id"),
                 url: BaseUrl::new(&format!("http://127.0.0.1:{port}")).expect("a URL"), engine: "llamacpp".into(), engine_version: None,
-                slots, slots_free: slots / 2, ready, device_mask: mask, models: models.into_iter().collect(), pid, pid_start: pid.map(u64::from),
+                slots, slots_given: true, slots_free: slots / 2, ready, model_bytes: Some(7), device_mask: mask, models: models.into_iter().collect(), pid, pid_start: pid.map(u64::from),
                 boot_id: None, pid_ns: None, generation, health_path: "/health".into(), auth_file: None,
             };
             proptest::prop_assert_eq!(parse(handoff.to_json().as_bytes()), Ok(HandoffFile::Engine(Box::new(handoff))));

@@ -171,6 +171,9 @@ pub struct ReplicaBeat {
     /// Models that it serves. Empty: not known (yet).
     #[serde(default)]
     pub models: Vec<String>,
+    /// Longest prompt and answer together, in tokens, where the engine tells it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub context_length: Option<u64>,
     /// Why it is not ready.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,

@@ -96,6 +96,9 @@ pub struct ReplicaStatus {
     /// Models that it serves.
     #[serde(default)]
     pub models: Vec<String>,
+    /// Longest prompt and answer together, in tokens, where the engine tells it.
+    #[serde(default)]
+    pub context_length: Option<u64>,
     /// Kind of engine.
     #[serde(default)]
     pub engine: Option<String>,

@@ -11,7 +11,7 @@ use llama_orch::pool_managerd::core::{self as agent_core, CallBody, Identity};
 use llama_orch::pool_managerd::membership::{Answer, Call};
 use llama_orch::pool_managerd::saved::Saved;
 use llama_orch::replicas::{
-    AllowList, EnginePolicy, Fault, ListedFile, Listing, ProbeId, ProbeKind, ProbeOrder, ProbeOutcome,
+    AllowList, EnginePolicy, Facts, Fault, ListedFile, Listing, ProbeId, ProbeKind, ProbeOrder, ProbeOutcome,
     ReplicaLease,
 };
 use llama_orch::time::{Mono, Now, Wall, earliest};
@@ -459,7 +459,7 @@ impl World {
             control_planes: vec![url("http://10.0.1.1:8080")],
             heartbeat_interval_ms: 10_000,
             drain_timeout_ms: drain_ms,
-            auto_delete: false,
+            ..agent_core::Options::default()
         };
         let core = agent_core::Core::new(identity, policy, &options, seed, now);
         known.agent = Some(Agent { core, life, call: None, exit_by: None });
@@ -565,7 +565,8 @@ impl World {
             Some(EnginePhase::Loading) => ProbeOutcome::Loading(503),
             Some(EnginePhase::Healthy) if order.kind == ProbeKind::Health => ProbeOutcome::Healthy,
             Some(EnginePhase::Healthy) => {
-                ProbeOutcome::Models(engine.map_or_else(Vec::new, |engine| engine.models.clone()))
+                let models = engine.map_or_else(Vec::new, |engine| engine.models.clone());
+                ProbeOutcome::Facts(Facts { models, ..Facts::default() })
             }
         };
         let (outcome, delay_ms) = match self.random.u64(0..100) {
@@ -602,6 +603,7 @@ impl World {
             admission_capacity: 30,
             admission_timeout_ms: 60_000,
             drain_timeout_ms: 10_000,
+            hang_suspect_ms: 60_000,
             local: None,
             seed,
         };

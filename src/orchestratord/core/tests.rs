@@ -21,6 +21,7 @@ fn options(local: bool) -> Options {
         admission_capacity: 10,
         admission_timeout_ms: 60_000,
         drain_timeout_ms: 30_000,
+        hang_suspect_ms: 60_000,
         local: local.then(|| (NodeId::new("local").expect("an id"), policy)),
         seed: 1,
     }
@@ -57,7 +58,7 @@ fn serving(text: &str) -> Core {
 /// The daemon sleeps until the deadline: one that `Tick` does not move makes it spin.
 #[test]
 fn a_draining_control_plane_sleeps_until_its_requests_end() {
-    let mut core = serving(r#"{"url":"http://127.0.0.1:1","models":["m"]}"#);
+    let mut core = serving(r#"{"engine":"other","url":"http://127.0.0.1:1","models":["m"]}"#);
     let effects = handle(&mut core, ask(1, Ask::default()), NOW);
     assert!(matches!(effects[..], [Effect::Dispatch(1, _)]), "{effects:?}");
     handle(&mut core, Input::Shutdown, NOW);
@@ -73,10 +74,11 @@ fn a_draining_control_plane_sleeps_until_its_requests_end() {
 #[test]
 fn a_waiter_is_served_when_an_idle_engine_comes_to_fit() {
     let text = |models: &str, mask: &str| {
-        format!(r#"{{"url":"http://127.0.0.1:1","slots":2,"models":[{models}],"device_mask":"{mask}"}}"#)
+        format!(
+            r#"{{"engine":"other","url":"http://127.0.0.1:1","slots":2,"models":[{models}],"device_mask":"{mask}"}}"#
+        )
     };
-    let other =
-        r#"{"url":"http://127.0.0.1:2","replica_id":"b","ready":false,"models":["n"],"device_mask":"1"}"#;
+    let other = r#"{"engine":"other","url":"http://127.0.0.1:2","replica_id":"b","ready":false,"models":["n"],"device_mask":"1"}"#;
     let model = Ask { model: Some("n".into()), ..Ask::default() };
     let devices = Ask { device_mask: Some("1".into()), ..Ask::default() };
     for (wanted, after) in [(model, text(r#""m","n""#, "0")), (devices, text(r#""m""#, "1"))] {

@@ -355,6 +355,7 @@ fn same_pool(old: &PoolBeat, new: &PoolBeat) -> bool {
 /// A replica of a status answer, as a heartbeat would have listed it.
 fn asked(status: &ReplicaStatus) -> ReplicaBeat {
     ReplicaBeat {
+        context_length: None,
         replica_id: status.replica_id.clone(),
         url: status.url.clone(),
         ready: status.ready,

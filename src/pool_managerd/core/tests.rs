@@ -15,7 +15,7 @@ fn core(control_planes: &[BaseUrl]) -> Core {
         control_planes: control_planes.to_vec(),
         heartbeat_interval_ms: 10_000,
         drain_timeout_ms: 30_000,
-        auto_delete: false,
+        ..Options::default()
     })
 }
 
@@ -50,8 +50,8 @@ fn handle(core: &mut Core, input: Input, now: Now) -> Vec<Effect> {
 fn a_draining_agent_sleeps_until_its_requests_end() {
     let mut core = core(&[]);
     let listing = vec![
-        file("a.json", r#"{"url":"http://127.0.0.1:1","replica_id":"a","models":["m"]}"#),
-        file("b.json", r#"{"url":"http://127.0.0.1:2","replica_id":"b","models":["m"]}"#),
+        file("a.json", r#"{"engine":"other","url":"http://127.0.0.1:1","replica_id":"a","models":["m"]}"#),
+        file("b.json", r#"{"engine":"other","url":"http://127.0.0.1:2","replica_id":"b","models":["m"]}"#),
     ];
     let effects = handle(&mut core, Input::Listing(Listing::whole(listing)), NOW);
     let mut probes = effects.into_iter().filter_map(|effect| match effect {
@@ -178,11 +178,15 @@ fn busy_core() -> (Core, ReplicaLease) {
     let mut core = core(&[]);
     let listing = vec![file("a.json", r#"{"url":"http://127.0.0.1:1","models":["m"]}"#)];
     let effects = handle(&mut core, Input::Listing(Listing::whole(listing)), NOW);
-    let probe = effects.into_iter().find_map(|effect| match effect {
-        Effect::Probe(order) => Some(order.id),
-        _ => None,
-    });
-    let id = probe.expect("a probe");
+    let probe = |effects: Vec<Effect>| {
+        let order = effects.into_iter().find_map(|effect| match effect {
+            Effect::Probe(order) => Some(order.id),
+            _ => None,
+        });
+        order.expect("a probe")
+    };
+    let id = probe(effects);
+    let id = probe(handle(&mut core, Input::Probed(id, ProbeOutcome::Healthy), NOW));
     handle(&mut core, Input::Probed(id.clone(), ProbeOutcome::Healthy), NOW);
     let (lease, ..) = core.acquire(&id.key, None, 1).expect("it is ready");
     (core, lease)

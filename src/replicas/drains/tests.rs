@@ -50,10 +50,13 @@ impl Machine {
     fn announce(&mut self, replicas: &[(&str, &str, &str)]) {
         let files: Vec<ListedFile> = replicas.iter().map(|(p, r, gpus)| file(p, r, gpus)).collect();
         self.registry.listing(&crate::replicas::Listing::whole(files), self.now, &mut self.changes);
-        let mut orders = Vec::new();
-        self.registry.due_probes(self.now, &mut orders);
-        for order in orders {
-            self.registry.probed(&order.id, ProbeOutcome::Healthy, self.now, &mut self.changes);
+        // Its health, then what it serves.
+        for _ in 0..2 {
+            let mut orders = Vec::new();
+            self.registry.due_probes(self.now, &mut orders);
+            for order in orders {
+                self.registry.probed(&order.id, ProbeOutcome::Healthy, self.now, &mut self.changes);
+            }
         }
         self.registry.check_invariants();
     }
