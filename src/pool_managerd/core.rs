@@ -197,7 +197,7 @@ pub struct Core {
     replicas: Registry,
     gpus: Gpus,
     /// Revisions of the replicas and the GPUs when they were last held against each other.
-    bound: Option<(u64, u64)>,
+    bound: Option<u64>,
     planes: Vec<Plane>,
     events: Events,
     keeper: Keeper,
@@ -591,15 +591,25 @@ impl Core {
 
     /// Settles which replicas use which GPUs, where either has changed, and what follows from it.
     fn bind_gpus(&mut self, now: Now, changes: &mut Vec<Change>, happenings: &mut Vec<Happening>) {
-        if self.bound == Some((self.replicas.revision(), self.gpus.revision())) {
-            return;
+        let own_boot = self.identity.boot_id.as_ref();
+        let engine = |(key, generation, handoff)| {
+            let Handoff { boot_id, pid, device_mask, .. }: &Handoff = handoff;
+            let pid = pid.filter(|_| boot_id.is_none() || boot_id.as_ref() == own_boot);
+            Engine { key, generation, mask: device_mask.as_deref(), pid }
+        };
+        let is_new = self.bound != Some(self.gpus.revision());
+        let mut verdicts = Vec::new();
+        if is_new {
+            verdicts = self.gpus.bind(self.replicas.engines().map(engine), happenings);
+        } else {
+            // A directory that fills up is told in pieces: only what a piece changes is looked at.
+            for key in changes.iter().filter_map(Change::engine_changed) {
+                match self.replicas.engine(key) {
+                    Some(found) => verdicts.extend(self.gpus.bind_one(&engine(found), happenings)),
+                    None => self.gpus.unbind(key),
+                }
+            }
         }
-        let engines = self.replicas.engines().map(|(key, generation, handoff)| {
-            let of_this_boot = handoff.boot_id.is_none() || handoff.boot_id == self.identity.boot_id;
-            let pid = handoff.pid.filter(|_| of_this_boot);
-            Engine { key, generation, mask: handoff.device_mask.as_deref(), pid }
-        });
-        let verdicts = self.gpus.bind(engines, happenings);
         for verdict in verdicts {
             let (key, generation) = (verdict.key, verdict.generation);
             match verdict.hold {
@@ -607,7 +617,10 @@ impl Core {
                 None => self.replicas.let_go(&key, generation, Cause::Gpu, now, changes),
             }
         }
-        self.bound = Some((self.replicas.revision(), self.gpus.revision()));
+        if !is_new {
+            return;
+        }
+        self.bound = Some(self.gpus.revision());
         let present = self.gpus.capabilities();
         if self.identity.capabilities.gpus != present {
             self.identity.capabilities.gpus = present;

@@ -132,8 +132,6 @@ pub struct Gpus {
     xids_by_class: [u64; Class::ALL.len()],
     kernel_log: Result<(), String>,
     revision: u64,
-    /// The revision with which the bindings were settled.
-    bound_at: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -179,7 +177,6 @@ impl Gpus {
             xids_by_class: [0; Class::ALL.len()],
             kernel_log: Err("off".into()),
             revision: 0,
-            bound_at: None,
         }
     }
 
@@ -222,39 +219,48 @@ impl Gpus {
         self.revision
     }
 
-    /// Settles which GPUs the engines use, all of which are given; returns what that changes.
+    /// Settles which GPUs all engines use. Returns the replicas that are to be held from now on, or no
+    /// longer, because of them.
     pub fn bind<'a>(
         &mut self,
         engines: impl Iterator<Item = Engine<'a>>,
         out: &mut Vec<Happening>,
     ) -> Vec<Verdict> {
+        let mut before = std::mem::take(&mut self.bindings);
         let mut verdicts = Vec::new();
-        let mut bindings = BTreeMap::new();
-        let nothing_new = self.bound_at == Some(self.revision);
-        self.bound_at = Some(self.revision);
         for engine in engines {
-            let (key, old) = match self.bindings.remove_entry(engine.key) {
-                Some((key, old)) if old.generation == engine.generation => (key, Some(old)),
-                Some((key, _)) => (key, None),
-                None => (engine.key.clone(), None),
-            };
-            let old = match old {
-                // A directory that fills up is told in pieces: what is settled must cost little.
-                Some(old) if nothing_new && old.is_of(&engine) => {
-                    bindings.insert(key, old);
-                    continue;
-                }
-                old => old,
-            };
-            let binding = self.binding(&engine, old.as_ref(), out);
-            if binding.hold != old.and_then(|old| old.hold) {
-                let hold = binding.hold.clone();
-                verdicts.push(Verdict { key: engine.key.clone(), generation: engine.generation, hold });
-            }
-            bindings.insert(key, binding);
+            let old = before.remove(engine.key);
+            verdicts.extend(self.bind_to(&engine, old, out));
         }
-        self.bindings = bindings;
         verdicts
+    }
+
+    /// Settles which GPUs one engine uses, after it came or changed.
+    pub fn bind_one(&mut self, engine: &Engine<'_>, out: &mut Vec<Happening>) -> Option<Verdict> {
+        let old = self.bindings.remove(engine.key);
+        self.bind_to(engine, old, out)
+    }
+
+    /// Forgets an engine that is gone.
+    pub fn unbind(&mut self, key: &ReplicaKey) {
+        self.bindings.remove(key);
+    }
+
+    fn bind_to(
+        &mut self,
+        engine: &Engine<'_>,
+        old: Option<Binding>,
+        out: &mut Vec<Happening>,
+    ) -> Option<Verdict> {
+        let old = old.filter(|old| old.generation == engine.generation);
+        let binding = self.binding(engine, old.as_ref(), out);
+        let verdict = (binding.hold != old.and_then(|old| old.hold)).then(|| Verdict {
+            key: engine.key.clone(),
+            generation: engine.generation,
+            hold: binding.hold.clone(),
+        });
+        self.bindings.insert(engine.key.clone(), binding);
+        verdict
     }
 
     /// GPUs that work can be given to, as registrations tell them.
@@ -280,6 +286,9 @@ impl Gpus {
         let mut sum = Memory::default();
         if self.gpus.is_empty() {
             return sum;
+        }
+        if self.gpus.is_empty() {
+            return Memory::default();
         }
         let of_pool = self.bindings.iter().filter(|(key, _)| key.pool == *pool);
         let used: BTreeSet<GpuId> = of_pool.flat_map(|(_, binding)| binding.gpus.iter().copied()).collect();
@@ -548,12 +557,6 @@ impl Gpus {
             (gpu.id, gpu.index, gpu.reason(), gpu.state().is_out(), pids)
         };
         self.gpus.iter().map(of).collect()
-    }
-}
-
-impl Binding {
-    fn is_of(&self, engine: &Engine<'_>) -> bool {
-        self.mask.as_deref() == engine.mask && self.pid == engine.pid
     }
 }
 

@@ -227,6 +227,18 @@ impl Change {
         }
     }
 
+    /// The replica behind whose name an engine came, went or became another one.
+    #[must_use]
+    pub fn engine_changed(&self) -> Option<&ReplicaKey> {
+        match self {
+            Change::Found { key, .. }
+            | Change::Replaced { key, .. }
+            | Change::Updated { key, .. }
+            | Change::Gone { key, .. } => Some(key),
+            _ => None,
+        }
+    }
+
     /// The change as an event.
     #[must_use]
     pub fn happening(&self) -> Happening {

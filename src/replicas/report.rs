@@ -12,6 +12,13 @@ use crate::wire::pool::{PoolStatus, ReplicaStatus};
 type Entry<'a> = (&'a ReplicaKey, &'a Replica);
 
 impl Registry {
+    /// One replica's generation and handoff.
+    #[must_use]
+    pub fn engine(&self, key: &ReplicaKey) -> Option<(&ReplicaKey, u64, &Handoff)> {
+        let (key, replica) = self.replicas.get_key_value(key)?;
+        Some((key, replica.serial, &replica.handoff))
+    }
+
     /// Every replica with its generation and its handoff, by name.
     pub fn engines(&self) -> impl Iterator<Item = (&ReplicaKey, u64, &Handoff)> {
         self.replicas.iter().map(|(key, replica)| (key, replica.serial, &*replica.handoff))

@@ -80,7 +80,6 @@ impl Machine {
         if self.gpus.revision() != before {
             self.bind();
         }
-        self.gpus.bound_at = None;
         let unseen = self.bound();
         assert!(unseen.is_empty(), "the revision hides {unseen:?}");
     }
