@@ -67,6 +67,7 @@
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::io;
+use std::ops::RangeBounds;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -185,6 +186,7 @@ impl HandoffWatcher {
         let mut told = Told {
             callback: self.callback,
             files: BTreeMap::new(),
+            refused: BTreeMap::new(),
             interval_ms,
             auto_delete: self.config.auto_delete,
         };
@@ -224,6 +226,8 @@ impl Drop for HandoffWatcherHandle {
 struct Told {
     callback: Callback,
     files: BTreeMap<Arc<str>, Entry>,
+    /// Files that cannot be used, and why, as the log was told.
+    refused: BTreeMap<Arc<str>, String>,
     interval_ms: u64,
     auto_delete: bool,
 }
@@ -263,6 +267,7 @@ impl Told {
             Scope::Names(names) => {
                 for name in names.iter().filter(|name| !is_listed(name)) {
                     self.files.remove(name);
+                    self.refused.remove(name);
                 }
             }
             Scope::Range(from, to) => {
@@ -271,9 +276,14 @@ impl Told {
                 for name in gone.collect::<Vec<_>>() {
                     self.files.remove(&name);
                 }
+                let within = (from.as_ref(), to.as_ref());
+                self.refused.retain(|name, _| !within.contains(name) || is_listed(name));
             }
         }
         for ListedFile { name, content, .. } in listing.files {
+            if !matches!(*content, FileContent::Refused(_)) {
+                self.refused.remove(&name);
+            }
             match (&*content, self.files.get_mut(&name)) {
                 (FileContent::Handoff(_), Some(entry)) if entry.content == content => entry.content = content,
                 (FileContent::Handoff(_), _) => {
@@ -283,7 +293,13 @@ impl Told {
                     self.files.remove(&name);
                 }
                 // What it said before still counts.
-                (FileContent::Refused(why), _) => log::warn!("{name:?}: refused: {why}"),
+                (FileContent::Refused(why), _) => {
+                    if self.refused.get(&name) != Some(why) {
+                        log::warn!("{name:?}: refused: {why}");
+                        self.refused.insert(name, why.clone());
+                    }
+                    continue;
+                }
             }
         }
     }
