@@ -71,6 +71,8 @@ pub struct Scanner {
     hints: BTreeSet<Arc<str>>,
     /// Files that end too early, and when that counts.
     unfinished: BTreeMap<Arc<str>, Mono>,
+    /// Files that could not be read for a cause that may pass without an event.
+    unreadable: BTreeSet<Arc<str>>,
     truncated: bool,
     /// What an earlier process was deleting when it ended was put back.
     is_tidy: bool,
@@ -82,8 +84,6 @@ struct Known {
     identity: Identity,
     /// `None` while it has never been whole.
     file: Option<ListedFile>,
-    /// It could not be read, which may pass without an event.
-    unreadable: bool,
 }
 
 /// A look at every name.
@@ -125,6 +125,7 @@ impl Scanner {
             again: false,
             hints: BTreeSet::new(),
             unfinished: BTreeMap::new(),
+            unreadable: BTreeSet::new(),
             truncated: false,
             is_tidy: false,
         }
@@ -187,7 +188,7 @@ impl Scanner {
     /// Whether a file could not be read: nothing may say so when it can.
     #[must_use]
     pub fn has_unreadable(&self) -> bool {
-        self.known.values().any(|known| known.unreadable)
+        !self.unreadable.is_empty()
     }
 
     /// Does a bounded piece of what is to be done.
@@ -376,6 +377,7 @@ impl Scanner {
         let gone = known.filter(|(name, known)| known.file.is_some() && !is_listed(name));
         for name in gone.map(|(name, _)| name.clone()).collect::<Vec<_>>() {
             self.known.remove(&name);
+            self.unreadable.remove(&name);
         }
         if completes {
             self.truncated = pass.truncated;
@@ -398,16 +400,14 @@ impl Scanner {
             Ok(stat) => stat,
             Err(rustix::io::Errno::NOENT) => {
                 self.unfinished.remove(name);
+                self.unreadable.remove(name);
                 // There is room for a file that was beyond the limit.
                 self.again |= self.known.remove(name).is_some() && self.truncated;
                 return None;
             }
             Err(error) => {
-                return self.keep(
-                    name,
-                    refused(name, Wall(0), format!("cannot be looked at: {error}")),
-                    true,
-                );
+                let file = refused(name, Wall(0), format!("cannot be looked at: {error}"));
+                return self.remember(name, file, Identity::NONE, true);
             }
         };
         let identity = Identity::of(&stat);
@@ -423,8 +423,10 @@ impl Scanner {
         let modified = Wall(identity.modified_ns);
         let bytes = match read_checked(directory, name, &stat) {
             Ok(bytes) => bytes,
-            // Without an identity it is read again by every pass: the cause may pass (permissions, EIO).
-            Err(reason) => return self.keep(name, refused(name, modified, reason), true),
+            // Without an identity it is read again by every pass.
+            Err(Unread { reason, may_pass }) => {
+                return self.remember(name, refused(name, modified, reason), Identity::NONE, may_pass);
+            }
         };
         let content = match read(&bytes) {
             Ok(content) => content,
@@ -432,7 +434,8 @@ impl Scanner {
                 self.unfinished.entry(name.clone()).or_insert_with(|| now.plus_ms(WRITING_MS_MAX));
                 let file = known.and_then(|known| known.file.clone());
                 let identity = Identity::NONE;
-                self.known.insert(name.clone(), Known { identity, file: file.clone(), unreadable: false });
+                self.known.insert(name.clone(), Known { identity, file: file.clone() });
+                self.unreadable.remove(name);
                 return file;
             }
             Err(error) => FileContent::Refused(error.to_string()),
@@ -440,10 +443,6 @@ impl Scanner {
         let file = ListedFile { name: name.clone(), modified, content: Arc::new(content) };
         let identity = if identity.is_final(looked_at) { identity } else { Identity::NONE };
         self.remember(name, file, identity, false)
-    }
-
-    fn keep(&mut self, name: &Arc<str>, file: ListedFile, unreadable: bool) -> Option<ListedFile> {
-        self.remember(name, file, Identity::NONE, unreadable)
     }
 
     fn remember(
@@ -461,8 +460,12 @@ impl Scanner {
             .and_then(|known| known.file.as_ref())
             .filter(|known| known.content == file.content && known.modified == file.modified);
         let file = same.cloned().unwrap_or(file);
-        let known = Known { identity, file: Some(file.clone()), unreadable };
-        self.known.insert(name.clone(), known);
+        self.known.insert(name.clone(), Known { identity, file: Some(file.clone()) });
+        if unreadable {
+            self.unreadable.insert(name.clone());
+        } else {
+            self.unreadable.remove(name);
+        }
         Some(file)
     }
 }
@@ -524,33 +527,45 @@ fn refused(name: &Arc<str>, modified: Wall, reason: String) -> ListedFile {
     ListedFile { name: name.clone(), modified, content: Arc::new(FileContent::Refused(reason)) }
 }
 
-fn read_checked(directory: &impl AsFd, name: &str, listed: &Stat) -> Result<Vec<u8>, String> {
+/// Why a file was not read.
+struct Unread {
+    reason: String,
+    /// It may end without an event; all others end with the file's replacement or a change of its mode.
+    may_pass: bool,
+}
+
+fn read_checked(directory: &impl AsFd, name: &str, listed: &Stat) -> Result<Vec<u8>, Unread> {
+    let failed = |what: &str, error: &dyn std::fmt::Display| Unread {
+        reason: format!("{what}: {error}"),
+        may_pass: true,
+    };
     // Checked before the open, because opening a device or a FIFO can itself do something.
     check_kind(listed)?;
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
     let file = rustix::fs::openat(directory, name, flags, Mode::empty())
-        .map_err(|error| format!("cannot be opened: {error}"))?;
-    let stat = rustix::fs::fstat(&file).map_err(|error| format!("cannot be looked at: {error}"))?;
+        .map_err(|error| failed("cannot be opened", &error))?;
+    let stat = rustix::fs::fstat(&file).map_err(|error| failed("cannot be looked at", &error))?;
     check_kind(&stat)?;
-    check_owner(&stat, "it")?;
+    check_owner(&stat, "it").map_err(|reason| Unread { reason, may_pass: false })?;
     let mut bytes = Vec::with_capacity(usize::try_from(stat.st_size).unwrap_or(0).min(HANDOFF_BYTES_MAX) + 1);
     File::from(file)
         .take(HANDOFF_BYTES_MAX as u64 + 1)
         .read_to_end(&mut bytes)
-        .map_err(|error| format!("cannot be read: {error}"))?;
+        .map_err(|error| failed("cannot be read", &error))?;
     Ok(bytes)
 }
 
-fn check_kind(stat: &Stat) -> Result<(), String> {
-    match rustix::fs::FileType::from_raw_mode(stat.st_mode) {
-        rustix::fs::FileType::RegularFile => {}
-        rustix::fs::FileType::Symlink => return Err("a symbolic link: links are not followed".into()),
-        _ => return Err("not a regular file".into()),
-    }
-    if stat.st_nlink > 1 {
-        return Err("has a second hard link: whoever holds that could change it unseen".into());
-    }
-    Ok(())
+fn check_kind(stat: &Stat) -> Result<(), Unread> {
+    let (reason, may_pass) = match rustix::fs::FileType::from_raw_mode(stat.st_mode) {
+        // The other link's removal is reported to whoever watches the other directory.
+        rustix::fs::FileType::RegularFile if stat.st_nlink > 1 => {
+            ("has a second hard link: whoever holds that could change it unseen", true)
+        }
+        rustix::fs::FileType::RegularFile => return Ok(()),
+        rustix::fs::FileType::Symlink => ("a symbolic link: links are not followed", false),
+        _ => ("not a regular file", false),
+    };
+    Err(Unread { reason: reason.into(), may_pass })
 }
 
 fn check_owner(stat: &Stat, what: &str) -> Result<(), String> {

@@ -149,9 +149,12 @@ impl Watch {
         if listings.iter().any(|listing| listing.completes) {
             self.away_ms = AWAY_MS_MIN;
             self.is_new = false;
-            let events_suffice = self.armed.is_some() && !self.is_shared && !self.scanner.has_unreadable();
+            let events_suffice = self.armed.is_some() && !self.is_shared;
             let factor = if events_suffice { SAFETY_NET_FACTOR } else { 1 };
             self.due_at = now.plus_ms(self.interval_ms * factor);
+        }
+        if self.scanner.has_unreadable() {
+            self.due_at = self.due_at.min(now.plus_ms(self.interval_ms));
         }
         let changed = trouble != self.trouble;
         self.trouble.clone_from(&trouble);

@@ -236,7 +236,7 @@ fn a_file_is_deleted_only_if_it_says_what_was_accepted() {
     let path = directory.path().join("a.json");
     let mut scanner = Scanner::new(directory.path().into());
     let now = reactor::now().mono;
-    let mut accept = |scanner: &mut Scanner| {
+    let accept = |scanner: &mut Scanner| {
         scanner.want_pass();
         let listings = scanner.finish(now).expect("a pass");
         listings.last().and_then(|listing| listing.files.first().cloned()).expect("a file")
