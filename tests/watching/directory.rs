@@ -174,40 +174,62 @@ proptest! {
         ops in proptest::collection::vec(op(), 1..80),
     ) {
         let directory = tempfile::tempdir().expect("a directory");
-        let mut scanner = Scanner::new(directory.path().into());
-        let mut reader = Reader::default();
-        let mut now = reactor::now().mono;
-        for op in &ops {
-            match op {
-                Op::Hint { file } => scanner.hint(&format!("{file}.json")),
-                Op::Pass => scanner.want_pass(),
-                Op::Step => reader.take(scanner.step(now).expect("a step")),
-                Op::Wait { ms } => now = now.plus_ms(*ms),
-                change_ => change(directory.path(), change_),
-            }
-        }
-        scanner.want_pass();
-        reader.take(scanner.finish(now).expect("a pass"));
-        // What ended too early counts once its writer had its time; nobody says so but the scanner.
-        reader.take(scanner.step(now.plus_ms(WRITING_MS_MAX)).expect("a step"));
-        let (says, plainly) = (reader.says(), plainly(directory.path()));
-        prop_assert_eq!(says.keys().collect::<Vec<_>>(), plainly.keys().collect::<Vec<_>>());
-        for (name, expected) in &plainly {
-            match (&says[name], expected) {
-                (Ok(port), Ok(expected)) => prop_assert_eq!(port, expected, "{}", name),
-                (Err(why), Err(part)) => prop_assert!(why.contains(part), "{name}: {why}"),
-                other => prop_assert!(false, "{name}: {other:?}"),
-            }
-        }
-        prop_assert!(scanner.deadline().is_none() && !scanner.is_busy(), "it is quiet");
+        follows_the_directory(directory.path(), &ops)?;
     }
 }
 
-/// A file system that stamps its files with the time of the last tick only, as older kernels do with
-/// all of them: two writings within a tick look the same in every way.
+/// The same on a file system with coarse times.
+#[test]
+fn listings_say_what_a_directory_with_coarse_times_says() {
+    let Some(namespace) = Namespace::with(COARSE) else { return };
+    let config = ProptestConfig { cases: 96, failure_persistence: None, ..ProptestConfig::default() };
+    let mut runner = proptest::test_runner::TestRunner::new(config);
+    let outcome = runner.run(&proptest::collection::vec(op(), 1..80), |ops| {
+        let directory = tempfile::tempdir_in(namespace.directory()).expect("a directory");
+        follows_the_directory(directory.path(), &ops)
+    });
+    outcome.unwrap_or_else(|why| panic!("{why}"));
+}
+
+/// Carries out `ops` in an empty directory, with a scanner that looks on.
+fn follows_the_directory(directory: &Path, ops: &[Op]) -> Result<(), TestCaseError> {
+    let mut scanner = Scanner::new(directory.into());
+    let mut reader = Reader::default();
+    let mut now = reactor::now().mono;
+    for op in ops {
+        match op {
+            Op::Hint { file } => scanner.hint(&format!("{file}.json")),
+            Op::Pass => scanner.want_pass(),
+            Op::Step => reader.take(scanner.step(now).expect("a step")),
+            Op::Wait { ms } => now = now.plus_ms(*ms),
+            other => change(directory, other),
+        }
+    }
+    scanner.want_pass();
+    reader.take(scanner.finish(now).expect("a pass"));
+    // What ended too early counts once its writer had its time; nobody says so but the scanner.
+    reader.take(scanner.step(now.plus_ms(WRITING_MS_MAX)).expect("a step"));
+    let (says, plainly) = (reader.says(), plainly(directory));
+    prop_assert_eq!(says.keys().collect::<Vec<_>>(), plainly.keys().collect::<Vec<_>>());
+    for (name, expected) in &plainly {
+        match (&says[name], expected) {
+            (Ok(port), Ok(expected)) => prop_assert_eq!(port, expected, "{}", name),
+            (Err(why), Err(part)) => prop_assert!(why.contains(part), "{name}: {why}"),
+            other => prop_assert!(false, "{name}: {other:?}"),
+        }
+    }
+    prop_assert!(scanner.deadline().is_none() && !scanner.is_busy(), "it is quiet");
+    Ok(())
+}
+
+/// Mounts a file system that stamps its files with the time of the last tick only, as older kernels do
+/// with all of them.
+const COARSE: &str = "mount -t ramfs none \"$1\"";
+
+/// Two writings within a tick look the same in every way.
 #[test]
 fn a_change_within_one_tick_of_the_clock_is_seen() {
-    let Some(namespace) = Namespace::with("mount -t ramfs none \"$1\"") else {
+    let Some(namespace) = Namespace::with(COARSE) else {
         return;
     };
     let directory = namespace.directory();
@@ -233,8 +255,15 @@ fn a_change_within_one_tick_of_the_clock_is_seen() {
 #[test]
 fn a_file_is_deleted_only_if_it_says_what_was_accepted() {
     let directory = tempfile::tempdir().expect("a directory");
-    let path = directory.path().join("a.json");
-    let mut scanner = Scanner::new(directory.path().into());
+    deletes_what_was_accepted(directory.path());
+    if let Some(namespace) = Namespace::with(COARSE) {
+        deletes_what_was_accepted(&namespace.directory());
+    }
+}
+
+fn deletes_what_was_accepted(directory: &Path) {
+    let path = directory.join("a.json");
+    let mut scanner = Scanner::new(directory.into());
     let now = reactor::now().mono;
     let accept = |scanner: &mut Scanner| {
         scanner.want_pass();
@@ -242,7 +271,7 @@ fn a_file_is_deleted_only_if_it_says_what_was_accepted() {
         listings.last().and_then(|listing| listing.files.first().cloned()).expect("a file")
     };
     let names = || {
-        let mut names: Vec<String> = fs::read_dir(directory.path())
+        let mut names: Vec<String> = fs::read_dir(directory)
             .expect("listed")
             .map(|entry| entry.expect("an entry").file_name().into_string().expect("UTF-8"))
             .collect();
