@@ -179,7 +179,9 @@ impl Agent {
     /// Waits until so many replicas are known, and tells how long that took.
     pub(crate) fn until_known(&self, count: f64) -> Duration {
         let begun = Instant::now();
-        until(&format!("{count} replicas"), || (self.metric("pool_managerd_replicas") == count).then_some(()));
+        until(&format!("{count} replicas"), || {
+            (self.metric("pool_managerd_replicas") == count).then_some(())
+        });
         begun.elapsed()
     }
 
@@ -214,6 +216,35 @@ pub(crate) fn unused(replica: &str, more: &str) -> String {
     format!(
         r#"{{"pool_id":"pool-0","replica_id":"{replica}","url":"http://127.0.0.1:9","ready":false{more}}}"#
     )
+}
+
+/// A command that starts the daemon as a user who is not root, in a directory that it owns. To root every
+/// file is readable and every process visible. `None`, with a word, where that is not to be had.
+pub(crate) fn as_another_user(directory: &tempfile::TempDir) -> Option<Vec<String>> {
+    use std::os::unix::fs::{PermissionsExt, chown};
+    let engines = directory.path().join(".runtime/engines");
+    fs::create_dir_all(&engines).expect("made");
+    if !is_root() {
+        return Some(vec![POOL_MANAGERD.to_string()]);
+    }
+    if !Path::new("/usr/bin/setpriv").exists() {
+        skip("no setpriv here");
+        return None;
+    }
+    let user = 4711;
+    for path in [directory.path(), &directory.path().join(".runtime"), &engines] {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("opened");
+        chown(path, Some(user), Some(user)).expect("given away");
+    }
+    // Where it was built may be closed to others.
+    let program = directory.path().join("pool-managerd");
+    fs::copy(POOL_MANAGERD, &program).expect("copied");
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("opened");
+    let user = user.to_string();
+    let wrapper = ["setpriv", "--reuid", &user, "--regid", &user, "--clear-groups"];
+    let mut command = wrapper.map(String::from).to_vec();
+    command.push(program.to_string_lossy().into_owned());
+    Some(command)
 }
 
 /// Says that a test cannot be run here.

@@ -39,8 +39,8 @@ impl Saved {
     /// What is to be remembered.
     #[must_use]
     pub fn new(boot_id: Option<String>, handoffs: &[Arc<Handoff>]) -> Saved {
-        let value = |handoff: &Arc<Handoff>| serde_json::from_str(&handoff.to_json()).unwrap_or_default();
-        Saved { version: VERSION, boot_id, handoffs: handoffs.iter().map(value).collect() }
+        let handoffs = handoffs.iter().map(|handoff| handoff.to_value()).collect();
+        Saved { version: VERSION, boot_id, handoffs }
     }
 
     /// The file's text.

@@ -239,17 +239,23 @@ impl Scanner {
         let directory = self.open_directory()?;
         let aside = format!(".{name}{DELETING}");
         match rustix::fs::renameat(&directory, &**name, &directory, &aside) {
-            Err(rustix::io::Errno::NOENT) => return Ok(()),
+            Err(rustix::io::Errno::NOENT) => {
+                self.hints.insert(name.clone());
+                return Ok(());
+            }
             renamed => renamed?,
         }
         // Times and inode do not tell two writings apart that follow each other closely; the words do.
         let stat = rustix::fs::statat(&directory, &aside, AtFlags::SYMLINK_NOFOLLOW)?;
         let found = read_checked(&directory, &aside, &stat).ok().and_then(|bytes| read(&bytes).ok());
         if found.as_ref() == Some(&**content) {
-            Ok(rustix::fs::unlinkat(&directory, &aside, AtFlags::empty())?)
+            rustix::fs::unlinkat(&directory, &aside, AtFlags::empty())?;
         } else {
-            put_back(&directory, &aside, name)
+            put_back(&directory, &aside, name)?;
         }
+        // The next listing tells what is there now, whether or not the kernel reports it.
+        self.hints.insert(name.clone());
+        Ok(())
     }
 
     fn step_in(&mut self, directory: &OwnedFd, now: Mono) -> io::Result<Vec<Listing>> {

@@ -48,7 +48,8 @@ pub fn install(level: &str) -> Result<(), Exit> {
 /// the log, nor speak to a terminal.
 fn one_line(text: &str) -> Cow<'_, str> {
     // These change how what follows them is shown.
-    let is_unsafe = |c: char| c.is_control() || matches!(c, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let is_unsafe =
+        |c: char| c.is_control() || matches!(c, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     if !text.contains(is_unsafe) {
         return Cow::Borrowed(text);
     }
@@ -74,6 +75,9 @@ mod tests {
     #[test]
     fn a_message_is_one_line_without_control_characters() {
         assert_eq!(one_line("plain, ünïcode"), "plain, ünïcode");
-        assert_eq!(one_line("a\nERROR b\u{1b}[31m\u{9b}c\u{202e}d\0"), "a\\nERROR b\\u{1b}[31m\\u{9b}c\\u{202e}d\\u{0}");
+        assert_eq!(
+            one_line("a\nERROR b\u{1b}[31m\u{9b}c\u{202e}d\0"),
+            "a\\nERROR b\\u{1b}[31m\\u{9b}c\\u{202e}d\\u{0}"
+        );
     }
 }

@@ -69,7 +69,8 @@ fn plainly(directory: &Path) -> BTreeMap<String, Result<u16, &'static str>> {
             continue;
         }
         let kind = entry.file_type().expect("a kind");
-        let links = std::os::unix::fs::MetadataExt::nlink(&fs::symlink_metadata(entry.path()).expect("there"));
+        let links =
+            std::os::unix::fs::MetadataExt::nlink(&fs::symlink_metadata(entry.path()).expect("there"));
         let says = if kind.is_symlink() {
             Err("symbolic link")
         } else if !kind.is_file() {
@@ -78,9 +79,9 @@ fn plainly(directory: &Path) -> BTreeMap<String, Result<u16, &'static str>> {
             Err("second hard link")
         } else {
             let bytes = fs::read(entry.path()).expect("read");
-            let port = serde_json::from_slice::<serde_json::Value>(&bytes).ok().and_then(|value| {
-                value["url"].as_str()?.rsplit(':').next()?.parse().ok()
-            });
+            let port = serde_json::from_slice::<serde_json::Value>(&bytes)
+                .ok()
+                .and_then(|value| value["url"].as_str()?.rsplit(':').next()?.parse().ok());
             port.ok_or(if bytes.is_empty() { "empty file" } else { "JSON" })
         };
         said.insert(name, says);
@@ -91,18 +92,40 @@ fn plainly(directory: &Path) -> BTreeMap<String, Result<u16, &'static str>> {
 #[derive(Clone, Debug)]
 enum Op {
     /// A temporary file, renamed into place.
-    Replace { file: u8, port: u16 },
+    Replace {
+        file: u8,
+        port: u16,
+    },
     /// Written in place; of `part` tenths of its length.
-    Write { file: u8, port: u16, part: u8 },
-    Rename { from: u8, to: u8 },
-    Remove { file: u8 },
-    Link { file: u8 },
-    Symlink { file: u8 },
-    Mkdir { file: u8 },
-    Hint { file: u8 },
+    Write {
+        file: u8,
+        port: u16,
+        part: u8,
+    },
+    Rename {
+        from: u8,
+        to: u8,
+    },
+    Remove {
+        file: u8,
+    },
+    Link {
+        file: u8,
+    },
+    Symlink {
+        file: u8,
+    },
+    Mkdir {
+        file: u8,
+    },
+    Hint {
+        file: u8,
+    },
     Pass,
     Step,
-    Wait { ms: u64 },
+    Wait {
+        ms: u64,
+    },
 }
 
 fn op() -> impl Strategy<Value = Op> {

@@ -13,7 +13,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use super::harness::{PATIENCE, demo_engine, free_port, handoff, open, until};
-use super::{Agent, unused};
+use super::{Agent, as_another_user, skip, unused};
 
 /// The fields that name a process of this boot.
 fn process(pid: u32) -> String {
@@ -155,7 +155,12 @@ fn files_from_before_a_reboot_and_pids_of_others_are_believed_by_nobody() {
     for replica in replicas.iter().filter(|replica| replica["replica_id"] != "good") {
         assert_eq!(replica["state"], "broken", "{replica}");
         let n: usize = replica["replica_id"].as_str().expect("an id")[1..].parse().expect("a number");
-        let part = ["earlier boot", "another one than the handoff means", "there is no process", "there is no process"][n % 4];
+        let part = [
+            "earlier boot",
+            "another one than the handoff means",
+            "there is no process",
+            "there is no process",
+        ][n % 4];
         assert!(replica["reason"].as_str().is_some_and(|why| why.contains(part)), "{replica}");
     }
 }
@@ -190,6 +195,30 @@ fn a_process_in_another_pid_namespace_is_judged_by_its_probes() {
     agent.until_state("r0", "ready");
     let (said, _) = agent.events(0);
     assert!(said.iter().any(|text| text.contains("another pid namespace")), "{said:?}");
+}
+
+#[test]
+fn a_process_that_the_daemon_may_not_see_is_judged_by_its_probes() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let Some(command) = as_another_user(&directory) else { return };
+    let mount = "mount -t proc -o hidepid=2 proc /proc";
+    let private = ["unshare", "-m", "--propagation", "private", "sh", "-c"];
+    let mut may = std::process::Command::new("unshare");
+    may.args(&private[1..]).arg(mount).stderr(std::process::Stdio::null());
+    if command.len() == 1 || !may.status().is_ok_and(|status| status.success()) {
+        return skip("nothing can be mounted here");
+    }
+    let port = free_port();
+    let engine = demo_engine(port, &[], directory.path());
+    let script = format!("{mount} && exec \"$@\"");
+    let mut all = [&private[..], &[&script, "sh"]].concat();
+    all.extend(command.iter().map(String::as_str));
+    let agent = Agent::start_in(directory, &all, &[]);
+    let text = handoff(port, "r0", 1).replace('}', &format!("{}}}", process(engine.pid())));
+    agent.hand_over("a.json", &text);
+    agent.until_state("r0", "ready");
+    let (said, _) = agent.events(0);
+    assert!(said.iter().any(|text| text.contains("/proc does not show process")), "{said:?}");
 }
 
 #[test]

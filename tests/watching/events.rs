@@ -129,16 +129,12 @@ fn a_directory_that_is_removed_and_recreated_is_watched_again_within_a_second() 
             let away = agent.directory.path().join("away");
             let _ = fs::remove_dir_all(&away);
             fs::rename(agent.engines(), away).expect("renamed");
-            until("the trouble", || {
-                super::get(agent.port, "/ready").filter(|answer| answer.status == 503)
-            });
+            until("the trouble", || super::get(agent.port, "/ready").filter(|answer| answer.status == 503));
             assert!(agent.replica("pool-0", "r0").is_some(), "what was known stays known");
         }
         let begun = Instant::now();
         agent.hand_over("a.json", &unused("r0", &format!(r#","slots":{}"#, round + 2)));
-        until("the new file", || {
-            (agent.replica("pool-0", "r0")?["slots_total"] == round + 2).then_some(())
-        });
+        until("the new file", || (agent.replica("pool-0", "r0")?["slots_total"] == round + 2).then_some(()));
         assert!(begun.elapsed() < Duration::from_millis(1100), "round {round}: {:?}", begun.elapsed());
     }
     until("events to be watched again", || {
@@ -164,9 +160,7 @@ fn a_directory_that_was_renamed_away_is_no_longer_listened_to() {
         let begun = Instant::now();
         let slots = 2 + round;
         agent.hand_over("a.json", &unused("r0", &format!(r#","slots":{slots}"#)));
-        until("the new directory", || {
-            (agent.replica("pool-0", "r0")?["slots_total"] == slots).then_some(())
-        });
+        until("the new directory", || (agent.replica("pool-0", "r0")?["slots_total"] == slots).then_some(()));
         assert!(begun.elapsed() < Duration::from_millis(2100), "{:?}", begun.elapsed());
         agent.until_looked_at();
         assert!(agent.replica("pool-0", "r-old").is_none(), "not from the old directory");
@@ -236,8 +230,7 @@ fn where_the_kernel_reports_nothing_files_are_found_by_polling_and_the_log_says_
     let script = format!("{mount} && exec \"$1\"");
     let command = [&private[..], &[&script, "sh", POOL_MANAGERD]].concat();
     let merged = merged.to_string_lossy().into_owned();
-    let env =
-        [("POOL_MANAGERD_WATCH_INTERVAL_MS", "300"), ("POOL_MANAGERD_RUNTIME_DIR", merged.as_str())];
+    let env = [("POOL_MANAGERD_WATCH_INTERVAL_MS", "300"), ("POOL_MANAGERD_RUNTIME_DIR", merged.as_str())];
     let agent = Agent::start_in(directory, &command, &env);
     until("a warning", || agent.daemon.log().contains("does not report what").then_some(()));
     assert_eq!(agent.json("/v2/handoffs")["watch_mode"], "inotify+poll");
@@ -280,7 +273,8 @@ fn a_runtime_directory_that_cannot_be_had_is_told_and_the_daemon_goes_on() {
     fs::write(directory.path().join("file"), "x").expect("written");
     let env = [("POOL_MANAGERD_RUNTIME_DIR", "file/engines"), ("POOL_MANAGERD_WATCH_INTERVAL_MS", "200")];
     let agent = Agent::start_in(directory, &[POOL_MANAGERD], &env);
-    let answer = until("the trouble", || super::get(agent.port, "/ready").filter(|answer| answer.status == 503));
+    let answer =
+        until("the trouble", || super::get(agent.port, "/ready").filter(|answer| answer.status == 503));
     assert!(answer.body.contains("--runtime-dir"), "{answer:?}");
     fs::remove_file(agent.directory.path().join("file")).expect("removed");
     until("the directory", || super::get(agent.port, "/ready").filter(|answer| answer.status == 200));

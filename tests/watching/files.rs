@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use rustix::fs::{FileType, Mode};
 
-use super::harness::{POOL_MANAGERD, get, until};
-use super::{Agent, is_root, skip, unused};
+use super::harness::{get, until};
+use super::{Agent, as_another_user, is_root, unused};
 
 /// Everything that the daemon shows to anybody.
 fn shown(agent: &Agent) -> String {
@@ -177,29 +177,10 @@ fn bad_contents_are_refused_each_for_its_own_reason_and_read_no_further_than_the
 #[test]
 fn a_file_that_the_daemon_may_not_read_is_read_once_it_may() {
     let directory = tempfile::tempdir().expect("a directory");
-    let engines = directory.path().join(".runtime/engines");
-    fs::create_dir_all(&engines).expect("made");
-    let mut command = vec![POOL_MANAGERD.to_string()];
-    if is_root() {
-        // To root every file is readable.
-        let user = 4711;
-        for path in [directory.path(), &directory.path().join(".runtime"), &engines] {
-            fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("opened");
-            std::os::unix::fs::chown(path, Some(user), Some(user)).expect("given away");
-        }
-        let program = directory.path().join("pool-managerd");
-        fs::copy(POOL_MANAGERD, &program).expect("copied");
-        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("opened");
-        let user = user.to_string();
-        let wrapper = ["setpriv", "--reuid", &user, "--regid", &user, "--clear-groups"];
-        command = wrapper.map(String::from).to_vec();
-        command.push(program.to_string_lossy().into_owned());
-    }
+    let Some(command) = as_another_user(&directory) else { return };
     let command: Vec<&str> = command.iter().map(String::as_str).collect();
-    if command.len() > 1 && !Path::new("/usr/bin/setpriv").exists() {
-        return skip("no setpriv here");
-    }
     let agent = Agent::start_in(directory, &command, &[]);
+    let engines = agent.engines();
     let path = engines.join("a.json");
     let mut file = fs::File::options().write(true).create_new(true).mode(0o000).open(&path).expect("created");
     file.write_all(unused("r0", "").as_bytes()).expect("written");

@@ -4,10 +4,10 @@ use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::harness::{ask, demo_engine, free_port, get, post, until};
-use super::{Agent, times, unused};
+use super::{Agent, as_another_user, times, unused};
 
 const DELETE: (&str, &str) = ("POOL_MANAGERD_AUTO_DELETE_HANDOFF", "true");
 
@@ -48,10 +48,7 @@ fn an_accepted_file_is_deleted_once_it_is_saved_and_its_replica_outlives_a_kill(
     agent.restart(&[DELETE]);
     let (_, next) = agent.events(0);
     for slots in [5, 6] {
-        agent.hand_over(
-            "b.json",
-            &unused("r0", &format!(r#","slots":{slots},"generation":3,"model":"m""#)),
-        );
+        agent.hand_over("b.json", &unused("r0", &format!(r#","slots":{slots},"generation":3,"model":"m""#)));
         until("the file to be deleted", || (!names(&agent).contains(&"b.json".to_string())).then_some(()));
         assert_eq!(agent.replica("pool-0", "r0").expect("a replica")["slots_total"], slots);
     }
@@ -75,7 +72,9 @@ impl Agent {
     /// As [`Agent::until_looked_at`], where files are deleted.
     fn until_looked_at_deleting(&self) {
         self.hand_over("zz-last.json", &unused("zz-last", ""));
-        until("the file to be deleted", || names(self).iter().all(|name| name != "zz-last.json").then_some(()));
+        until("the file to be deleted", || {
+            names(self).iter().all(|name| name != "zz-last.json").then_some(())
+        });
         self.until_state("zz-last", "found");
     }
 }
@@ -97,6 +96,30 @@ fn many_files_are_kept_through_kills_at_any_moment() {
     for n in 0..count {
         assert_eq!(agent.replica("pool-0", &format!("r{n}")).expect("a replica")["slots_total"], n + 1);
     }
+}
+
+#[test]
+fn a_daemon_that_deletes_many_files_answers_meanwhile() {
+    let mut agent = Agent::start(&[]);
+    agent.daemon.kill();
+    let count = 3000;
+    for n in 0..count {
+        let text = format!(
+            r#"{{"pool_id":"pool-{}","replica_id":"r{n}","url":"http://127.0.0.1:9","ready":false}}"#,
+            n % 5
+        );
+        fs::write(agent.engines().join(format!("{n}.json")), text).expect("written");
+    }
+    agent.restart(&[DELETE]);
+    let mut slowest = Duration::ZERO;
+    until("every file to be deleted", || {
+        let begun = Instant::now();
+        assert_eq!(get(agent.port, "/health").expect("an answer").status, 200);
+        slowest = slowest.max(begun.elapsed());
+        names(&agent).is_empty().then_some(())
+    });
+    assert!(slowest < Duration::from_millis(500), "{slowest:?}");
+    agent.until_known(f64::from(count));
 }
 
 #[test]
@@ -139,7 +162,9 @@ fn a_state_file_that_cannot_be_read_is_set_aside_and_named_and_the_start_goes_on
         assert!(log.contains("agent.json.unusable"), "{log}");
         agent.hand_over("a.json", &unused("r0", ""));
         agent.until_state("r0", "found");
-        until("it to be saved", || fs::read_to_string(state_file(&agent)).ok().filter(|s| s.contains("\"r0\"")));
+        until("it to be saved", || {
+            fs::read_to_string(state_file(&agent)).ok().filter(|s| s.contains("\"r0\""))
+        });
     }
 }
 
@@ -219,4 +244,38 @@ fn a_pool_is_announced_by_http_with_a_handoff_and_asked_without_one() {
     assert_eq!(delete("r0").status, 204);
     agent.until_gone("r0");
     assert_eq!(delete("r0").status, 404);
+}
+
+/// A file that cannot be deleted is neither forgotten nor a reason to do nothing else.
+#[test]
+fn where_files_cannot_be_deleted_their_replicas_are_used_and_the_log_says_so_once() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let Some(command) = as_another_user(&directory) else { return };
+    let engines = directory.path().join(".runtime/engines");
+    let mode = |mode| {
+        fs::set_permissions(&engines, std::os::unix::fs::PermissionsExt::from_mode(mode)).expect("changed");
+    };
+    fs::write(engines.join("a.json"), unused("r0", "")).expect("written");
+    mode(0o555);
+    let command: Vec<&str> = command.iter().map(String::as_str).collect();
+    let agent = Agent::start_in(directory, &command, &[DELETE]);
+    agent.until_state("r0", "found");
+    until("a warning", || agent.daemon.log().contains("cannot be deleted").then_some(()));
+    let listings = agent.metric("pool_managerd_listings_total");
+    let ticks = || {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", agent.daemon.pid())).expect("its times");
+        let fields: Vec<i64> =
+            stat.rsplit(')').next().expect("fields").split(' ').flat_map(str::parse).collect();
+        // User and system time are the fields 14 and 15, in hundredths of a second.
+        fields[10] + fields[11]
+    };
+    let before = ticks();
+    thread::sleep(Duration::from_secs(1));
+    assert!(ticks() - before < 25, "it spins: {} ticks in a second", ticks() - before);
+    assert!(agent.metric("pool_managerd_listings_total") - listings < 5.0);
+    assert_eq!(agent.daemon.log().matches("cannot be deleted").count(), 1, "told once");
+    mode(0o755);
+    // The next look at everything tries again; a change of the directory itself brings it about.
+    until("the file to be deleted", || names(&agent).is_empty().then_some(()));
+    agent.until_state("r0", "found");
 }
