@@ -420,4 +420,25 @@ mod tests {
             std::thread::yield_now();
         }
     }
+
+    #[test]
+    fn a_file_that_cannot_be_used_is_told_once_a_reason_until_it_is_gone() {
+        let (callback, files, refused) = (Box::new(|_| Ok(())), BTreeMap::new(), BTreeMap::new());
+        let mut told = Told { callback, files, refused, interval_ms: 50, auto_delete: false };
+        let refused = |why: &str| ListedFile {
+            name: "a.json".into(),
+            modified: crate::time::Wall(1),
+            content: Arc::new(FileContent::Refused(why.into())),
+        };
+        let mut told_after = |files: Vec<ListedFile>| {
+            told.take(Listing::whole(files), Mono(1));
+            told.refused.values().cloned().collect::<Vec<_>>()
+        };
+        assert_eq!(told_after(vec![refused("one")]), ["one"]);
+        assert_eq!(told_after(vec![refused("two")]), ["two"]);
+        let good = FileContent::ModelOnly;
+        assert!(told_after(vec![ListedFile { content: Arc::new(good), ..refused("") }]).is_empty());
+        assert_eq!(told_after(vec![refused("two")]), ["two"]);
+        assert!(told_after(vec![]).is_empty());
+    }
 }

@@ -3,6 +3,7 @@
 //!
 //! `SOAK=1` makes the long ones run as long as they should.
 
+#[expect(dead_code, reason = "the harness serves other tests too")]
 #[path = "daemons/harness.rs"]
 mod harness;
 
