@@ -20,6 +20,8 @@ use super::{Namespace, is_root};
 pub(crate) struct Reader {
     files: BTreeMap<Arc<str>, ListedFile>,
     truncated: bool,
+    /// How often it began to be.
+    alarms: u32,
 }
 
 impl Reader {
@@ -40,6 +42,7 @@ impl Reader {
                 }
             }
             self.files.extend(listing.files.into_iter().map(|file| (file.name.clone(), file)));
+            self.alarms += u32::from(listing.truncated && !self.truncated);
             self.truncated = listing.truncated;
         }
     }
@@ -373,7 +376,14 @@ fn beyond_the_limit_of_files_the_first_by_name_are_used_and_an_alarm_is_given() 
     let now = reactor::now().mono;
     let mut pass = |scanner: &mut Scanner| {
         scanner.want_pass();
-        reader.take(scanner.finish(now).expect("a pass"));
+        let mut hints = (0..200).map(name);
+        while scanner.is_busy() {
+            reader.take(scanner.step(now).expect("a step"));
+            if let Some(name) = hints.next() {
+                scanner.hint(&name);
+            }
+        }
+        assert!(reader.files.len() <= FILES_MAX && reader.alarms <= 1, "{} alarms", reader.alarms);
         let last = reader.files.keys().next_back().expect("files").to_string();
         (reader.files.len(), last, reader.truncated)
     };
