@@ -67,6 +67,7 @@
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::io;
+use std::ops::RangeBounds;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -74,7 +75,7 @@ use std::thread::JoinHandle;
 
 use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Reactor, Waker};
-use crate::replicas::{FileContent, ListedFile, Listing, Scope, Watch};
+use crate::replicas::{FileContent, ListedFile, Listing, Span, Watch};
 use crate::time::{Mono, earliest};
 use crate::wire::handoff::Handoff;
 
@@ -185,6 +186,7 @@ impl HandoffWatcher {
         let mut told = Told {
             callback: self.callback,
             files: BTreeMap::new(),
+            refused: BTreeMap::new(),
             interval_ms,
             auto_delete: self.config.auto_delete,
         };
@@ -224,6 +226,8 @@ impl Drop for HandoffWatcherHandle {
 struct Told {
     callback: Callback,
     files: BTreeMap<Arc<str>, Entry>,
+    /// Files that cannot be used, and why, as the log was told.
+    refused: BTreeMap<Arc<str>, String>,
     interval_ms: u64,
     auto_delete: bool,
 }
@@ -259,21 +263,27 @@ impl Told {
 
     fn take(&mut self, listing: Listing, now: Mono) {
         let is_listed = |name: &Arc<str>| listing.files.binary_search_by(|file| file.name.cmp(name)).is_ok();
-        match &listing.scope {
-            Scope::Names(names) => {
+        match &listing.span {
+            Span::Names(names) => {
                 for name in names.iter().filter(|name| !is_listed(name)) {
                     self.files.remove(name);
+                    self.refused.remove(name);
                 }
             }
-            Scope::Range(from, to) => {
+            Span::Range(from, to) => {
                 let known = self.files.range::<Arc<str>, _>((from.as_ref(), to.as_ref()));
                 let gone = known.map(|(name, _)| name.clone()).filter(|name| !is_listed(name));
                 for name in gone.collect::<Vec<_>>() {
                     self.files.remove(&name);
                 }
+                let within = (from.as_ref(), to.as_ref());
+                self.refused.retain(|name, _| !within.contains(name) || is_listed(name));
             }
         }
         for ListedFile { name, content, .. } in listing.files {
+            if !matches!(*content, FileContent::Refused(_)) {
+                self.refused.remove(&name);
+            }
             match (&*content, self.files.get_mut(&name)) {
                 (FileContent::Handoff(_), Some(entry)) if entry.content == content => entry.content = content,
                 (FileContent::Handoff(_), _) => {
@@ -283,7 +293,13 @@ impl Told {
                     self.files.remove(&name);
                 }
                 // What it said before still counts.
-                (FileContent::Refused(why), _) => log::warn!("{name:?}: refused: {why}"),
+                (FileContent::Refused(why), _) => {
+                    if self.refused.get(&name) != Some(why) {
+                        log::warn!("{name:?}: refused: {why}");
+                        self.refused.insert(name, why.clone());
+                    }
+                    continue;
+                }
             }
         }
     }
@@ -403,5 +419,26 @@ mod tests {
             assert!(begun.elapsed() < PATIENCE, "the files stay");
             std::thread::yield_now();
         }
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_used_is_told_once_a_reason_until_it_is_gone() {
+        let (callback, files, refused) = (Box::new(|_| Ok(())), BTreeMap::new(), BTreeMap::new());
+        let mut told = Told { callback, files, refused, interval_ms: 50, auto_delete: false };
+        let refused = |why: &str| ListedFile {
+            name: "a.json".into(),
+            modified: crate::time::Wall(1),
+            content: Arc::new(FileContent::Refused(why.into())),
+        };
+        let mut told_after = |files: Vec<ListedFile>| {
+            told.take(Listing::whole(files), Mono(1));
+            told.refused.values().cloned().collect::<Vec<_>>()
+        };
+        assert_eq!(told_after(vec![refused("one")]), ["one"]);
+        assert_eq!(told_after(vec![refused("two")]), ["two"]);
+        let good = FileContent::ModelOnly;
+        assert!(told_after(vec![ListedFile { content: Arc::new(good), ..refused("") }]).is_empty());
+        assert_eq!(told_after(vec![refused("two")]), ["two"]);
+        assert!(told_after(vec![]).is_empty());
     }
 }

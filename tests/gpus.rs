@@ -368,7 +368,7 @@ fn a_driver_that_hangs_is_reported_and_delays_nothing() {
     let engine = demo_engine_on(&node);
     node.hand_over(engine.0, "r0", "0", "");
     node.until_settled(&[("r0", "ready")]);
-    node.state(&format!("{TWO}hang 9000\n"));
+    node.state(&format!("{TWO}hang\n"));
     let begun = Instant::now();
     let hanging = |gpus: &Value| (gpus["driver"]["state"] == "hanging").then(|| gpus["driver"].clone());
     let mut slowest = Duration::ZERO;
@@ -396,7 +396,7 @@ fn a_driver_that_hangs_is_reported_and_delays_nothing() {
 #[test]
 fn a_driver_that_hangs_does_not_keep_the_agent_from_ending() {
     let mut node = Node::with_two();
-    node.state(&format!("{TWO}hang 60000\n"));
+    node.state(&format!("{TWO}hang\n"));
     node.gpus("the hang", |gpus| (gpus["driver"]["state"] == "hanging").then_some(()));
     let begun = Instant::now();
     node.agent.signal(rustix::process::Signal::TERM);

@@ -237,6 +237,8 @@ pub struct Fault {
 pub enum FaultKind {
     /// No connection: refused, unreachable, no such name.
     Connect,
+    /// This process could not even try: too many exchanges, no descriptor. The peer has no part in it.
+    Local,
     /// No connection, no first byte or no next byte in time.
     Timeout,
     /// The connection broke.
@@ -265,7 +267,8 @@ pub struct Timing {
 pub struct Progress {
     /// [`Net::start`] was called.
     pub started: Mono,
-    /// The last byte of the answer that came.
+    /// When its answer last went on. Neither its head counts, which comes before the first token, nor
+    /// comments, which engines write to keep a silent stream open.
     pub last_byte: Option<Mono>,
 }
 
@@ -435,17 +438,19 @@ impl Net {
             return exchange;
         }
         if self.upstreams.exchanges.len() > self.limits.exchanges_max {
-            self.fail_exchange(exchange, FaultKind::Connect, "too many exchanges at once", now);
+            self.fail_exchange(exchange, FaultKind::Local, "too many exchanges at once", now);
         } else {
             self.dial(exchange, now);
         }
         exchange
     }
 
-    /// How far an exchange has come, if it still runs.
+    /// How far an exchange has come, if it runs and nothing but its engine keeps it.
     #[must_use]
     pub fn progress(&self, exchange: Token) -> Option<Progress> {
-        self.upstreams.progress(exchange)
+        let is_held =
+            |client| self.server.clients.get(client).is_some_and(|session| session.above_high_water);
+        self.upstreams.progress(exchange).filter(|_| !self.upstreams.client_of(exchange).is_some_and(is_held))
     }
 
     /// Ends an exchange at the owner's wish; its client, if it has one, is still owed an answer.

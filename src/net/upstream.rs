@@ -166,6 +166,27 @@ impl Upstreams {
     }
 }
 
+/// Longest piece that may be nothing but a comment and its framing, in bytes.
+const COMMENT_BYTES_MAX: usize = 64;
+
+/// Whether a piece of an answer says something: it goes on after the head, and is more than comments of a
+/// stream (`:` lines) with their chunk sizes.
+fn is_progress(piece: &[u8], after_head: bool) -> bool {
+    let body = if after_head {
+        piece
+    } else {
+        match memchr::memmem::find(piece, b"\r\n\r\n") {
+            Some(end) => &piece[end + 4..],
+            None => return false,
+        }
+    };
+    let says_something = |line: &[u8]| {
+        let line = line.trim_ascii();
+        !(line.is_empty() || line[0] == b':' || line.iter().all(u8::is_ascii_hexdigit))
+    };
+    body.len() > COMMENT_BYTES_MAX || body.split(|byte| *byte == b'\n').any(says_something)
+}
+
 impl Net {
     /// Finds a connection for an exchange: an idle one, or a new one.
     pub(super) fn dial(&mut self, exchange: Token, now: Mono) {
@@ -212,7 +233,11 @@ impl Net {
                 }
             }
             Err(error) => {
-                self.fail_exchange(exchange, FaultKind::Connect, &error.to_string(), now);
+                use rustix::io::Errno;
+                let own = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM, Errno::ADDRNOTAVAIL];
+                let is_own = own.iter().any(|own| error.raw_os_error() == Some(own.raw_os_error()));
+                let kind = if is_own { FaultKind::Local } else { FaultKind::Connect };
+                self.fail_exchange(exchange, kind, &error.to_string(), now);
             }
         }
     }
@@ -332,7 +357,9 @@ impl Net {
             };
             budget = budget.saturating_sub(length);
             session.received = true;
-            session.last_byte = Some(now);
+            if is_progress(&self.scratch[..length], session.relay.status().is_some()) {
+                session.last_byte = Some(now);
+            }
             if !matches!(session.sink, SinkState::Collect { .. }) {
                 self.timers.arm(exchange, &mut session.deadline, now.plus_ms(session.patience.idle_ms));
             }
@@ -547,5 +574,26 @@ impl Net {
         if line.exchange.is_none() {
             self.upstreams.forget_idle(connection, line.address);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_progress;
+
+    #[test]
+    fn heads_and_comments_are_no_progress() {
+        for silent in [&b"3\r\n:\n\n\r\n"[..], b":\n\n", b": ping\n\n", b"\r\n", b""] {
+            assert!(!is_progress(silent, true), "{silent:?}");
+        }
+        for said in
+            [&b"data: x\n\n"[..], b"9\r\ndata: x\n\n\r\n", b"3\r\n:\n\n\r\n9\r\ndata: x\n\n\r\n", &[b'a'; 65]]
+        {
+            assert!(is_progress(said, true), "{said:?}");
+        }
+        let head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n";
+        assert!(!is_progress(head, false));
+        assert!(!is_progress(&head[..20], false));
+        assert!(is_progress(&[&head[..], b"data: x\n\n"].concat(), false));
     }
 }

@@ -448,7 +448,11 @@ impl Core {
         };
         if !std::mem::replace(&mut run.answering, true) {
             self.counts.first_byte.observe_ns(now.mono.ns_since(run.since));
-            self.registry.data_path_worked(run.grant.replica(), now, changes);
+            let replica = run.grant.replica();
+            self.registry.data_path_worked(replica, now, changes);
+            if let (Some(local), Some(known)) = (&mut self.local, self.registry.replica(replica)) {
+                local.replicas.data_path_worked(&known.key, known.generation, now);
+            }
         }
     }
 

@@ -36,6 +36,9 @@ mod operations;
 #[cfg(test)]
 mod tests;
 
+/// Files that are deleted at once: a few milliseconds, for which nothing else is done.
+const DELETES_MAX: usize = 32;
+
 /// What the agent is told at start.
 #[derive(Debug)]
 pub struct Identity {
@@ -558,7 +561,8 @@ impl Core {
     /// Deletes the files of which everything has been saved.
     fn delete_redundant(&mut self, effects: &mut Vec<Effect>) {
         if self.auto_delete && self.keeper.has(self.kept_revision()) {
-            let files = self.replicas.redundant_files();
+            // The others follow when the listing without these comes.
+            let files = self.replicas.redundant_files().take(DELETES_MAX);
             effects.extend(files.map(|(name, content)| Effect::DeleteFile(name.clone(), content.clone())));
         }
     }

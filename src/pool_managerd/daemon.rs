@@ -521,6 +521,7 @@ impl Daemon {
 /// An engine's timeouts and broken answers are its fault; they only bring the next probe forward.
 fn fault_of(fault: &net::Fault) -> Option<(Fault, String)> {
     let kind = match fault.kind {
+        FaultKind::Local => return None,
         FaultKind::Connect => Fault::ConnectFailed,
         FaultKind::Timeout
         | FaultKind::Reset

@@ -54,8 +54,8 @@ impl Saved {
         drains: Vec<StoredDrain>,
         callbacks: Vec<StoredCallback>,
     ) -> Saved {
-        let value = |handoff: &Arc<Handoff>| serde_json::from_str(&handoff.to_json()).unwrap_or_default();
-        Saved { version: VERSION, boot_id, handoffs: handoffs.iter().map(value).collect(), drains, callbacks }
+        let handoffs = handoffs.iter().map(|handoff| handoff.to_value()).collect();
+        Saved { version: VERSION, boot_id, handoffs, drains, callbacks }
     }
 
     /// The file's text.

@@ -34,7 +34,7 @@ const BEYOND_LIMIT: &str = "beyond the limit of pools or replicas";
 #[derive(Clone, Debug)]
 pub struct Listing {
     /// The names that were looked at.
-    pub scope: Scope,
+    pub span: Span,
     /// The files that are there, sorted by name, each name once and all of them in the scope.
     pub files: Vec<ListedFile>,
     /// The directory holds more than [`FILES_MAX`] files, and only the first by name are told.
@@ -45,7 +45,7 @@ pub struct Listing {
 
 /// Names of a directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Scope {
+pub enum Span {
     /// All from one bound to the other.
     Range(Bound<Arc<str>>, Bound<Arc<str>>),
     /// These, sorted.
@@ -127,8 +127,8 @@ impl Listing {
     pub fn whole(mut files: Vec<ListedFile>) -> Listing {
         let truncated = files.len() > FILES_MAX;
         files.truncate(FILES_MAX);
-        let scope = Scope::Range(Bound::Unbounded, Bound::Unbounded);
-        Listing { scope, files, truncated, completes: true }
+        let span = Span::Range(Bound::Unbounded, Bound::Unbounded);
+        Listing { span, files, truncated, completes: true }
     }
 }
 
@@ -256,13 +256,13 @@ impl Directory {
     /// Names in the listing's scope that are known and not in the listing.
     fn missing(&self, listing: &Listing) -> Vec<Arc<str>> {
         let is_listed = |name: &Arc<str>| listing.files.binary_search_by(|file| file.name.cmp(name)).is_ok();
-        match &listing.scope {
-            Scope::Names(names) => names
+        match &listing.span {
+            Span::Names(names) => names
                 .iter()
                 .filter(|name| self.files.contains_key(*name) && !is_listed(name))
                 .cloned()
                 .collect(),
-            Scope::Range(from, to) => {
+            Span::Range(from, to) => {
                 let mut listed = listing.files.iter().peekable();
                 let known = self.files.range::<Arc<str>, _>((from.as_ref(), to.as_ref()));
                 let gone = known.filter(|(name, _)| {

@@ -6,8 +6,8 @@
 //! an error too, shows that the engine works. If none comes, the replica is held out of use, and the
 //! canary is repeated until one is answered.
 //!
-//! A request without its first byte is in prefill, which may take minutes, and says nothing for
-//! [`PREFILL_MS_MAX`].
+//! A request without its first byte is in prefill, which may take minutes. As long as one is, silence
+//! says nothing for [`PREFILL_MS_MAX`].
 
 use super::change::{Cause, Change};
 use super::probing::ProbeOutcome;
@@ -19,7 +19,7 @@ use crate::wire::id::ReplicaKey;
 /// writes a comment after 30 s of silence.
 pub const HANG_SUSPECT_MS: u64 = 60_000;
 /// How long requests may wait for their first byte before that is suspicious, in milliseconds.
-pub const PREFILL_MS_MAX: u64 = 900_000;
+pub const PREFILL_MS_MAX: u64 = 600_000;
 /// How long the canary may take, in milliseconds: it may have to wait for a slot.
 pub const CANARY_TIMEOUT_MS: u64 = 30_000;
 /// First pause after a canary that was not answered, in milliseconds.
@@ -52,11 +52,11 @@ impl Activity {
 
     /// For how long nothing has come that should have, in milliseconds, if that is suspicious.
     fn silence_ms(&self, hang_suspect_ms: u64, now: Mono) -> Option<u64> {
-        let (since, limit_ms) = match (self.last_byte, self.waiting_since) {
-            (Some(last_byte), _) => (last_byte, hang_suspect_ms),
-            (None, Some(waiting)) => (waiting, PREFILL_MS_MAX.max(hang_suspect_ms)),
-            (None, None) => return None,
-        };
+        // A long prefill may hold up all other answers of its engine, and whoever comes later does not
+        // prolong that.
+        let limit_ms =
+            if self.waiting_since.is_some() { PREFILL_MS_MAX.max(hang_suspect_ms) } else { hang_suspect_ms };
+        let since = self.last_byte.or(self.waiting_since)?;
         Some(now.ms_since(since)).filter(|ms| *ms >= limit_ms)
     }
 }
@@ -133,6 +133,7 @@ impl Registry {
             | ProbeOutcome::Unauthorized { .. } => true,
             // It is down rather than hung: the next health probe says so.
             ProbeOutcome::Refused(_) => true,
+            ProbeOutcome::NotAsked(_) => return self.schedule_again(key),
             ProbeOutcome::Slow | ProbeOutcome::Broken(_) => false,
         };
         if answered || produced {

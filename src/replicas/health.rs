@@ -26,6 +26,9 @@ pub const DELAY_MS_MAX: u64 = 2_000;
 pub const READY_INTERVAL_MS: u64 = 10_000;
 /// First pause after a fall, in milliseconds: long enough for a supervisor to restart a process.
 pub const SUSPECT_DELAY_MS_MIN: u64 = 250;
+/// How long a byte on the data path outranks doubtful answers, in milliseconds: SGLang calls itself
+/// unhealthy after 20 s of silence, which a long prefill causes.
+pub const WORKED_MS: u64 = 30_000;
 /// How long an answer may take, in milliseconds. One engine needs more than a second by design.
 pub const PROBE_TIMEOUT_MS: u64 = 5_000;
 /// Doubtful answers in a row that end readiness.
@@ -88,8 +91,8 @@ pub struct Health {
     delay_ms_max: u64,
     doubts: u32,
     started_at: Mono,
-    /// Since when it answers well, while it is not ready.
-    healthy_since: Option<Mono>,
+    /// Since when it answers well while it is not ready, and for how long it has to, in milliseconds.
+    healthy_since: Option<(Mono, u64)>,
     /// The penalty at the last fall, and when that was.
     penalty: f64,
     fell_at: Option<Mono>,
@@ -157,11 +160,10 @@ impl Health {
         self.doubts = 0;
     }
 
-    /// For how long it has been starting, in milliseconds, if that is longer than `limit_ms`.
+    /// Whether it has been starting for longer than `limit_ms`.
     #[must_use]
-    pub fn overdue_ms(&self, limit_ms: u64, now: Mono) -> Option<u64> {
-        let ms = now.ms_since(self.started_at);
-        (self.phase == Phase::Starting && ms >= limit_ms).then_some(ms)
+    pub fn is_overdue(&self, limit_ms: u64, now: Mono) -> bool {
+        self.phase == Phase::Starting && now.ms_since(self.started_at) >= limit_ms
     }
 
     /// Makes further pauses longer: it should have started long ago.
@@ -171,15 +173,12 @@ impl Health {
 
     /// Why an engine that answers well takes no work yet, for people.
     #[must_use]
-    pub fn waits(&self, now: Mono) -> Option<String> {
-        let since = self.healthy_since?;
-        let needed_ms = self.healthy_ms_needed();
-        let left_ms = needed_ms.saturating_sub(now.ms_since(since));
+    pub fn waits(&self) -> Option<String> {
+        let (_, needed_ms) = self.healthy_since?;
         Some(format!(
-            "answers again, but fell about {:.0} times lately: takes work once it was healthy for {} s, in {} s",
+            "answers again, but fell about {:.0} times lately: takes work once it has been healthy for {} s",
             self.penalty,
-            needed_ms / 1000,
-            left_ms.div_ceil(1000)
+            needed_ms / 1000
         ))
     }
 
@@ -206,8 +205,11 @@ impl Health {
     }
 
     fn rise(&mut self, now: Mono) -> Verdict {
-        let since = *self.healthy_since.get_or_insert(now);
-        let needed_ms = self.healthy_ms_needed();
+        let (since, needed_ms) = match self.healthy_since {
+            Some(known) => known,
+            None => (now, self.healthy_ms_needed(now)),
+        };
+        self.healthy_since = Some((since, needed_ms));
         if now.ms_since(since) < needed_ms {
             self.next_at = now.plus_ms(DELAY_MS_MAX).min(since.plus_ms(needed_ms)).max(now.plus_ms(1));
             return Verdict::Unchanged;
@@ -221,8 +223,7 @@ impl Health {
     }
 
     fn fall(&mut self, now: Mono) -> Verdict {
-        let forgiven = self.fell_at.map_or(0.0, |at| now.ms_since(at) as f64 / PENALTY_HALF_LIFE_MS as f64);
-        self.penalty = self.penalty * (-forgiven).exp2() + FALL_PENALTY;
+        self.penalty = self.penalty_at(now) + FALL_PENALTY;
         self.fell_at = Some(now);
         self.phase = Phase::Suspect;
         self.doubts = 0;
@@ -244,17 +245,22 @@ impl Health {
 
     /// Whether requests went through lately.
     fn works(&self, now: Mono) -> bool {
-        self.worked_at.is_some_and(|at| now.ms_since(at) < READY_INTERVAL_MS)
+        self.worked_at.is_some_and(|at| now.ms_since(at) < WORKED_MS)
     }
 
-    /// How long it must be healthy before it takes work, in milliseconds, by the penalty of its last fall.
-    fn healthy_ms_needed(&self) -> u64 {
-        let beyond = self.penalty - PENALTY_MAX;
+    /// What time has left of the penalty.
+    fn penalty_at(&self, now: Mono) -> f64 {
+        let half_lives = self.fell_at.map_or(0.0, |at| now.ms_since(at) as f64 / PENALTY_HALF_LIFE_MS as f64);
+        self.penalty * (-half_lives).exp2()
+    }
+
+    /// How long it must be healthy before it takes work, in milliseconds.
+    fn healthy_ms_needed(&self, now: Mono) -> u64 {
+        let beyond = self.penalty_at(now) - PENALTY_MAX;
         if beyond < 0.0 {
             return 0;
         }
-        let factor = beyond.floor().exp2();
-        ((DAMPED_MS_MIN as f64 * factor) as u64).min(DAMPED_MS_MAX)
+        ((DAMPED_MS_MIN as f64 * beyond.floor().exp2()) as u64).min(DAMPED_MS_MAX)
     }
 
     fn pause(&mut self, now: Mono) {
@@ -331,7 +337,7 @@ mod tests {
             now = now.plus_ms(READY_INTERVAL_MS - 1);
             assert_eq!(health.observe(Sign::Doubtful, now), Verdict::Unchanged);
         }
-        now = now.plus_ms(READY_INTERVAL_MS);
+        now = now.plus_ms(WORKED_MS);
         assert_eq!(health.observe(Sign::Doubtful, now), Verdict::Unchanged);
         assert_eq!(health.observe(Sign::Doubtful, now), Verdict::Fell);
 
@@ -365,7 +371,7 @@ mod tests {
             assert_eq!(health.observe(Sign::Down, now), Verdict::Fell);
             let since = now;
             while health.observe(Sign::Healthy, now) != Verdict::Rose {
-                let why = health.waits(now).expect("it says why");
+                let why = health.waits().expect("it says why");
                 assert!(why.contains("healthy for"), "{why}");
                 now = health.next_at();
             }
@@ -385,7 +391,7 @@ mod tests {
     fn what_starts_for_too_long_is_asked_more_rarely() {
         let mut health = Health::starting(T0);
         let mut now = T0;
-        while health.overdue_ms(600_000, now).is_none() {
+        while !health.is_overdue(600_000, now) {
             health.observe(Sign::Down, now);
             assert!(health.next_at().ms_since(now) <= DELAY_MS_MAX);
             now = health.next_at();
@@ -399,7 +405,7 @@ mod tests {
         health.observe(Sign::Down, now);
         assert_eq!(health.next_at().ms_since(now), OVERDUE_DELAY_MS_MAX);
         assert_eq!(health.observe(Sign::Healthy, now), Verdict::Rose);
-        assert_eq!(health.overdue_ms(0, now), None);
+        assert!(!health.is_overdue(0, now));
     }
 
     proptest::proptest! {

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, pidfd_open, test_kill_process};
 
 use crate::reactor::token::{Kind, Table, Token};
 use crate::reactor::{Descriptor, Registry};
@@ -103,6 +103,10 @@ impl Processes {
         };
         // Read after the open: if this is the process that is meant, so is the one that was opened.
         match machine::process(pid) {
+            // A /proc that shows no other user's processes (hidepid) tells nothing.
+            None if exists(pid) => {
+                return ProcessSeen::Unknown(format!("/proc does not show process {pid} to this user"));
+            }
             None | Some((true, _)) => return ProcessSeen::Ended(format!("process {pid} ended")),
             Some((false, started)) if pid_start.is_some_and(|meant| meant != started) => {
                 return ProcessSeen::Ended(format!(
@@ -135,6 +139,11 @@ impl Default for Processes {
     fn default() -> Processes {
         Processes::new()
     }
+}
+
+/// Whether there is such a process, of whichever user.
+fn exists(pid: u32) -> bool {
+    Pid::from_raw(pid.cast_signed()).is_some_and(|pid| !matches!(test_kill_process(pid), Err(Errno::SRCH)))
 }
 
 fn open(pid: u32) -> Result<OwnedFd, Errno> {

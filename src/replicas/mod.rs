@@ -44,7 +44,7 @@ pub mod scan;
 pub mod watch;
 
 pub use change::{Cause, Change, FileState, FileView, Refused, State};
-pub use directory::{FileContent, ListedFile, Listing, Scope};
+pub use directory::{FileContent, ListedFile, Listing, Span};
 pub use drains::{DrainChange, DrainEvent};
 pub use hang::Activity;
 pub use liveness::Processes;

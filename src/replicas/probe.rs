@@ -58,9 +58,12 @@ pub fn outcome(order: &ProbeOrder, ended: net::Outcome) -> ProbeOutcome {
         net::Outcome::Complete { status: status @ 500..=599, .. } => ProbeOutcome::Loading(status),
         net::Outcome::Complete { status, .. } => ProbeOutcome::Unhealthy { status },
         net::Outcome::Failed(fault) => match fault.kind {
-            FaultKind::Connect | FaultKind::Reset => ProbeOutcome::Refused(fault.reason),
+            FaultKind::Connect => ProbeOutcome::Refused(fault.reason),
+            FaultKind::Local => ProbeOutcome::NotAsked(fault.reason),
             FaultKind::Timeout | FaultKind::Aborted => ProbeOutcome::Slow,
-            FaultKind::Protocol | FaultKind::Status(_) => ProbeOutcome::Broken(fault.reason),
+            FaultKind::Reset | FaultKind::Protocol | FaultKind::Status(_) => {
+                ProbeOutcome::Broken(fault.reason)
+            }
         },
         net::Outcome::ClientGone | net::Outcome::Cancelled => ProbeOutcome::Slow,
     }

@@ -33,6 +33,8 @@ pub const PROBES_PER_TURN_MAX: usize = 32;
 pub const START_MS_MAX: u64 = 600_000;
 /// Slowest reading of a model that counts as progress, in bytes a millisecond: a busy network disk.
 pub const MODEL_BYTES_PER_MS_MIN: u64 = 50_000;
+/// Longest that reading a model may take, in milliseconds, however large a file says it is.
+pub const MODEL_READING_MS_MAX: u64 = 6 * 3_600_000;
 /// So many times longer may an engine take that is known to be alive.
 pub const START_ALIVE_FACTOR: u64 = 3;
 
@@ -102,11 +104,13 @@ pub enum ProbeOutcome {
         /// What is wrong with the key, as far as it can be told without showing it.
         why: String,
     },
-    /// No connection, or a reset before the answer.
+    /// No connection.
     Refused(String),
+    /// This process could not ask, and why: nothing is known.
+    NotAsked(String),
     /// No answer in time.
     Slow,
-    /// An answer that is no HTTP, or cut off.
+    /// A reset, or an answer that is no HTTP or cut off.
     Broken(String),
 }
 
@@ -195,7 +199,9 @@ impl Registry {
     #[must_use]
     pub fn deadline(&self) -> Option<Mono> {
         let due = self.schedule.due.first().filter(|_| self.schedule.lost.len() < PROBES_MAX);
-        earliest(due.map(|(at, _)| *at), self.schedule.lost.first().map(|(at, _)| *at))
+        // What one turn may not start any more is for the next.
+        let next_turn = Mono(self.batch.0.0 + u64::from(self.batch.1 >= PROBES_PER_TURN_MAX));
+        earliest(due.map(|(at, _)| (*at).max(next_turn)), self.schedule.lost.first().map(|(at, _)| *at))
     }
 
     /// Takes a probe's outcome. One that belongs to an earlier engine or order is ignored.
@@ -206,6 +212,10 @@ impl Registry {
         };
         let Some(probe) = replica.probe.take_if(|probe| probe.seq == id.seq) else { return };
         self.schedule.lost.remove(&(probe.lost_at, id.key.clone()));
+        if matches!(outcome, ProbeOutcome::NotAsked(_)) {
+            let at = now.mono.plus_ms(PROBE_GAP_MS);
+            return self.schedule.set(&id.key, replica, Some(at));
+        }
         if probe.kind == ProbeKind::Canary {
             return self.canary_ended(&id.key, &outcome, now, changes);
         }
@@ -245,7 +255,7 @@ impl Registry {
                 replica.enter(State::Suspect, reason.clone());
             }
             Verdict::Unchanged if replica.phase != State::Ready => {
-                let reason = replica.health.waits(now.mono).unwrap_or_else(|| reason.clone());
+                let reason = replica.health.waits().unwrap_or_else(|| reason.clone());
                 if replica.reason != reason {
                     replica.reason.clone_from(&reason);
                     if replica.state() == replica.phase {
@@ -259,14 +269,14 @@ impl Registry {
         let at = replica.health.next_at();
         self.schedule.set(key, replica, Some(at));
         let serial = replica.serial;
-        let late = (replica.phase == State::Probing)
-            .then(|| replica.health.overdue_ms(replica.start_limit_ms(sign), now.mono))
-            .flatten();
+        let limit_ms = replica.start_limit_ms(sign);
+        let is_late = replica.phase == State::Probing && replica.health.is_overdue(limit_ms, now.mono);
+        let late = is_late.then_some(limit_ms);
         self.announce(key, before, now, changes);
         if rose {
             self.let_go(key, serial, Cause::Start, now, changes);
         } else if let Some(ms) = late {
-            let why = format!("has been starting for {} minutes: {reason}", ms / 60_000);
+            let why = format!("has not come up within {} minutes: {reason}", ms / 60_000);
             self.start_is_late(key, why, now, changes);
         }
     }
@@ -274,10 +284,8 @@ impl Registry {
     fn start_is_late(&mut self, key: &ReplicaKey, why: String, now: Now, changes: &mut Vec<Change>) {
         let Some(replica) = self.replicas.get_mut(key) else { return };
         replica.health.slow_down();
-        if !replica.held.contains_key(&Cause::Start) {
-            let serial = replica.serial;
-            self.hold(key, serial, Cause::Start, why, now, changes);
-        }
+        let serial = replica.serial;
+        self.hold(key, serial, Cause::Start, why, now, changes);
         self.schedule_again(key);
     }
 
@@ -407,9 +415,9 @@ impl Replica {
     /// How long it may take to start, in milliseconds.
     fn start_limit_ms(&self, sign: Sign) -> u64 {
         let reading_ms = self.handoff.model_bytes.unwrap_or(0) / MODEL_BYTES_PER_MS_MIN;
-        let limit_ms = START_MS_MAX.saturating_add(reading_ms);
+        let limit_ms = START_MS_MAX + reading_ms.min(MODEL_READING_MS_MAX);
         // It says that it is at work, or at least has not died of it.
-        let is_alive = sign == Sign::Unavailable || self.handoff.pid.is_some();
+        let is_alive = sign == Sign::Unavailable || self.process_lives;
         limit_ms.saturating_mul(if is_alive { START_ALIVE_FACTOR } else { 1 })
     }
 
@@ -425,7 +433,9 @@ impl Replica {
             ProbeOutcome::Unauthorized { status, why } => format!("{path} answers {status}: {why}"),
             ProbeOutcome::Refused(why) => format!("cannot connect to {}: {}", self.handoff.url, shown(why)),
             ProbeOutcome::Slow => format!("{path} gave no answer within {} ms", kind.timeout_ms()),
-            ProbeOutcome::Broken(why) => format!("{path} gave no usable answer: {}", shown(why)),
+            ProbeOutcome::Broken(why) | ProbeOutcome::NotAsked(why) => {
+                format!("{path} gave no usable answer: {}", shown(why))
+            }
         }
     }
 }
@@ -497,6 +507,7 @@ fn sign_of(outcome: &ProbeOutcome) -> Sign {
         | ProbeOutcome::Unhealthy { .. }
         | ProbeOutcome::Unauthorized { .. }
         | ProbeOutcome::Slow
+        | ProbeOutcome::NotAsked(_)
         | ProbeOutcome::Broken(_) => Sign::Doubtful,
     }
 }

@@ -64,6 +64,7 @@ impl Registry {
             return;
         };
         replica.awaits_process = false;
+        replica.process_lives = seen == ProcessSeen::Alive;
         match seen {
             ProcessSeen::Alive => self.schedule_again(key),
             ProcessSeen::Unknown(why) => {

@@ -73,6 +73,8 @@ pub(super) struct Replica {
     drained: bool,
     /// Its process was not looked for yet: it is not asked before that.
     pub(super) awaits_process: bool,
+    /// Its process was found, and its end has not been told.
+    pub(super) process_lives: bool,
     /// What holds it out of use, and why, for people.
     pub(super) held: BTreeMap<Cause, String>,
     /// Why no file stands behind it any more.
@@ -518,6 +520,7 @@ impl Replica {
             since: now.wall,
             drained: false,
             awaits_process: false,
+            process_lives: false,
             held: BTreeMap::new(),
             withdrawn: None,
             facts: Facts::default(),

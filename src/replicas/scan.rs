@@ -22,9 +22,9 @@ use rustix::fs::{AtFlags, Dir, Mode, OFlags, RenameFlags, Stat};
 
 use crate::reactor;
 use crate::time::{Mono, Wall};
-use crate::wire::handoff::{self, HANDOFF_BYTES_MAX, HandoffFile};
+use crate::wire::handoff::{self, HANDOFF_BYTES_MAX, HandoffError, HandoffFile};
 
-use super::directory::{FILES_MAX, FileContent, ListedFile, Listing, Scope};
+use super::directory::{FILES_MAX, FileContent, ListedFile, Listing, Span};
 
 /// Files that are read in one step.
 const READS_MAX: usize = 64;
@@ -54,6 +54,11 @@ const SHARED_FILE_SYSTEMS: &[u32] = &[
 ];
 /// How long a file may end too early before that counts, in milliseconds.
 pub const WRITING_MS_MAX: u64 = 250;
+/// How long after a change another one may still get the same times, in nanoseconds: the kernel stamps
+/// files with the time of its last tick, of which there are 100 a second at the least.
+const TIMES_NS_MAX: u64 = 20_000_000;
+/// What is appended to the hidden name of a file that is being deleted.
+const DELETING: &str = ".accepted";
 
 /// The directory and what was read of it so far.
 #[derive(Debug)]
@@ -67,16 +72,19 @@ pub struct Scanner {
     hints: BTreeSet<Arc<str>>,
     /// Files that end too early, and when that counts.
     unfinished: BTreeMap<Arc<str>, Mono>,
+    /// Files that could not be read for a cause that may pass without an event.
+    unreadable: BTreeSet<Arc<str>>,
     truncated: bool,
+    /// What an earlier process was deleting when it ended was put back.
+    is_tidy: bool,
 }
 
 #[derive(Debug)]
 struct Known {
+    /// As it was when it was read; [`Identity::NONE`] where it must be read again in any case.
     identity: Identity,
     /// `None` while it has never been whole.
     file: Option<ListedFile>,
-    /// It could not be read, which may pass without an event.
-    unreadable: bool,
 }
 
 /// A look at every name.
@@ -119,7 +127,9 @@ impl Scanner {
             again: false,
             hints: BTreeSet::new(),
             unfinished: BTreeMap::new(),
+            unreadable: BTreeSet::new(),
             truncated: false,
+            is_tidy: false,
         }
     }
 
@@ -157,7 +167,7 @@ impl Scanner {
             return;
         }
         let is_new = !self.known.contains_key(name);
-        if self.hints.len() >= HINTS_MAX || (is_new && self.known.len() >= FILES_MAX) {
+        if self.hints.len() >= HINTS_MAX || (is_new && self.known.len() + self.hints.len() >= FILES_MAX) {
             // Beyond the limit, what one name more means depends on all the others.
             self.want_pass();
         } else {
@@ -180,7 +190,7 @@ impl Scanner {
     /// Whether a file could not be read: nothing may say so when it can.
     #[must_use]
     pub fn has_unreadable(&self) -> bool {
-        self.known.values().any(|known| known.unreadable)
+        !self.unreadable.is_empty()
     }
 
     /// Does a bounded piece of what is to be done.
@@ -224,25 +234,31 @@ impl Scanner {
     /// No permission, or a failing disk.
     pub fn delete(&mut self, name: &Arc<str>, content: &Arc<FileContent>) -> io::Result<()> {
         let is_meant =
-            |known: &&Known| known.file.as_ref().is_some_and(|file| Arc::ptr_eq(&file.content, content));
-        let Some(meant) = self.known.get(name).filter(is_meant).map(|known| known.identity) else {
+            |known: &Known| known.file.as_ref().is_some_and(|file| Arc::ptr_eq(&file.content, content));
+        if !self.known.get(name).is_some_and(is_meant) {
             return Ok(());
-        };
+        }
         let directory = self.open_directory()?;
-        let aside = format!(".{name}.accepted");
+        let aside = format!(".{name}{DELETING}");
         match rustix::fs::renameat(&directory, &**name, &directory, &aside) {
-            Err(rustix::io::Errno::NOENT) => return Ok(()),
+            Err(rustix::io::Errno::NOENT) => {
+                self.hints.insert(name.clone());
+                return Ok(());
+            }
             renamed => renamed?,
         }
-        let found = Identity::of(&rustix::fs::statat(&directory, &aside, AtFlags::SYMLINK_NOFOLLOW)?);
-        if found.is_same_writing(&meant) {
-            return Ok(rustix::fs::unlinkat(&directory, &aside, AtFlags::empty())?);
+        // Times and inode do not tell two writings apart that follow each other closely; the words do.
+        let stat = rustix::fs::statat(&directory, &aside, AtFlags::SYMLINK_NOFOLLOW)?;
+        let found =
+            read_checked(&directory, &aside, &stat, self.own_uid).ok().and_then(|bytes| read(&bytes).ok());
+        if found.as_ref() == Some(&**content) {
+            rustix::fs::unlinkat(&directory, &aside, AtFlags::empty())?;
+        } else {
+            put_back(&directory, &aside, name)?;
         }
-        // It was replaced. Its place may be taken again already, by something newer still.
-        match rustix::fs::renameat_with(&directory, &aside, &directory, &**name, RenameFlags::NOREPLACE) {
-            Err(rustix::io::Errno::EXIST) => Ok(rustix::fs::unlinkat(&directory, &aside, AtFlags::empty())?),
-            renamed => Ok(renamed?),
-        }
+        // The next listing tells what is there now, whether or not the kernel reports it.
+        self.hints.insert(name.clone());
+        Ok(())
     }
 
     fn step_in(&mut self, directory: &OwnedFd, now: Mono) -> io::Result<Vec<Listing>> {
@@ -261,7 +277,7 @@ impl Scanner {
         }
         if let Some(mut pass) = self.pass.take() {
             if pass.entries.is_some() {
-                self.enumerate(&mut pass)?;
+                self.enumerate(&mut pass, directory)?;
             }
             let listing = match pass.entries {
                 None => self.look(&mut pass, directory, &mut budget, now),
@@ -298,11 +314,12 @@ impl Scanner {
             }
             names.push(name);
         }
-        Listing { scope: Scope::Names(names), files, truncated: self.truncated, completes: false }
+        let truncated = self.truncated || self.pass.as_ref().is_some_and(|pass| pass.truncated);
+        Listing { span: Span::Names(names), files, truncated, completes: false }
     }
 
     /// Takes names from the kernel.
-    fn enumerate(&self, pass: &mut Pass) -> io::Result<()> {
+    fn enumerate(&mut self, pass: &mut Pass, directory: &OwnedFd) -> io::Result<()> {
         let Some(entries) = &mut pass.entries else { return Ok(()) };
         for _ in 0..NAMES_MAX {
             let Some(entry) = entries.next() else {
@@ -312,13 +329,22 @@ impl Scanner {
                 let within = |name: &&Arc<str>| last.as_ref().is_none_or(|last| *name <= last);
                 pass.names.extend(self.known.keys().filter(within).cloned());
                 pass.entries = None;
+                self.is_tidy = true;
                 return Ok(());
             };
             let entry = entry?;
             // A name that is not UTF-8 was written by no starter of engines.
-            if let Ok(name) = entry.file_name().to_str()
-                && is_handoff_name(name)
+            let Ok(mut name) = entry.file_name().to_str() else { continue };
+            // What a process was deleting when it was killed may not be what it had accepted.
+            if !self.is_tidy
+                && let Some(original) = deleting(name)
             {
+                if let Err(error) = put_back(directory, name, original) {
+                    log::warn!("handoff file {name:?}: cannot be named {original:?} again: {error}");
+                }
+                name = original;
+            }
+            if is_handoff_name(name) {
                 pass.names.insert(name.into());
                 if pass.names.len() > FILES_MAX {
                     pass.names.pop_last();
@@ -361,12 +387,13 @@ impl Scanner {
         let gone = known.filter(|(name, known)| known.file.is_some() && !is_listed(name));
         for name in gone.map(|(name, _)| name.clone()).collect::<Vec<_>>() {
             self.known.remove(&name);
+            self.unreadable.remove(&name);
         }
         if completes {
             self.truncated = pass.truncated;
         }
         let truncated = self.truncated || pass.truncated;
-        Some(Listing { scope: Scope::Range(from, to), files, truncated, completes })
+        Some(Listing { span: Span::Range(from, to), files, truncated, completes })
     }
 
     /// Looks at one name, and reads the file if it is another one than before.
@@ -378,20 +405,19 @@ impl Scanner {
         now: Mono,
     ) -> Option<ListedFile> {
         budget.looks = budget.looks.saturating_sub(1);
+        let looked_at = reactor::now().wall;
         let stat = match rustix::fs::statat(directory, &**name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) => stat,
             Err(rustix::io::Errno::NOENT) => {
                 self.unfinished.remove(name);
+                self.unreadable.remove(name);
                 // There is room for a file that was beyond the limit.
                 self.again |= self.known.remove(name).is_some() && self.truncated;
                 return None;
             }
             Err(error) => {
-                return self.keep(
-                    name,
-                    refused(name, Wall(0), format!("cannot be looked at: {error}")),
-                    true,
-                );
+                let file = refused(name, Wall(0), format!("cannot be looked at: {error}"));
+                return self.remember(name, file, Identity::NONE, true);
             }
         };
         let identity = Identity::of(&stat);
@@ -407,37 +433,49 @@ impl Scanner {
         let modified = Wall(identity.modified_ns);
         let bytes = match read_checked(directory, name, &stat, self.own_uid) {
             Ok(bytes) => bytes,
-            // Without an identity it is read again by every pass: the cause may pass (permissions, EIO).
-            Err(reason) => return self.keep(name, refused(name, modified, reason), true),
+            // Without an identity it is read again by every pass.
+            Err(Unread { reason, may_pass }) => {
+                return self.remember(name, refused(name, modified, reason), Identity::NONE, may_pass);
+            }
         };
-        let content = match handoff::parse(&bytes) {
-            Ok(HandoffFile::Engine(handoff)) => FileContent::Handoff(handoff),
-            Ok(HandoffFile::ModelOnly) => FileContent::ModelOnly,
+        let content = match read(&bytes) {
+            Ok(content) => content,
             Err(error) if error.is_incomplete() && limit.is_none_or(|limit| limit > now) => {
                 self.unfinished.entry(name.clone()).or_insert_with(|| now.plus_ms(WRITING_MS_MAX));
                 let file = known.and_then(|known| known.file.clone());
-                self.known.insert(name.clone(), Known { identity, file: file.clone(), unreadable: false });
+                let identity = Identity::NONE;
+                self.known.insert(name.clone(), Known { identity, file: file.clone() });
+                self.unreadable.remove(name);
                 return file;
             }
             Err(error) => FileContent::Refused(error.to_string()),
         };
-        self.unfinished.remove(name);
         let file = ListedFile { name: name.clone(), modified, content: Arc::new(content) };
-        self.known.insert(name.clone(), Known { identity, file: Some(file.clone()), unreadable: false });
-        Some(file)
+        let identity = if identity.is_final(looked_at) { identity } else { Identity::NONE };
+        self.remember(name, file, identity, false)
     }
 
-    fn keep(&mut self, name: &Arc<str>, file: ListedFile, unreadable: bool) -> Option<ListedFile> {
+    fn remember(
+        &mut self,
+        name: &Arc<str>,
+        file: ListedFile,
+        identity: Identity,
+        unreadable: bool,
+    ) -> Option<ListedFile> {
         self.unfinished.remove(name);
-        // The same refusal again is the same file.
+        // The same words again are the same file.
         let same = self
             .known
             .get(name)
             .and_then(|known| known.file.as_ref())
             .filter(|known| known.content == file.content && known.modified == file.modified);
         let file = same.cloned().unwrap_or(file);
-        let known = Known { identity: Identity::NONE, file: Some(file.clone()), unreadable };
-        self.known.insert(name.clone(), known);
+        self.known.insert(name.clone(), Known { identity, file: Some(file.clone()) });
+        if unreadable {
+            self.unreadable.insert(name.clone());
+        } else {
+            self.unreadable.remove(name);
+        }
         Some(file)
     }
 }
@@ -465,21 +503,62 @@ fn is_handoff_name(name: &str) -> bool {
     name.ends_with(".json") && !name.starts_with('.')
 }
 
+fn read(bytes: &[u8]) -> Result<FileContent, HandoffError> {
+    Ok(match handoff::parse(bytes)? {
+        HandoffFile::Engine(handoff) => FileContent::Handoff(handoff),
+        HandoffFile::ModelOnly => FileContent::ModelOnly,
+    })
+}
+
+/// Gives a file its name back, unless something newer has taken it meanwhile: then the file goes.
+fn put_back(directory: &OwnedFd, aside: &str, name: &str) -> io::Result<()> {
+    match rustix::fs::renameat_with(directory, aside, directory, name, RenameFlags::NOREPLACE) {
+        // File systems over the network know no such rename, but links, which replace nothing either.
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS | rustix::io::Errno::OPNOTSUPP) => {
+            match rustix::fs::linkat(directory, aside, directory, name, AtFlags::empty()) {
+                Ok(()) | Err(rustix::io::Errno::EXIST) => {
+                    Ok(rustix::fs::unlinkat(directory, aside, AtFlags::empty())?)
+                }
+                Err(error) => Err(error.into()),
+            }
+        }
+        Err(rustix::io::Errno::EXIST) => Ok(rustix::fs::unlinkat(directory, aside, AtFlags::empty())?),
+        Err(rustix::io::Errno::NOENT) => Ok(()),
+        renamed => Ok(renamed?),
+    }
+}
+
+/// The name that a file had before it was being deleted, if it was.
+fn deleting(name: &str) -> Option<&str> {
+    name.strip_prefix('.')?.strip_suffix(DELETING).filter(|name| is_handoff_name(name))
+}
+
 fn refused(name: &Arc<str>, modified: Wall, reason: String) -> ListedFile {
     ListedFile { name: name.clone(), modified, content: Arc::new(FileContent::Refused(reason)) }
 }
 
-fn read_checked(directory: &impl AsFd, name: &str, listed: &Stat, own_uid: u32) -> Result<Vec<u8>, String> {
+/// Why a file was not read.
+struct Unread {
+    reason: String,
+    /// It may end without an event; all others end with the file's replacement or a change of its mode.
+    may_pass: bool,
+}
+
+fn read_checked(directory: &impl AsFd, name: &str, listed: &Stat, own_uid: u32) -> Result<Vec<u8>, Unread> {
+    let failed = |what: &str, error: &dyn std::fmt::Display| Unread {
+        reason: format!("{what}: {error}"),
+        may_pass: true,
+    };
     // Checked before the open, because opening a device or a FIFO can itself do something.
     check_kind(listed)?;
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
     let file = rustix::fs::openat(directory, name, flags, Mode::empty())
-        .map_err(|error| format!("cannot be opened: {error}"))?;
-    let stat = rustix::fs::fstat(&file).map_err(|error| format!("cannot be looked at: {error}"))?;
+        .map_err(|error| failed("cannot be opened", &error))?;
+    let stat = rustix::fs::fstat(&file).map_err(|error| failed("cannot be looked at", &error))?;
     check_kind(&stat)?;
-    check_owner(&stat, own_uid, "it")?;
+    check_owner(&stat, own_uid, "it").map_err(|reason| Unread { reason, may_pass: false })?;
     read_bounded(file, usize::try_from(stat.st_size).unwrap_or(usize::MAX))
-        .map_err(|error| format!("cannot be read: {error}"))
+        .map_err(|error| failed("cannot be read", &error))
 }
 
 /// Reads a file of about `size` bytes, and no more than one byte beyond the limit.
@@ -512,16 +591,17 @@ fn read_bounded(file: OwnedFd, size: usize) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn check_kind(stat: &Stat) -> Result<(), String> {
-    match rustix::fs::FileType::from_raw_mode(stat.st_mode) {
-        rustix::fs::FileType::RegularFile => {}
-        rustix::fs::FileType::Symlink => return Err("a symbolic link: links are not followed".into()),
-        _ => return Err("not a regular file".into()),
-    }
-    if stat.st_nlink > 1 {
-        return Err("has a second hard link: whoever holds that could change it unseen".into());
-    }
-    Ok(())
+fn check_kind(stat: &Stat) -> Result<(), Unread> {
+    let (reason, may_pass) = match rustix::fs::FileType::from_raw_mode(stat.st_mode) {
+        // The other link's removal is reported to whoever watches the other directory.
+        rustix::fs::FileType::RegularFile if stat.st_nlink > 1 => {
+            ("has a second hard link: whoever holds that could change it unseen", true)
+        }
+        rustix::fs::FileType::RegularFile => return Ok(()),
+        rustix::fs::FileType::Symlink => ("a symbolic link: links are not followed", false),
+        _ => ("not a regular file", false),
+    };
+    Err(Unread { reason: reason.into(), may_pass })
 }
 
 fn check_owner(stat: &Stat, own: u32, what: &str) -> Result<(), String> {
@@ -538,9 +618,9 @@ fn check_owner(stat: &Stat, own: u32, what: &str) -> Result<(), String> {
 }
 
 impl Identity {
-    /// Whether two identities are of the same writing: a rename changes the time of change.
-    fn is_same_writing(&self, other: &Identity) -> bool {
-        (self.inode, self.size, self.modified_ns) == (other.inode, other.size, other.modified_ns)
+    /// Whether what is written after `at` gets other times than these.
+    fn is_final(&self, at: Wall) -> bool {
+        self.changed_ns.saturating_add(TIMES_NS_MAX) < at.0
     }
 
     const NONE: Identity = Identity { inode: 0, size: 0, modified_ns: 0, changed_ns: 0 };

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 use std::sync::Arc;
 
-use super::health::{PROBE_TIMEOUT_MS, READY_INTERVAL_MS};
+use super::health::{PROBE_TIMEOUT_MS, READY_INTERVAL_MS, WORKED_MS};
 use super::policy::AllowList;
 use super::probing::{PROBE_GAP_MS, PROBE_LOST_MS, PROBES_MAX, PROBES_PER_TURN_MAX};
 use super::*;
@@ -16,6 +16,7 @@ use crate::wire::id::{PoolId, ReplicaId, ReplicaKey};
 use crate::wire::node::{POOLS_MAX, REPLICAS_MAX};
 
 mod engines;
+mod equivalence;
 
 /// A registry with a directory and engines around it.
 struct Machine {
@@ -92,13 +93,13 @@ impl Machine {
         let mut from = Bound::Unbounded;
         for name in &names {
             let files = self.dir.get(name).cloned().into_iter().collect();
-            let scope = if as_ranges {
-                super::directory::Scope::Range(from, Bound::Included(name.clone()))
+            let span = if as_ranges {
+                Span::Range(from, Bound::Included(name.clone()))
             } else {
-                super::directory::Scope::Names(vec![name.clone()])
+                Span::Names(vec![name.clone()])
             };
             from = Bound::Excluded(name.clone());
-            let listing = Listing { scope, files, truncated: false, completes: false };
+            let listing = Listing { span, files, truncated: false, completes: false };
             self.registry.listing(&listing, self.now, &mut self.changes);
             self.registry.check_invariants();
         }
@@ -425,7 +426,7 @@ fn a_busy_engine_with_slow_probes_stays_ready_and_an_idle_one_does_not() {
         machine.answer_all(ProbeOutcome::Slow);
     }
     assert!(machine.told().is_empty());
-    machine.pass_ms(READY_INTERVAL_MS);
+    machine.pass_ms(WORKED_MS);
     machine.answer_all(ProbeOutcome::Slow);
     machine.until_deadline();
     machine.answer_all(ProbeOutcome::Slow);

@@ -3,9 +3,11 @@
 //!
 //! Events are a hint. Where there are none (no inotify instances left, a network file system) every
 //! name is looked at every watch interval; where there are, that is a safety net and comes
-//! [`SAFETY_NET_FACTOR`] times more rarely. A directory that is missing, removed, renamed, recreated or
+//! [`SAFETY_NET_FACTOR`] times more rarely, and each interval asks only whether the path still leads to
+//! what is watched. A directory that is missing, removed, renamed, recreated or
 //! mounted over is found again by path.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -23,6 +25,8 @@ pub const SAFETY_NET_FACTOR: u64 = 30;
 /// First pause before a directory that is away is looked for again, in milliseconds; it doubles up to
 /// the watch interval.
 pub const AWAY_MS_MIN: u64 = 50;
+/// Files of which is remembered that they cannot be deleted: beyond that the log says enough.
+const UNDELETABLE_MAX: usize = 1_024;
 
 /// A directory under watch.
 #[derive(Debug)]
@@ -39,6 +43,10 @@ pub struct Watch {
     is_new: bool,
     /// As last reported.
     trouble: Option<Trouble>,
+    /// When the path is next asked whether it still leads to what is watched.
+    check_at: Mono,
+    /// Files of which it was told that they cannot be deleted.
+    undeletable: BTreeSet<Arc<str>>,
 }
 
 /// What is wrong with the directory.
@@ -74,6 +82,8 @@ impl Watch {
             away_ms: AWAY_MS_MIN,
             is_new: true,
             trouble: None,
+            check_at: Mono(0),
+            undeletable: BTreeSet::new(),
         }
     }
 
@@ -90,7 +100,8 @@ impl Watch {
     /// When [`Watch::turn`] must run at the latest.
     #[must_use]
     pub fn deadline(&self) -> Mono {
-        earliest(Some(self.due_at), self.scanner.deadline()).unwrap_or(self.due_at)
+        let look = self.armed.as_ref().map_or(self.due_at, |_| self.due_at.min(self.check_at));
+        earliest(Some(look), self.scanner.deadline()).unwrap_or(look)
     }
 
     /// Whether a look is under way that must go on before the loop blocks.
@@ -109,6 +120,13 @@ impl Watch {
                 self.disarm(registry);
             }
             if hint.dirty || hint.lost {
+                self.due_at = now;
+            }
+        }
+        if now >= self.check_at {
+            self.check_at = now.plus_ms(self.interval_ms);
+            // Neither a mount over the directory nor another name for one above it sends an event.
+            if self.armed.as_ref().is_some_and(|watch| !watch.is_still(self.scanner.directory())) {
                 self.due_at = now;
             }
         }
@@ -131,9 +149,12 @@ impl Watch {
         if listings.iter().any(|listing| listing.completes) {
             self.away_ms = AWAY_MS_MIN;
             self.is_new = false;
-            let events_suffice = self.armed.is_some() && !self.is_shared && !self.scanner.has_unreadable();
+            let events_suffice = self.armed.is_some() && !self.is_shared;
             let factor = if events_suffice { SAFETY_NET_FACTOR } else { 1 };
             self.due_at = now.plus_ms(self.interval_ms * factor);
+        }
+        if self.scanner.has_unreadable() {
+            self.due_at = self.due_at.min(now.plus_ms(self.interval_ms));
         }
         let changed = trouble != self.trouble;
         self.trouble.clone_from(&trouble);
@@ -171,8 +192,18 @@ impl Watch {
 
     /// Deletes a file, unless it says something else than `content` by now.
     pub fn delete(&mut self, name: &Arc<str>, content: &Arc<FileContent>) {
-        if let Err(error) = self.scanner.delete(name, content) {
-            log::warn!("handoff file {name:?}: cannot be deleted: {error}");
+        match self.scanner.delete(name, content) {
+            Ok(()) => {
+                self.undeletable.remove(name);
+            }
+            // It is tried again with every listing, and told once.
+            Err(error) => {
+                if self.undeletable.len() < UNDELETABLE_MAX && self.undeletable.insert(name.clone()) {
+                    log::warn!(
+                        "handoff file {name:?}: cannot be deleted: {error}; give the user of this daemon write access to the runtime directory"
+                    );
+                }
+            }
         }
     }
 

@@ -165,6 +165,14 @@ impl Handoff {
     /// The canonical JSON text, with a final newline. Absent fields are left out.
     #[must_use]
     pub fn to_json(&self) -> String {
+        let mut text = serde_json::to_string_pretty(&self.to_value()).unwrap_or_default();
+        text.push('\n');
+        text
+    }
+
+    /// The same, to be part of something larger.
+    #[must_use]
+    pub fn to_value(&self) -> Value {
         let mut fields = Map::new();
         let mut put = |name: &str, value: Value| {
             if !value.is_null() {
@@ -197,9 +205,7 @@ impl Handoff {
         put("generation", json!(self.generation));
         put("health_path", json!(self.health_path));
         put("auth", self.auth_file.as_ref().map_or(Value::Null, |file| json!({ "file": file })));
-        let mut text = serde_json::to_string_pretty(&fields).unwrap_or_default();
-        text.push('\n');
-        text
+        Value::Object(fields)
     }
 }
 

@@ -5,7 +5,7 @@
  * fact a line:
  *
  *   init CODE                               what nvmlInit returns (0 success, 9 no driver, 18 mismatch)
- *   hang MS                                 how long counting the GPUs takes
+ *   hang                                    counting the GPUs does not end as long as this line is there
  *   gpu UUID BUS TOTAL_MIB USED_MIB CODE    a GPU, in the order of their numbers; CODE 15: it is lost
  *   process GPU PID MIB                     a process on a GPU
  *   xid SEQ GPU NUMBER                      an event, delivered once for each SEQ, which count up from 1
@@ -37,7 +37,7 @@ typedef struct { char uuid[80]; unsigned bus; u64 total_mib, used_mib; Return co
 typedef struct { unsigned gpu, pid; u64 mib; } OnGpu;
 typedef struct {
     Return init;
-    unsigned hang_ms, gpus, processes;
+    unsigned hang, gpus, processes;
     Gpu gpu[GPUS_MAX];
     OnGpu process[PROCESSES_MAX];
     unsigned xid_seq, xid_gpu, xid_number;
@@ -65,7 +65,9 @@ static Facts facts(void) {
         Gpu g;
         OnGpu p;
         unsigned seq, gpu, number;
-        if (sscanf(line, "init %d", &f.init) == 1 || sscanf(line, "hang %u", &f.hang_ms) == 1) {
+        if (sscanf(line, "init %d", &f.init) == 1) continue;
+        if (!strncmp(line, "hang", 4)) {
+            f.hang = 1;
             continue;
         }
         if (sscanf(line, "gpu %79s %x %llu %llu %d", g.uuid, &g.bus, &g.total_mib, &g.used_mib, &g.code) == 5) {
@@ -100,7 +102,10 @@ Return nvmlSystemGetDriverVersion(char *version, unsigned length) { return copy(
 
 Return nvmlDeviceGetCount_v2(unsigned *count) {
     Facts f = facts();
-    sleep_ms(f.hang_ms);
+    while (f.hang) {
+        sleep_ms(20);
+        f = facts();
+    }
     *count = f.gpus;
     return SUCCESS;
 }

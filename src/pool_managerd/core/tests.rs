@@ -235,3 +235,26 @@ fn drains_and_callbacks_outlive_a_restart() {
     handle(&mut next, Input::Resume(Scope::Node), NOW);
     assert!(next.replicas().pools().iter().all(|pool| pool.ready));
 }
+
+#[test]
+fn many_files_are_deleted_a_few_at_a_time() {
+    let mut core = core_with(Options { auto_delete: true, ..Options::default() });
+    let count = 5 * DELETES_MAX / 2;
+    let mut files: Vec<ListedFile> = (0..count)
+        .map(|n| {
+            let text = format!(r#"{{"url":"http://127.0.0.1:1","replica_id":"r{n}","ready":false}}"#);
+            file(&format!("{n:04}.json"), &text)
+        })
+        .collect();
+    handle(&mut core, Input::Listing(Listing::whole(files.clone())), NOW);
+    let mut effects = handle(&mut core, Input::Saved(Ok(())), NOW);
+    let mut turns = 0;
+    while !files.is_empty() {
+        let deleted = effects.iter().filter(|e| matches!(e, Effect::DeleteFile(..))).count();
+        assert!((1..=DELETES_MAX).contains(&deleted), "{deleted} in one turn");
+        files.drain(..deleted);
+        effects = handle(&mut core, Input::Listing(Listing::whole(files.clone())), NOW);
+        turns += 1;
+    }
+    assert_eq!((turns, core.pools()[0].replicas.len()), (3, count));
+}
