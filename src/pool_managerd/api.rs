@@ -6,6 +6,7 @@ use serde_json::json;
 
 use crate::http::server::{Request, Response};
 use crate::metrics::{self, Scrape, label_value};
+use crate::replicas::PoolCounts;
 use crate::service::auth::{Denied, Tokens};
 use crate::service::lag::LoopLag;
 use crate::time::Mono;
@@ -268,16 +269,16 @@ fn ready(core: &Core) -> Action {
 fn scrape(core: &Core, facts: &Facts<'_>) -> Response {
     let counts = core.counts();
     let mut scrape = Scrape::default();
-    let pools = core.pools();
+    let pools = core.pool_counts();
     let labels: Vec<String> =
-        pools.iter().map(|pool| format!("pool_id=\"{}\"", label_value(pool.pool_id.as_str()))).collect();
-    let by_pool = |value: fn(&crate::wire::pool::PoolStatus) -> f64| -> Vec<(&str, f64)> {
-        labels.iter().map(String::as_str).zip(pools.iter().map(value)).collect()
+        pools.keys().map(|pool| format!("pool_id=\"{}\"", label_value(pool.as_str()))).collect();
+    let by_pool = |value: fn(&PoolCounts) -> f64| -> Vec<(&str, f64)> {
+        labels.iter().map(String::as_str).zip(pools.values().map(value)).collect()
     };
     scrape.gauge(
         "pool_managerd_pool_ready",
         "Whether a pool takes work.",
-        &by_pool(|p| f64::from(u8::from(p.ready))),
+        &by_pool(|p| f64::from(u8::from(p.is_ready))),
     );
     scrape.gauge("pool_managerd_pool_slots", "Slots of a pool.", &by_pool(|p| f64::from(p.slots_total)));
     scrape.gauge(
@@ -285,8 +286,8 @@ fn scrape(core: &Core, facts: &Facts<'_>) -> Response {
         "Free slots of a pool.",
         &by_pool(|p| f64::from(p.slots_free)),
     );
-    let replicas: usize = pools.iter().map(|pool| pool.replicas.len()).sum();
-    scrape.gauge("pool_managerd_replicas", "Replicas that are known.", &[("", replicas as f64)]);
+    let replicas = core.replicas().len() as f64;
+    scrape.gauge("pool_managerd_replicas", "Replicas that are known.", &[("", replicas)]);
     scrape.gauge(
         "pool_managerd_relayed_in_flight",
         "Relayed requests that run.",

@@ -10,12 +10,13 @@
 //! Every change of a replica that a control plane must know raises the registry's revision; every
 //! plane is shown the revision after every input, and sends what is new at once.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::replicas::hang::HANG_SUSPECT_MS;
 use crate::replicas::{
-    Activity, Cause, Change, EnginePolicy, Fault, FileContent, Listing, ProbeId, ProbeOrder, ProbeOutcome,
-    ProcessOrder, ProcessSeen, Refused, Registry, ReplicaLease, Trouble,
+    Activity, Cause, Change, EnginePolicy, Fault, FileContent, Listing, PoolCounts, ProbeId, ProbeOrder,
+    ProbeOutcome, ProcessOrder, ProcessSeen, Refused, Registry, ReplicaLease, Trouble,
 };
 use crate::service::events::{Events, Happening};
 use crate::time::{Mono, Now, earliest};
@@ -412,6 +413,14 @@ impl Core {
         }
         pools.sort_by(|a, b| a.pool_id.cmp(&b.pool_id));
         pools
+    }
+
+    /// The numbers of every pool, configured ones without replicas included.
+    #[must_use]
+    pub fn pool_counts(&self) -> BTreeMap<PoolId, PoolCounts> {
+        let configured = self.identity.pools.iter().map(|pool| (pool.clone(), PoolCounts::default()));
+        let found = self.replicas.pool_counts().into_iter().map(|(pool, counts)| (pool.clone(), counts));
+        configured.chain(found).collect()
     }
 
     /// The replicas of this machine.

@@ -34,11 +34,11 @@ pub const PROBE_TIMEOUT_MS: u64 = 5_000;
 /// Doubtful answers in a row that end readiness.
 pub const DOUBTS_MAX: u32 = 2;
 /// What a fall adds to an engine's penalty.
-const FALL_PENALTY: f64 = 1.0;
+const FALL_PENALTY: u64 = 1_000;
 /// Time in which half of a penalty is forgiven, in milliseconds: two falls a day cost nothing.
 pub const PENALTY_HALF_LIFE_MS: u64 = 60_000;
 /// Penalty from which one good answer no longer suffices: the third fall within half a minute.
-const PENALTY_MAX: f64 = 2.5;
+const PENALTY_MAX: u64 = 2_500;
 /// How long an engine that just exceeded [`PENALTY_MAX`] must be healthy before it takes work, in
 /// milliseconds; it doubles with every fall beyond.
 pub const DAMPED_MS_MIN: u64 = 2_000;
@@ -94,7 +94,7 @@ pub struct Health {
     /// Since when it answers well while it is not ready, and for how long it has to, in milliseconds.
     healthy_since: Option<(Mono, u64)>,
     /// The penalty at the last fall, and when that was.
-    penalty: f64,
+    penalty: u64,
     fell_at: Option<Mono>,
     /// When a request last went through.
     worked_at: Option<Mono>,
@@ -112,7 +112,7 @@ impl Health {
             doubts: 0,
             started_at: now,
             healthy_since: None,
-            penalty: 0.0,
+            penalty: 0,
             fell_at: None,
             worked_at: None,
         }
@@ -176,8 +176,8 @@ impl Health {
     pub fn waits(&self) -> Option<String> {
         let (_, needed_ms) = self.healthy_since?;
         Some(format!(
-            "answers again, but fell about {:.0} times lately: takes work once it has been healthy for {} s",
-            self.penalty,
+            "answers again, but fell about {} times lately: takes work once it has been healthy for {} s",
+            (self.penalty + FALL_PENALTY / 2) / FALL_PENALTY,
             needed_ms / 1000
         ))
     }
@@ -248,19 +248,17 @@ impl Health {
         self.worked_at.is_some_and(|at| now.ms_since(at) < WORKED_MS)
     }
 
-    /// What time has left of the penalty.
-    fn penalty_at(&self, now: Mono) -> f64 {
-        let half_lives = self.fell_at.map_or(0.0, |at| now.ms_since(at) as f64 / PENALTY_HALF_LIFE_MS as f64);
-        self.penalty * (-half_lives).exp2()
+    /// What time has left of the penalty: half of it for each half-life, in straight lines between.
+    fn penalty_at(&self, now: Mono) -> u64 {
+        let ms = self.fell_at.map_or(0, |at| now.ms_since(at));
+        let halved = self.penalty.checked_shr((ms / PENALTY_HALF_LIFE_MS).min(64) as u32).unwrap_or(0);
+        halved - halved * (ms % PENALTY_HALF_LIFE_MS) / PENALTY_HALF_LIFE_MS / 2
     }
 
     /// How long it must be healthy before it takes work, in milliseconds.
     fn healthy_ms_needed(&self, now: Mono) -> u64 {
-        let beyond = self.penalty_at(now) - PENALTY_MAX;
-        if beyond < 0.0 {
-            return 0;
-        }
-        ((DAMPED_MS_MIN as f64 * beyond.floor().exp2()) as u64).min(DAMPED_MS_MAX)
+        let Some(beyond) = self.penalty_at(now).checked_sub(PENALTY_MAX) else { return 0 };
+        (DAMPED_MS_MIN << (beyond / FALL_PENALTY).min(16)).min(DAMPED_MS_MAX)
     }
 
     fn pause(&mut self, now: Mono) {

@@ -53,6 +53,7 @@ pub use probing::{Fault, ProbeId, ProbeKind, ProbeOrder, ProbeOutcome};
 pub use process::{ProcessOrder, ProcessSeen};
 pub use profile::Facts;
 pub use registry::{Registry, ReplicaLease};
+pub use report::PoolCounts;
 pub use watch::{Trouble, Watch};
 
 #[cfg(test)]

@@ -9,6 +9,17 @@ use crate::wire::id::{PoolId, ReplicaKey};
 use crate::wire::node::{POOLS_MAX, PoolBeat, REPLICAS_MAX, ReplicaBeat};
 use crate::wire::pool::{PoolStatus, ReplicaStatus};
 
+/// What a pool has, as numbers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PoolCounts {
+    /// At least one replica takes work.
+    pub is_ready: bool,
+    /// Slots of all replicas.
+    pub slots_total: u32,
+    /// Free slots where work can go now.
+    pub slots_free: u32,
+}
+
 type Entry<'a> = (&'a ReplicaKey, &'a Replica);
 
 impl Registry {
@@ -82,6 +93,17 @@ impl Registry {
             })
             .collect();
         serde_json::json!({"watch_mode": watch_mode, "files": files})
+    }
+
+    /// The numbers of every pool, by name: what a scrape shows of any count of replicas.
+    #[must_use]
+    pub fn pool_counts(&self) -> Vec<(&PoolId, PoolCounts)> {
+        let count = |replicas: &Vec<Entry>| PoolCounts {
+            is_ready: replicas.iter().any(|(_, replica)| replica.state() == State::Ready),
+            slots_total: slots_total(replicas),
+            slots_free: slots_free(replicas),
+        };
+        self.by_pool().iter().map(|replicas| (&replicas[0].0.pool, count(replicas))).collect()
     }
 
     fn by_pool(&self) -> Vec<Vec<Entry<'_>>> {

@@ -143,7 +143,11 @@ fn starting_for_too_long_is_broken_until_it_answers() {
         machine.list();
         assert_eq!(minutes(&mut machine, outcome.clone()), expected, "{more} {outcome:?}");
         assert_eq!(machine.state("p", "r0").as_deref(), Some("broken"));
-        assert!(machine.reason("p", "r0").contains("has not come up within"), "{}", machine.reason("p", "r0"));
+        assert!(
+            machine.reason("p", "r0").contains("has not come up within"),
+            "{}",
+            machine.reason("p", "r0")
+        );
         let mut pauses_ms = Vec::new();
         for _ in 0..6 {
             machine.answer_all(outcome.clone());
