@@ -448,3 +448,58 @@ fn a_kernel_log_that_cannot_be_read_is_a_note() {
     let node = Node::start(library(), TWO, &[("POOL_MANAGERD_KMSG", "off")]);
     assert_eq!(get(node.port, "/v2/gpus").expect("an answer").json()["kernel_log"], "off");
 }
+
+/// Listens and never says a word.
+fn mute() -> (std::net::TcpListener, u16) {
+    let listener = llama_orch::service::machine::listen_on_free_port().expect("a port");
+    let port = listener.local_addr().expect("an address").port();
+    (listener, port)
+}
+
+#[test]
+fn nothing_that_hangs_delays_the_loop() {
+    const FILES: usize = 10_000;
+    let (_control, control_port) = mute();
+    let (_engine, engine_port) = mute();
+    let node = Node::start(
+        library(),
+        TWO,
+        &[
+            ("POOL_MANAGERD_CLOUD_PROFILE", "true"),
+            ("ORCHESTRATORD_URL", &format!("http://127.0.0.1:{control_port}")),
+        ],
+    );
+    node.gpus("two GPUs", |gpus| (gpus["count"] == 2).then_some(()));
+    node.state(&format!("{TWO}hang\n"));
+    let engines = node.directory.path().join(".runtime/engines");
+    // Written elsewhere and renamed as a whole, so that all of them are there at once.
+    let written = node.directory.path().join("written");
+    fs::create_dir(&written).expect("a directory");
+    for n in 0..FILES {
+        let (pool, replica) = (n / 1000, n % 1000);
+        let text = format!(
+            r#"{{"pool_id":"p{pool}","replica_id":"r{replica}","url":"http://127.0.0.1:{engine_port}","device_mask":"0"}}"#
+        );
+        fs::write(written.join(format!("{n}.json")), text).expect("written");
+    }
+    let begun = Instant::now();
+    fs::remove_dir_all(&engines).expect("removed");
+    fs::rename(&written, &engines).expect("renamed");
+    until("every replica", || node.metric("pool_managerd_replicas", "").filter(|n| *n == FILES as f64));
+    let known = begun.elapsed();
+    // Not by what lists every replica: that takes its time.
+    until("the hang", || node.metric("pool_managerd_gpu_driver_hanging", "").filter(|n| *n == 1.0));
+    let slowest = (0..200).map(|_| {
+        let asked = Instant::now();
+        get(node.port, "/health").filter(|answer| answer.status == 200).expect("it lives");
+        asked.elapsed()
+    });
+    let slowest = slowest.max().expect("some");
+    let turn = node.metric("pool_managerd_loop_turn_seconds_max", "").expect("a metric");
+    println!("10,000 files known after {known:?}, longest turn {turn} s, slowest health check {slowest:?}");
+    // Unoptimised and beside other tests; the limits of a release build are 1 s and 5 ms.
+    let slack = if cfg!(debug_assertions) { 20 } else { 1 };
+    assert!(known < slack * Duration::from_millis(1_500), "{known:?} until all were known");
+    assert!(turn < 0.005 * f64::from(slack), "a turn took {turn} s");
+    assert!(slowest < slack * Duration::from_millis(25), "a health check took {slowest:?}");
+}

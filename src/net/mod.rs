@@ -286,6 +286,8 @@ pub struct Net {
     limits: Limits,
 }
 
+/// Most sessions that are ended in one turn because their time is over: thousands may have begun together.
+const EXPIRED_PER_TURN_MAX: usize = 32;
 /// Bytes read from a socket at once.
 const SCRATCH_BYTES: usize = 64 * 1024;
 
@@ -484,7 +486,9 @@ impl Net {
         if self.server.accept_again_at().is_some_and(|at| at <= now) {
             self.accept(now);
         }
-        while let Some(entry) = self.timers.pop_due(now) {
+        // What is left over is due at the next turn, which then comes at once.
+        for _ in 0..EXPIRED_PER_TURN_MAX {
+            let Some(entry) = self.timers.pop_due(now) else { return };
             let token = entry.1;
             let deadline = match token.kind() {
                 Kind::Client => self.server.clients.get_mut(token).map(|client| &mut client.deadline),

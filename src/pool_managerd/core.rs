@@ -722,7 +722,7 @@ impl Core {
                 node_id: identity.node_id.clone(),
                 machine_id: Some(identity.machine_id.clone()),
                 address: address.clone(),
-                pools: self.pool_beats().into_iter().map(|pool| pool.pool_id).collect(),
+                pools: self.pool_counts().into_keys().collect(),
                 capabilities: identity.capabilities.clone(),
                 version: Some(env!("CARGO_PKG_VERSION").to_string()),
                 incarnation: Some(identity.incarnation),

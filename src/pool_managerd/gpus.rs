@@ -253,6 +253,14 @@ impl Gpus {
         out: &mut Vec<Happening>,
     ) -> Option<Verdict> {
         let old = old.filter(|old| old.generation == engine.generation);
+        // Thousands of replicas may be settled again at once: what stays as it was costs little.
+        let old = match old {
+            Some(old) if self.is_settled(&old, engine) => {
+                self.bindings.insert(engine.key.clone(), old);
+                return None;
+            }
+            old => old,
+        };
         let binding = self.binding(engine, old.as_ref(), out);
         let verdict = (binding.hold != old.and_then(|old| old.hold)).then(|| Verdict {
             key: engine.key.clone(),
@@ -368,7 +376,7 @@ impl Gpus {
         if driver.state != state {
             driver.since = now.wall;
         }
-        driver.state = state;
+        let before = std::mem::replace(&mut driver.state, state);
         let version = driver.version.as_deref().filter(|_| state == DriverState::Ok);
         let text = format!(
             "NVIDIA driver{}{}: {}: {}",
@@ -384,8 +392,8 @@ impl Gpus {
             DriverState::Failed | DriverState::Hanging => true,
         };
         out.push(happening("driver", state.as_str(), text, is_warning));
-        // What a mask that names no GPU means depends on whether there is a driver.
-        self.revision += 1;
+        // What a mask that names no GPU means depends on whether there is a driver. One that hangs is there.
+        self.revision += u64::from(state == DriverState::Ok && before != DriverState::Hanging);
     }
 
     /// Compares what the driver lists with what is known.
@@ -483,6 +491,15 @@ impl Gpus {
         }
         self.xids_by_class[class as usize] += 1;
         self.revision += u64::from(gpu.suffer(&xid, now, out));
+    }
+
+    /// Whether a replica's mask is understood, and all of its GPUs are there and sound, as before.
+    fn is_settled(&self, old: &Binding, engine: &Engine<'_>) -> bool {
+        let is_sound = |id: &GpuId| self.gpus.iter().any(|gpu| gpu.id == *id && !gpu.state().is_out());
+        engine.mask.is_some()
+            && (old.mask.as_deref(), old.pid) == (engine.mask, engine.pid)
+            && (old.missing.is_empty() && old.hold.is_none() && !old.gpus.is_empty())
+            && old.gpus.iter().all(is_sound)
     }
 
     fn binding(&self, engine: &Engine<'_>, old: Option<&Binding>, out: &mut Vec<Happening>) -> Binding {
