@@ -20,12 +20,19 @@ use crate::wire::id::ReplicaKey;
 pub const HANG_SUSPECT_MS: u64 = 60_000;
 /// How long requests may wait for their first byte before that is suspicious, in milliseconds.
 pub const PREFILL_MS_MAX: u64 = 600_000;
-/// How long the canary may take, in milliseconds: it may have to wait for a slot.
-pub const CANARY_TIMEOUT_MS: u64 = 30_000;
+/// Longest that the canary may take, in milliseconds: it may have to wait for a slot.
+pub const CANARY_TIMEOUT_MS_MAX: u64 = 30_000;
+/// Where less silence is suspicious than usual, so is a shorter wait: this share of it.
+const CANARY_SHARE: u64 = 2;
 /// First pause after a canary that was not answered, in milliseconds.
 pub const CANARY_PAUSE_MS_MIN: u64 = 5_000;
 /// Longest such pause, in milliseconds.
 pub const CANARY_PAUSE_MS_MAX: u64 = 60_000;
+
+/// How long a canary may take, in milliseconds.
+pub(super) fn canary_timeout_ms(hang_suspect_ms: u64) -> u64 {
+    (hang_suspect_ms / CANARY_SHARE).min(CANARY_TIMEOUT_MS_MAX)
+}
 
 /// What the requests that run on a replica have been doing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -151,7 +158,7 @@ impl Registry {
             let why = format!(
                 "hangs: its answers had stood still for {} s, and a trial request got no answer within {} s; it is tried again until one does",
                 silent_ms / 1000,
-                CANARY_TIMEOUT_MS / 1000
+                canary_timeout_ms(self.hang_suspect_ms).div_ceil(1000)
             );
             if replica.hang.canaries_unanswered == 1 {
                 self.hold(key, generation, Cause::Hung, why, now, changes);

@@ -9,7 +9,7 @@
 use std::collections::BTreeSet;
 
 use super::change::{Cause, Change, State};
-use super::hang::CANARY_TIMEOUT_MS;
+use super::hang::canary_timeout_ms;
 use super::health::{PROBE_TIMEOUT_MS, SUSPECT_DELAY_MS_MIN, Sign, Verdict};
 use super::profile::{Engine, Facts};
 use super::registry::{Registry, Replica};
@@ -162,9 +162,12 @@ impl Registry {
             self.schedule.due.remove(&(at, key.clone()));
             let Some(replica) = self.replicas.get_mut(&key) else { continue };
             self.batch.1 += 1;
-            let lost_at = now.mono.plus_ms(PROBE_LOST_MS);
             let kind = if replica.hang.wants_canary() { ProbeKind::Canary } else { replica.next_kind };
-            let lost_at = lost_at.plus_ms(kind.timeout_ms() - PROBE_TIMEOUT_MS);
+            let timeout_ms = match kind {
+                ProbeKind::Canary => canary_timeout_ms(self.hang_suspect_ms),
+                _ => PROBE_TIMEOUT_MS,
+            };
+            let lost_at = now.mono.plus_ms(timeout_ms + PROBE_LOST_MS - PROBE_TIMEOUT_MS);
             let seq = self.next_seq;
             self.next_seq += 1;
             replica.due_at = None;
@@ -177,7 +180,7 @@ impl Registry {
                 path: kind.path(&replica.handoff.health_path).into(),
                 body: (kind == ProbeKind::Canary).then(|| replica.canary_body()),
                 kind,
-                timeout_ms: kind.timeout_ms(),
+                timeout_ms,
                 auth_file: replica.handoff.auth_file.clone(),
             });
         }
@@ -432,7 +435,7 @@ impl Replica {
             }
             ProbeOutcome::Unauthorized { status, why } => format!("{path} answers {status}: {why}"),
             ProbeOutcome::Refused(why) => format!("cannot connect to {}: {}", self.handoff.url, shown(why)),
-            ProbeOutcome::Slow => format!("{path} gave no answer within {} ms", kind.timeout_ms()),
+            ProbeOutcome::Slow => format!("{path} gave no answer within {PROBE_TIMEOUT_MS} ms"),
             ProbeOutcome::Broken(why) | ProbeOutcome::NotAsked(why) => {
                 format!("{path} gave no usable answer: {}", shown(why))
             }
@@ -450,10 +453,6 @@ impl ProbeKind {
             ProbeKind::Info => "/info",
             ProbeKind::Canary => "/v1/completions",
         }
-    }
-
-    pub(super) fn timeout_ms(self) -> u64 {
-        if self == ProbeKind::Canary { CANARY_TIMEOUT_MS } else { PROBE_TIMEOUT_MS }
     }
 }
 

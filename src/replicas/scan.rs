@@ -31,7 +31,7 @@ const READS_MAX: usize = 64;
 /// Files that are looked at in one step.
 const LOOKS_MAX: usize = 1_024;
 /// Names that are taken from the kernel in one step.
-const NAMES_MAX: usize = 4_096;
+const NAMES_MAX: usize = 1_024;
 /// When a step stops early, in nanoseconds: a loop's turn should stay below 5 ms.
 const STEP_NS_MAX: u64 = 1_500_000;
 /// Names that changed and wait to be looked at; beyond that a pass is cheaper.
@@ -92,6 +92,8 @@ struct Known {
 struct Pass {
     /// `None` once all names were taken.
     entries: Option<Dir>,
+    /// From where on names that were known are still to be taken.
+    known_from: Option<Bound<Arc<str>>>,
     /// Names that are still to be looked at.
     names: BTreeSet<Arc<str>>,
     /// The last name that was looked at.
@@ -272,17 +274,19 @@ impl Scanner {
             self.again = false;
             let entries = Dir::read_from(directory)?;
             let names = BTreeSet::new();
+            let done = Bound::Unbounded;
             self.pass =
-                Some(Pass { entries: Some(entries), names, done: Bound::Unbounded, truncated: false });
+                Some(Pass { entries: Some(entries), known_from: None, names, done, truncated: false });
         }
         if let Some(mut pass) = self.pass.take() {
             if pass.entries.is_some() {
                 self.enumerate(&mut pass, directory)?;
             }
-            let listing = match pass.entries {
-                None => self.look(&mut pass, directory, &mut budget, now),
-                Some(_) => None,
-            };
+            if pass.entries.is_none() {
+                self.add_known(&mut pass);
+            }
+            let has_all = pass.entries.is_none() && pass.known_from.is_none();
+            let listing = if has_all { self.look(&mut pass, directory, &mut budget, now) } else { None };
             if listing.as_ref().is_none_or(|listing| !listing.completes) {
                 self.pass = Some(pass);
             }
@@ -323,12 +327,8 @@ impl Scanner {
         let Some(entries) = &mut pass.entries else { return Ok(()) };
         for _ in 0..NAMES_MAX {
             let Some(entry) = entries.next() else {
-                // A name that was known is looked at even if the kernel did not tell it: directories
-                // that change while they are read may leave out what is there.
-                let last = pass.names.last().filter(|_| pass.truncated).cloned();
-                let within = |name: &&Arc<str>| last.as_ref().is_none_or(|last| *name <= last);
-                pass.names.extend(self.known.keys().filter(within).cloned());
                 pass.entries = None;
+                pass.known_from = Some(Bound::Unbounded);
                 self.is_tidy = true;
                 return Ok(());
             };
@@ -353,6 +353,25 @@ impl Scanner {
             }
         }
         Ok(())
+    }
+
+    /// Takes names that were known. They are looked at even if the kernel did not tell them: directories
+    /// that change while they are read may leave out what is there.
+    fn add_known(&self, pass: &mut Pass) {
+        let Some(from) = pass.known_from.take() else { return };
+        let last = pass.names.last().filter(|_| pass.truncated).cloned();
+        let to = last.map_or(Bound::Unbounded, Bound::Included);
+        if let (Bound::Excluded(from), Bound::Included(to)) = (&from, &to)
+            && from >= to
+        {
+            return;
+        }
+        let known = self.known.range::<Arc<str>, _>((from.as_ref(), to.as_ref())).map(|(name, _)| name);
+        let names: Vec<Arc<str>> = known.take(NAMES_MAX).cloned().collect();
+        if names.len() == NAMES_MAX {
+            pass.known_from = names.last().cloned().map(Bound::Excluded);
+        }
+        pass.names.extend(names);
     }
 
     /// Looks at the next names of a pass. `None` if there was no time for any.
