@@ -16,6 +16,7 @@
 //!   bin/                          a few lines each: arguments, run(), exit code
 //!    │
 //!   pool_managerd   orchestratord   engine_provisioner   cli      never import each other
+//!    │               │                handoff_watcher             for other programs
 //!    │               │
 //!   replicas        (both)        what a runtime directory announces, and whether it answers
 //!    │
@@ -39,18 +40,22 @@
 //! # A handoff becomes routable
 //!
 //! 1. Something writes `<dir>/pool-0-r0.json`: a temporary name, then a rename.
-//! 2. [`reactor::dirwatch`] says "dirty". Start-up, overflow and the periodic listing take the same road.
-//! 3. [`replicas::watch`] decides that it is time, [`replicas::scan`] lists the directory and reads what
-//!    changed, bounded and without following links.
+//! 2. [`reactor::dirwatch`] names it: a hint. Start-up, overflow and the periodic safety net are a pass
+//!    over every name instead.
+//! 3. [`replicas::watch`] decides that it is time, [`replicas::scan`] looks, a bounded piece a turn, and
+//!    reads what changed, without following links.
 //! 4. [`wire::handoff`] parses every known shape.
-//! 5. The daemon hands the *full set* to its core as `Input::Listing`; [`replicas::registry`] compares it
-//!    with the last one, so a missed event or a deletion needs no special case.
-//! 6. The replica is *found*, then *probing*: `Effect::Probe`. [`net`] carries the probe out without
-//!    blocking, [`replicas::probe`] says what its ending means, [`replicas::health`] when the next is due.
+//! 5. The daemon hands what was found to its core as `Input::Listing`: the truth about the names that it
+//!    covers. [`replicas::registry`] compares it with what is known, so a missed event or a deletion
+//!    needs no special case.
+//! 6. The replica is *found*. Where its handoff names a process, [`replicas::liveness`] opens it: from now
+//!    on the kernel tells of its end. Then it is *probing*: `Effect::Probe`. [`net`] carries the probe out
+//!    without blocking, [`replicas::probe`] says what its ending means, [`replicas::profile`] what else is
+//!    asked, [`replicas::health`] when the next is due.
 //! 7. The engine answers: *ready*. The registry's revision grows, and
 //!    - in the HOME profile the same turn shows it to [`orchestratord::service_registry`];
-//!    - in the CLOUD profile [`pool_managerd::membership`] sends a heartbeat at once, on a helper thread;
-//!      [`orchestratord::api`] reads it, and the lease is renewed.
+//!    - in the CLOUD profile [`pool_managerd::membership`] sends a heartbeat at once, from the loop itself on
+//!      a kept connection; [`orchestratord::api`] reads it, and the lease is renewed.
 //! 8. The service registry reports `ReplicaReady`, and [`orchestratord::core`] gives its slots to whoever
 //!    waits, in the same turn.
 //!

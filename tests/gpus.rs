@@ -457,6 +457,7 @@ fn mute() -> (std::net::TcpListener, u16) {
 }
 
 #[test]
+#[allow(clippy::print_stdout, reason = "what was measured is worth reading where a limit is exceeded")]
 fn nothing_that_hangs_delays_the_loop() {
     const FILES: usize = 10_000;
     let (_control, control_port) = mute();

@@ -39,7 +39,7 @@ const FALL_PENALTY: u64 = 1_000;
 pub const PENALTY_HALF_LIFE_MS: u64 = 60_000;
 /// Penalty from which one good answer no longer suffices: the third fall within half a minute.
 const PENALTY_MAX: u64 = 2_500;
-/// How long an engine that just exceeded [`PENALTY_MAX`] must be healthy before it takes work, in
+/// How long an engine that has just fallen too often must be healthy before it takes work, in
 /// milliseconds; it doubles with every fall beyond.
 pub const DAMPED_MS_MIN: u64 = 2_000;
 /// Longest such time, in milliseconds.
