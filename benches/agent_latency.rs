@@ -15,6 +15,9 @@
 
 #![allow(clippy::print_stdout, reason = "a table is what it is for")]
 
+#[path = "support/mod.rs"]
+mod support;
+
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -22,7 +25,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use llama_orch::pool_managerd::core::{Core, Identity, Input, Options};
 use llama_orch::reactor::token::{Kind, Token};
@@ -32,13 +35,13 @@ use llama_orch::service::machine;
 use llama_orch::wire::id::NodeId;
 use llama_orch::wire::node::Capabilities;
 use serde_json::Value;
+use support::{PATIENCE, Process, free_port, get, start, unix_ns, until};
 
 /// Pause before each event: long enough for both cores to go idle.
 const GAP: Duration = Duration::from_millis(10);
 const ROUNDS: usize = 5;
 const RENAMES_PER_ROUND: usize = 120;
 const KILLS_PER_ROUND: usize = 40;
-const PATIENCE: Duration = Duration::from_secs(20);
 
 fn main() {
     let args: Vec<String> = std::env::args().collect();
@@ -101,11 +104,6 @@ fn report(what: &str, samples_ns: &[u64], floor: Option<(f64, f64)>) -> (f64, f6
         None => println!("{what:34} {median:9.1} {high:9.1}"),
     }
     (median, high)
-}
-
-fn unix_ns() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970");
-    u64::try_from(since.as_nanos()).expect("before 2554")
 }
 
 // Children of this program, so that both sides are a process that is woken up.
@@ -260,45 +258,6 @@ impl Epoll {
 }
 
 // Real daemons.
-
-struct Process(Child);
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn start(program: &str, args: &[&str]) -> Process {
-    let mut command = Command::new(program);
-    command.args(args).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    Process(command.spawn().expect("the program starts"))
-}
-
-fn free_port() -> u16 {
-    machine::listen_on_free_port().and_then(|listener| listener.local_addr()).expect("a port").port()
-}
-
-fn get(port: u16, path: &str) -> Option<Value> {
-    let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
-    stream.set_read_timeout(Some(PATIENCE)).ok()?;
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").ok()?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).ok()?;
-    serde_json::from_str(answer.split_once("\r\n\r\n")?.1).ok()
-}
-
-fn until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
-    let begun = Instant::now();
-    loop {
-        if let Some(found) = ask() {
-            return found;
-        }
-        assert!(begun.elapsed() < PATIENCE, "waited in vain for {what}");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
 
 /// When an event with `state` and a subject that ends with `subject` happened.
 fn when(port: u16, subject: &str, state: &str) -> u64 {

@@ -9,8 +9,7 @@
 //! ```
 //!
 //! A node has one [`Plane`] per control plane, and none knows of the others. A plane decides *when*
-//! which call is made; the daemon builds the body, sends it on a helper thread and hands the answer
-//! back. One call is under way at a time, so heartbeats never overtake each other. What changed is
+//! which call is made; the daemon builds the body, sends it and hands the answer back. One call is under way at a time, so heartbeats never overtake each other. What changed is
 //! told at once; what changes during a call goes into the next one. Failures only ever lengthen the
 //! pauses: a node whose control plane is away goes on serving and goes on asking.
 //!

@@ -1,4 +1,5 @@
-//! Blocking work on helper threads: requests to a control plane, name resolution, drivers.
+//! Blocking work on helper threads: name resolution, writing to disk, callbacks, the encoding of what is
+//! large.
 //!
 //! Plain values cross two bounded channels; a [`Waker`] tells the loop that results wait. A helper
 //! that hangs in a system call delays its own queue and nothing else: the loop never waits for it,
