@@ -152,6 +152,7 @@ impl Registry {
                 self.schedule.set(&key, replica, Some(now.mono));
             }
         }
+        self.clock = now;
         if self.batch.0 != now.mono {
             self.batch = (now.mono, 0);
         }

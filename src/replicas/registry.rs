@@ -49,6 +49,8 @@ pub struct Registry {
     /// What the shell is to do about processes.
     pub(super) process_orders: Vec<ProcessOrder>,
     pub(super) hang_suspect_ms: u64,
+    /// When [`Registry::due_probes`] was last called: what plans are told relative to.
+    pub(super) clock: Now,
     /// Probes that were handed out at the time of the last ones.
     pub(super) batch: (Mono, usize),
     next_serial: u64,
@@ -108,6 +110,7 @@ impl Registry {
             schedule: Schedule::default(),
             process_orders: Vec::new(),
             hang_suspect_ms: HANG_SUSPECT_MS,
+            clock: Now { mono: Mono(0), wall: Wall(0) },
             batch: (Mono(0), 0),
             next_serial: first_serial.max(1),
             next_seq: 1,

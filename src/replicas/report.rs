@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use super::change::{FileState, FileView, State};
 use super::registry::{Registry, Replica};
+use crate::time::Now;
 use crate::wire::handoff::Handoff;
 use crate::wire::id::{PoolId, ReplicaKey};
 use crate::wire::node::{POOLS_MAX, PoolBeat, REPLICAS_MAX, ReplicaBeat};
@@ -192,6 +193,10 @@ impl Registry {
             state: replica.state().as_str().to_string(),
             reason: replica.reason().to_string(),
             since_ms: replica.since.unix_ms(),
+            next_probe_at_ms: replica.due_at.map(|at| {
+                let Now { mono, wall } = self.clock;
+                wall.unix_ms() + at.ms_since(mono)
+            }),
             ready: replica.state() == State::Ready,
             draining: replica.state() == State::Draining,
             drain: self.drain_of(key),

@@ -201,7 +201,9 @@ fn a_handoff_becomes_ready_and_every_step_is_told_once() {
         told.len() == 1 && told[0].starts_with("p/r0: still probing") && told[0].contains("503"),
         "{told:?}"
     );
-    machine.until_deadline();
+    let status = machine.registry.pool_status(&key("p", "r0").pool).expect("a pool");
+    let planned = status.replicas[0].next_probe_at_ms.expect("it is asked again");
+    assert_eq!(planned, machine.now.wall.unix_ms() + machine.until_deadline(), "and says when");
     machine.answer_all(ProbeOutcome::Loading(503));
     assert!(machine.told().is_empty(), "the same reason again is no news");
     machine.until_deadline();

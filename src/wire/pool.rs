@@ -78,6 +78,9 @@ pub struct ReplicaStatus {
     pub reason: String,
     /// Since when, in milliseconds since the Unix epoch.
     pub since_ms: u64,
+    /// When its engine is asked next, in milliseconds since the Unix epoch, where that is planned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_probe_at_ms: Option<u64>,
     /// Takes work now.
     pub ready: bool,
     /// Takes no new work.
