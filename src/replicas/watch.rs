@@ -100,8 +100,7 @@ impl Watch {
     /// When [`Watch::turn`] must run at the latest.
     #[must_use]
     pub fn deadline(&self) -> Mono {
-        let look = self.armed.as_ref().map_or(self.due_at, |_| self.due_at.min(self.check_at));
-        earliest(Some(look), self.scanner.deadline()).unwrap_or(look)
+        earliest(Some(self.due_at), self.scanner.deadline()).unwrap_or(self.due_at)
     }
 
     /// Whether a look is under way that must go on before the loop blocks.
@@ -125,7 +124,8 @@ impl Watch {
         }
         if now >= self.check_at {
             self.check_at = now.plus_ms(self.interval_ms);
-            // Neither a mount over the directory nor another name for one above it sends an event.
+            // Neither a mount over the directory nor another name for one above it sends an event. Nobody is
+            // woken up to look for that: any turn will do, and the safety net is one.
             if self.armed.as_ref().is_some_and(|watch| !watch.is_still(self.scanner.directory())) {
                 self.due_at = now;
             }
