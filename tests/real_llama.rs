@@ -1,5 +1,5 @@
-//! A real llama.cpp: started and handed over by `engine-provisioner`, asked, stopped; then on the
-//! whole road with `llorch up`.
+//! A real llama.cpp: started and handed over by `engine-provisioner`, asked, also by a node agent that is
+//! told nothing but its URL, stopped; then on the whole road with `llorch up`.
 //!
 //! Opt-in, because the first run downloads llama.cpp: `REQUIRE_REAL_LLAMA=1 cargo test --test
 //! real_llama`. Without the variable the test says that it was skipped.
@@ -7,6 +7,10 @@
 #[path = "provisioner/harness.rs"]
 #[allow(dead_code, reason = "shared with another test, which uses other parts")]
 mod harness;
+
+#[path = "daemons/harness.rs"]
+#[allow(dead_code, reason = "shared with other tests, which use other parts")]
+mod daemons;
 
 use std::io::{BufRead, BufReader};
 use std::time::Duration;
@@ -44,6 +48,25 @@ fn a_real_llama_cpp_is_handed_over_streams_and_is_stopped() {
     };
     assert_eq!(get("/props")["total_slots"], 2, "the handoff tells what the engine says");
     assert_eq!(get("/v1/models")["data"][0]["id"], "tiny-random");
+
+    // An agent that is told nothing but the URL learns the rest from the engine.
+    let (agent_port, directory) = (daemons::free_port(), root.path().join("agent"));
+    std::fs::create_dir(&directory).expect("a directory");
+    let addr = format!("127.0.0.1:{agent_port}");
+    let env = [("POOL_MANAGERD_ADDR", addr.as_str())];
+    let agent = daemons::Process::start(daemons::POOL_MANAGERD, &[], &env, &directory);
+    let told = json!({"url": handoff.url.to_string(), "pool_id": "p", "replica_id": "r"});
+    daemons::hand_over(&directory.join(".runtime/engines"), "a.json", &told.to_string());
+    let replica = daemons::until("the replica", || {
+        let answer = daemons::get(agent_port, "/v2/pools/p/replicas/r/status")?;
+        (answer.status == 200).then(|| answer.json()).filter(|replica| replica["ready"] == true)
+    });
+    let context_length = &get("/props")["default_generation_settings"]["n_ctx"];
+    assert!(context_length.as_u64().is_some_and(|tokens| tokens > 0), "{context_length}");
+    assert_eq!(&replica["context_length"], context_length, "{replica}\n{}", agent.log());
+    assert_eq!(replica["slots_total"], 2, "{replica}");
+    assert_eq!(replica["models"], json!(["tiny-random"]), "{replica}");
+    drop(agent);
 
     let ask = json!({
         "messages": [{"role": "user", "content": "Say something."}],

@@ -270,7 +270,8 @@ impl Registry {
             }
             Verdict::Unchanged => {}
         }
-        let at = replica.health.next_at();
+        // A suspicion that came with this outcome is looked into at once.
+        let at = if replica.hang.wants_canary() { now.mono } else { replica.health.next_at() };
         self.schedule.set(key, replica, Some(at));
         let serial = replica.serial;
         let limit_ms = replica.start_limit_ms(sign);

@@ -20,7 +20,7 @@ const MODEL_CHARS_MAX: usize = 200;
 
 /// The three ways to ask for text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Dialect {
+pub(super) enum Endpoint {
     /// `/v1/chat/completions`.
     Chat,
     /// `/v1/completions`.
@@ -48,8 +48,8 @@ pub(super) struct Refusal {
 }
 
 impl Refusal {
-    pub(super) fn not_found() -> Refusal {
-        Refusal { status: 404, kind: "not_found_error", message: "File Not Found".into() }
+    pub(super) fn overloaded() -> Refusal {
+        Refusal { status: 429, kind: "overloaded", message: "Model is overloaded".into() }
     }
 
     fn invalid(message: impl Into<String>) -> Refusal {
@@ -65,7 +65,7 @@ pub(super) fn error_body(status: u16, kind: &str, message: &str) -> Value {
 /// A request for text, understood.
 #[derive(Debug)]
 pub(super) struct Ask {
-    dialect: Dialect,
+    endpoint: Endpoint,
     model: String,
     /// The prompt's words.
     words: Vec<String>,
@@ -79,20 +79,20 @@ pub(super) struct Ask {
 
 impl Ask {
     /// Reads a request's body. `context` is in words, `model` the name for requests without one.
-    pub(super) fn read(dialect: Dialect, body: &[u8], context: u64, model: &str) -> Result<Ask, Refusal> {
+    pub(super) fn read(endpoint: Endpoint, body: &[u8], context: u64, model: &str) -> Result<Ask, Refusal> {
         let fields = object(body)?;
-        let prompt = match dialect {
-            Dialect::Chat => chat_prompt(&fields["messages"])?,
-            Dialect::Completion | Dialect::Native => text_of(&fields["prompt"], "prompt")?,
+        let prompt = match endpoint {
+            Endpoint::Chat => chat_prompt(&fields["messages"])?,
+            Endpoint::Completion | Endpoint::Native => text_of(&fields["prompt"], "prompt")?,
         };
         if fields["n"].as_u64().is_some_and(|n| n > 1) {
             return Err(Refusal::invalid("the demonstration engine gives one answer: n must be 1"));
         }
         let words: Vec<String> = prompt.split_whitespace().map(str::to_string).collect();
         let room = room(words.len(), context)?;
-        let names: &[&str] = match dialect {
-            Dialect::Chat => &["max_completion_tokens", "max_tokens", "n_predict"],
-            Dialect::Completion | Dialect::Native => &["n_predict", "max_tokens"],
+        let names: &[&str] = match endpoint {
+            Endpoint::Chat => &["max_completion_tokens", "max_tokens", "n_predict"],
+            Endpoint::Completion | Endpoint::Native => &["n_predict", "max_tokens"],
         };
         let named = names.iter().map(|name| &fields[*name]).find(|value| !value.is_null());
         let (wanted, finish) = match named {
@@ -104,7 +104,7 @@ impl Ask {
             },
         };
         Ok(Ask {
-            dialect,
+            endpoint,
             model: model_of(&fields, model),
             words,
             tokens: wanted.min(room),
@@ -150,18 +150,18 @@ impl Answer {
         }
     }
 
-    /// The event before the first token, which only the chat dialect has.
+    /// The event before the first token, which only the chat endpoint has.
     pub(super) fn opening(&self) -> Option<String> {
         let delta = json!({"role": "assistant", "content": null});
-        (self.ask.dialect == Dialect::Chat).then(|| event(&self.chunk(json!({"delta": delta}), None)))
+        (self.ask.endpoint == Endpoint::Chat).then(|| event(&self.chunk(json!({"delta": delta}), None)))
     }
 
     /// The event of one token.
     pub(super) fn token_event(&self, index: u64, token: &str) -> String {
-        event(&match self.ask.dialect {
-            Dialect::Chat => self.chunk(json!({"delta": {"content": token}}), None),
-            Dialect::Completion => self.chunk(json!({"text": token, "logprobs": null}), None),
-            Dialect::Native => json!({
+        event(&match self.ask.endpoint {
+            Endpoint::Chat => self.chunk(json!({"delta": {"content": token}}), None),
+            Endpoint::Completion => self.chunk(json!({"text": token, "logprobs": null}), None),
+            Endpoint::Native => json!({
                 "index": 0, "content": token, "tokens": [], "stop": false, "id_slot": self.slot,
                 "tokens_predicted": index + 1, "tokens_evaluated": self.ask.words.len(),
             }),
@@ -171,10 +171,10 @@ impl Answer {
     /// The last events, with the finish reason, the usage where it was asked for, and the end mark of
     /// the dialects that have one.
     pub(super) fn closing(&self, progress: &Progress) -> String {
-        let content = match self.ask.dialect {
-            Dialect::Chat => json!({"delta": {}}),
-            Dialect::Completion => json!({"text": "", "logprobs": null}),
-            Dialect::Native => return event(&self.native("", progress)),
+        let content = match self.ask.endpoint {
+            Endpoint::Chat => json!({"delta": {}}),
+            Endpoint::Completion => json!({"text": "", "logprobs": null}),
+            Endpoint::Native => return event(&self.native("", progress)),
         };
         let mut last = self.chunk(content, Some(self.ask.finish));
         last["timings"] = self.timings(progress);
@@ -191,10 +191,10 @@ impl Answer {
 
     /// The answer as one object, for a request that did not ask for a stream.
     pub(super) fn whole(&self, text: &str, progress: &Progress) -> Value {
-        let (content, object) = match self.ask.dialect {
-            Dialect::Chat => (json!({"message": {"role": "assistant", "content": text}}), "chat.completion"),
-            Dialect::Completion => (json!({"text": text, "logprobs": null}), "text_completion"),
-            Dialect::Native => return self.native(text, progress),
+        let (content, object) = match self.ask.endpoint {
+            Endpoint::Chat => (json!({"message": {"role": "assistant", "content": text}}), "chat.completion"),
+            Endpoint::Completion => (json!({"text": text, "logprobs": null}), "text_completion"),
+            Endpoint::Native => return self.native(text, progress),
         };
         let mut whole = self.chunk(content, Some(self.ask.finish));
         whole["object"] = json!(object);
@@ -210,9 +210,9 @@ impl Answer {
             Some(Finish::Length) => json!("length"),
             Some(Finish::Stop) => json!("stop"),
         };
-        let (prefix, object) = match self.ask.dialect {
-            Dialect::Chat => ("chatcmpl", "chat.completion.chunk"),
-            Dialect::Completion | Dialect::Native => ("cmpl", "text_completion"),
+        let (prefix, object) = match self.ask.endpoint {
+            Endpoint::Chat => ("chatcmpl", "chat.completion.chunk"),
+            Endpoint::Completion | Endpoint::Native => ("cmpl", "text_completion"),
         };
         json!({
             "id": format!("{prefix}-{}", self.id), "object": object, "created": self.created,
@@ -349,8 +349,8 @@ mod tests {
 
     const PROGRESS: Progress = Progress { prompt_ms: 1.0, predicted_ms: 2.0 };
 
-    fn answer(dialect: Dialect, body: &Value) -> Answer {
-        let ask = Ask::read(dialect, body.to_string().as_bytes(), 64, "m").expect("a usable request");
+    fn answer(endpoint: Endpoint, body: &Value) -> Answer {
+        let ask = Ask::read(endpoint, body.to_string().as_bytes(), 64, "m").expect("a usable request");
         Answer::new(ask, 0, "x".into(), 1)
     }
 
@@ -361,13 +361,13 @@ mod tests {
     #[test]
     fn an_answer_is_the_marker_and_the_prompts_words_in_the_seeds_order() {
         let ask = |seed| json!({"messages": [{"role": "user", "content": [{"type": "text", "text": "a b c d e f"}]}], "max_tokens": 7, "seed": seed});
-        let said = text(&answer(Dialect::Chat, &ask(1)));
+        let said = text(&answer(Endpoint::Chat, &ask(1)));
         let mut words: Vec<&str> = said.split(' ').collect();
         assert_eq!(words.remove(0), "[demo]");
         words.sort_unstable();
         assert_eq!(words, ["a", "b", "c", "d", "e", "f"]);
-        assert_eq!(said, text(&answer(Dialect::Chat, &ask(1))));
-        assert!((2..20).any(|seed| text(&answer(Dialect::Chat, &ask(seed))) != said));
+        assert_eq!(said, text(&answer(Endpoint::Chat, &ask(1))));
+        assert!((2..20).any(|seed| text(&answer(Endpoint::Chat, &ask(seed))) != said));
     }
 
     #[test]
@@ -381,7 +381,7 @@ mod tests {
         ] {
             let mut body = fields.clone();
             body["prompt"] = json!("two words");
-            let answer = answer(Dialect::Native, &body);
+            let answer = answer(Endpoint::Native, &body);
             assert_eq!((answer.ask.tokens, answer.ask.finish), (tokens, finish), "{fields}");
         }
     }
@@ -389,32 +389,32 @@ mod tests {
     #[test]
     fn what_cannot_be_answered_is_refused_with_the_reason() {
         let long = format!("{{\"prompt\":{:?}}}", "w ".repeat(64));
-        for (dialect, body, reason) in [
-            (Dialect::Chat, "{", "not JSON"),
-            (Dialect::Chat, "[]", "JSON object"),
-            (Dialect::Chat, "{}", "messages"),
-            (Dialect::Chat, r#"{"messages":[]}"#, "messages"),
-            (Dialect::Chat, r#"{"messages":[{"content":7}]}"#, "content"),
-            (Dialect::Completion, r#"{"prompt":[1,2]}"#, "prompt"),
-            (Dialect::Completion, r#"{"prompt":"a","n":2}"#, "n must be 1"),
-            (Dialect::Native, r#"{"prompt":"a","n_predict":"x"}"#, "whole number"),
-            (Dialect::Native, &long, "context size"),
+        for (endpoint, body, reason) in [
+            (Endpoint::Chat, "{", "not JSON"),
+            (Endpoint::Chat, "[]", "JSON object"),
+            (Endpoint::Chat, "{}", "messages"),
+            (Endpoint::Chat, r#"{"messages":[]}"#, "messages"),
+            (Endpoint::Chat, r#"{"messages":[{"content":7}]}"#, "content"),
+            (Endpoint::Completion, r#"{"prompt":[1,2]}"#, "prompt"),
+            (Endpoint::Completion, r#"{"prompt":"a","n":2}"#, "n must be 1"),
+            (Endpoint::Native, r#"{"prompt":"a","n_predict":"x"}"#, "whole number"),
+            (Endpoint::Native, &long, "context size"),
         ] {
-            let refusal = Ask::read(dialect, body.as_bytes(), 64, "m").expect_err(body);
+            let refusal = Ask::read(endpoint, body.as_bytes(), 64, "m").expect_err(body);
             assert_eq!(refusal.status, 400);
             assert!(refusal.message.contains(reason), "{body}: {}", refusal.message);
         }
     }
 
     #[test]
-    fn every_dialect_closes_as_llama_server_does() {
+    fn every_endpoint_closes_as_llama_server_does() {
         let body = json!({"prompt": "p", "messages": [{"content": "p"}], "stream": true, "stream_options": {"include_usage": true}});
-        let chat = answer(Dialect::Chat, &body).closing(&PROGRESS);
+        let chat = answer(Endpoint::Chat, &body).closing(&PROGRESS);
         let events: Vec<&str> = chat.split_terminator("\n\n").collect();
         assert!(events[0].contains(r#""finish_reason":"stop""#) && events[0].contains(r#""delta":{}"#));
         assert!(events[1].contains(r#""choices":[]"#) && events[1].contains(r#""total_tokens":33"#));
         assert_eq!(events[2..], ["data: [DONE]"]);
-        let native = answer(Dialect::Native, &body).closing(&PROGRESS);
+        let native = answer(Endpoint::Native, &body).closing(&PROGRESS);
         assert!(native.contains(r#""stop":true"#) && !native.contains("[DONE]"));
     }
 

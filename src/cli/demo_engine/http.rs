@@ -35,6 +35,8 @@ pub(super) struct Request {
     pub(super) method: String,
     /// Without the query.
     pub(super) path: String,
+    /// The last header of that name.
+    pub(super) authorization: Option<String>,
     pub(super) body: Vec<u8>,
     pub(super) keep_alive: bool,
 }
@@ -194,6 +196,17 @@ impl Connection {
         Ok(keep_alive)
     }
 
+    /// As [`Connection::respond`], without a body.
+    pub(super) fn respond_empty(&mut self, status: u16, keep_alive: bool) -> io::Result<bool> {
+        let connection = if keep_alive { "keep-alive" } else { "close" };
+        let answer = format!(
+            "HTTP/1.1 {status} {}\r\nContent-Length: 0\r\nConnection: {connection}\r\n\r\n",
+            reason(status)
+        );
+        self.stream.write_all(answer.as_bytes())?;
+        Ok(keep_alive)
+    }
+
     /// The head of an event stream, after which the connection closes.
     pub(super) fn start_stream(&mut self) -> io::Result<()> {
         self.stream.write_all(
@@ -230,7 +243,7 @@ fn parse_head(input: &[u8]) -> Result<Option<(usize, Head)>, Ended> {
     };
     let (mut lengths, mut chunked, mut hosts) = (Vec::new(), false, 0);
     let new = parsed.version == Some(1);
-    let (mut keep_alive, mut expects_continue) = (new, false);
+    let (mut keep_alive, mut expects_continue, mut authorization) = (new, false, None);
     for header in parsed.headers.iter() {
         let value = std::str::from_utf8(header.value).unwrap_or_default().trim();
         match header.name.to_ascii_lowercase().as_str() {
@@ -238,6 +251,7 @@ fn parse_head(input: &[u8]) -> Result<Option<(usize, Head)>, Ended> {
             "transfer-encoding" if value.eq_ignore_ascii_case("chunked") && new && !chunked => chunked = true,
             "transfer-encoding" => return Err(Ended::Refused(501, "Only one chunked coding is supported")),
             "host" => hosts += 1,
+            "authorization" => authorization = Some(value.to_string()),
             "connection" if has_token(value, "close") => keep_alive = false,
             "expect" => expects_continue = value.eq_ignore_ascii_case("100-continue"),
             _ => {}
@@ -259,7 +273,8 @@ fn parse_head(input: &[u8]) -> Result<Option<(usize, Head)>, Ended> {
     let target = parsed.path.unwrap_or_default();
     let path = target.split(['?', '#']).next().unwrap_or_default().to_string();
     let method = parsed.method.unwrap_or_default().to_string();
-    Ok(Some((length, (Request { method, path, body: Vec::new(), keep_alive }, body, expects_continue))))
+    let request = Request { method, path, authorization, body: Vec::new(), keep_alive };
+    Ok(Some((length, (request, body, expects_continue))))
 }
 
 fn has_token(list: &str, token: &str) -> bool {
@@ -270,8 +285,10 @@ fn reason(status: u16) -> &'static str {
     match status {
         200 => "OK",
         400 => "Bad Request",
+        401 => "Unauthorized",
         404 => "Not Found",
         413 => "Content Too Large",
+        429 => "Too Many Requests",
         431 => "Request Header Fields Too Large",
         501 => "Not Implemented",
         503 => "Service Unavailable",

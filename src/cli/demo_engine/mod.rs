@@ -1,29 +1,36 @@
 //! `llorch demo-engine`: a demonstration engine, a process of its own. **It holds no model.**
 //!
-//! It speaks llama-server's dialects, so that the daemons can be tried, tested and measured on a
-//! machine without GPU and model: health while loading, slots that fill up and make further requests
-//! wait in silence, answers streamed at a set pace, a disconnect that frees its slot. What it says is
-//! the prompt's own words, shuffled, behind the marker `[demo]`, and `/props` says what it is: nobody
-//! should take it for a model.
+//! It has the manners of llama-server, or of another engine that `--dialect` names, so that the daemons
+//! can be tried, tested and measured on a machine without GPU and model: a start that takes its time,
+//! slots that fill up and make further requests wait in silence, answers streamed at a set pace, a
+//! disconnect that frees its slot, an API key, and, as long as a file exists, a hang. What it says is the
+//! prompt's own words, shuffled, behind the marker `[demo]`, and its pages say what it is: nobody should
+//! take it for a model.
 //!
 //! One thread a connection, blocking sockets. A signal ends the process at once. `http` moves bytes,
-//! `answers` decides what is said, and this file has the state (slots, start of the process) and the
-//! pace.
+//! `dialect` decides what is answered, `answers` what is said, and this file has the state (slots, start
+//! of the process, key) and the pace.
 
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use serde_json::{Value, json};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
+use subtle::ConstantTimeEq;
 
+use crate::replicas::probe;
 use crate::settings::{Exit, Setting, Settings, flag, number};
-use answers::{Answer, Ask, Dialect, Progress, Refusal, error_body};
+use answers::{Answer, Ask, Endpoint, Progress, Refusal, error_body};
+use dialect::{About, Dialect, Reply};
 use http::{Connection, Ended, Request};
 
 mod answers;
+mod dialect;
 mod http;
 
 /// Most connections at a time, each with its thread; the next one is answered 503 and closed.
@@ -36,6 +43,8 @@ const CLIENT_CHECK: Duration = Duration::from_millis(20);
 const LAG_MAX: Duration = Duration::from_millis(100);
 /// Pause after an accept that failed, mostly for lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Connections that the kernel holds until they are accepted.
+const BACKLOG: i32 = 128;
 
 static TABLE: &[Setting] = &[
     flag("port", None, "PORT", "Port to listen on; 0 takes a free one"),
@@ -43,9 +52,12 @@ static TABLE: &[Setting] = &[
     flag("slots", Some("4"), "N", "Requests served at once, 1 to 256; further ones wait"),
     flag("tokens-per-second", Some("50"), "N", "Pace of one answer; 0 is as fast as possible"),
     flag("prefill-ms", Some("20"), "MS", "Time from a slot to the first token, 0 to 600000 milliseconds"),
-    flag("load-ms", Some("0"), "MS", "Time after the start in which every path answers 503"),
+    flag("load-ms", Some("0"), "MS", "Time after the start in which it loads"),
     flag("ctx", Some("4096"), "TOKENS", "Context size in words, 16 to 1048576"),
     flag("model", Some("llorch-demo"), "NAME", "Model name that is shown"),
+    flag("dialect", Some("llamacpp"), "NAME", "Whose manners it has: llamacpp, vllm, sglang, tgi or openai"),
+    flag("api-key-file", None, "FILE", "File whose first line is the key that it wants to see"),
+    flag("hang-while", None, "FILE", "Produces nothing, and stays healthy, while this file exists"),
 ];
 
 /// Serves until a signal ends the process; `args` are those behind `demo-engine`.
@@ -55,7 +67,7 @@ static TABLE: &[Setting] = &[
 pub fn run(args: Vec<OsString>) -> Result<(), Exit> {
     let settings = Settings::read(
         "llorch demo-engine",
-        "A demonstration engine without a model: speaks llama-server's API, answers with the prompt's words",
+        "A demonstration engine without a model: speaks engines' APIs, answers with the prompt's words",
         TABLE,
         None,
         args,
@@ -75,12 +87,39 @@ pub fn run(args: Vec<OsString>) -> Result<(), Exit> {
         ready_at: Instant::now() + Duration::from_millis(settings.need("load-ms", number(0, 86_400_000))?),
         context: settings.need("ctx", number(16, 1 << 20))?,
         model: settings.need("model", |text| Ok(text.to_string()))?,
+        dialect: settings.need("dialect", Dialect::named)?,
+        key: settings.get("api-key-file", probe::read_key)?,
+        hang_while: settings.get("hang-while", |text| Ok(PathBuf::from(text)))?,
     };
-    let listener = TcpListener::bind(address)
-        .map_err(|error| Exit::runtime(format!("cannot listen on {address}: {error}")))?;
+    let cannot = |error| Exit::runtime(format!("cannot listen on {address}: {error}"));
+    let bound = bind(address).map_err(cannot)?;
+    if !engine.dialect.listens_while_loading() {
+        // Who connects meanwhile is refused, and an address that cannot be had was told at once.
+        thread::sleep(engine.ready_at.saturating_duration_since(Instant::now()));
+    }
+    let listener = bound.listen().map_err(cannot)?;
     let address = listener.local_addr().unwrap_or(address);
     let _ = writeln!(io::stdout(), "demonstration engine (no model) listening on http://{address}");
     accept(&listener, &Arc::new(engine))
+}
+
+/// A socket that has its port and does not listen yet.
+struct Bound(OwnedFd);
+
+fn bind(address: SocketAddr) -> io::Result<Bound> {
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    // As the standard library does: the port of an engine that just ended can be taken again.
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    rustix::net::bind(&socket, &address)?;
+    Ok(Bound(socket))
+}
+
+impl Bound {
+    fn listen(self) -> io::Result<TcpListener> {
+        rustix::net::listen(&self.0, BACKLOG)?;
+        Ok(TcpListener::from(self.0))
+    }
 }
 
 fn accept(listener: &TcpListener, engine: &Arc<Engine>) -> ! {
@@ -117,6 +156,11 @@ struct Engine {
     /// In words, prompt and answer together.
     context: u64,
     model: String,
+    dialect: Dialect,
+    /// What an `Authorization: Bearer` has to show.
+    key: Option<String>,
+    /// While this file exists nothing is produced.
+    hang_while: Option<PathBuf>,
 }
 
 impl Engine {
@@ -142,22 +186,20 @@ impl Engine {
 
     /// Whether the connection goes on. An error means that the client has left.
     fn answer(&self, connection: &mut Connection, request: &Request) -> io::Result<bool> {
-        if Instant::now() < self.ready_at {
-            let body = error_body(503, "unavailable_error", "Loading model");
-            return connection.respond(503, &body, request.keep_alive);
-        }
-        let generated = match (request.method.as_str(), request.path.as_str()) {
-            ("POST", "/v1/chat/completions" | "/chat/completions") => {
-                self.generate(connection, request, Dialect::Chat)
+        let reply = {
+            let busy = self.slots.lock();
+            let about = About { model: &self.model, context: self.context, busy: &busy, now_s: unix_s() };
+            let (asked, is_loading) = ((&*request.method, &*request.path), Instant::now() < self.ready_at);
+            self.dialect.reply(asked, is_loading, self.is_authorized(request), &about)
+        };
+        let generated = match reply {
+            Reply::Now(status, body) => return connection.respond(status, &body, request.keep_alive),
+            Reply::Empty(status, after) => {
+                pace(connection, Instant::now() + after)?;
+                return connection.respond_empty(status, request.keep_alive);
             }
-            ("POST", "/v1/completions") => self.generate(connection, request, Dialect::Completion),
-            ("POST", "/completion" | "/completions") => self.generate(connection, request, Dialect::Native),
-            ("POST", "/v1/embeddings" | "/embeddings") => self.embed(connection, request),
-            ("GET", path) => match self.page(path) {
-                Some(body) => connection.respond(200, &body, request.keep_alive).map_err(Refused::Left),
-                None => Err(Refused::By(Refusal::not_found())),
-            },
-            _ => Err(Refused::By(Refusal::not_found())),
+            Reply::Generate(endpoint) => self.generate(connection, request, endpoint),
+            Reply::Embed => self.embed(connection, request),
         };
         match generated {
             Ok(goes_on) => Ok(goes_on),
@@ -168,40 +210,21 @@ impl Engine {
         }
     }
 
-    fn page(&self, path: &str) -> Option<Value> {
-        Some(match path {
-            "/health" | "/v1/health" => json!({"status": "ok"}),
-            "/props" => json!({
-                "default_generation_settings": {"n_ctx": self.context},
-                "total_slots": self.slots.lock().len(),
-                "model_alias": self.model,
-                "model_path": "demonstration engine: no model",
-                "build_info": concat!("llorch demo-engine ", env!("CARGO_PKG_VERSION")),
-            }),
-            "/slots" => {
-                let busy = self.slots.lock();
-                let slot = |(id, busy): (usize, &bool)| json!({"id": id, "n_ctx": self.context, "is_processing": busy});
-                busy.iter().enumerate().map(slot).collect()
-            }
-            "/v1/models" | "/models" => json!({
-                "object": "list",
-                "data": [{
-                    "id": self.model, "object": "model", "created": unix_s(), "owned_by": "llorch-demo",
-                    "meta": {"n_ctx_train": self.context},
-                }],
-            }),
-            _ => return None,
-        })
+    fn is_authorized(&self, request: &Request) -> bool {
+        let Some(key) = &self.key else { return true };
+        let shown = request.authorization.as_deref().and_then(|value| value.strip_prefix("Bearer "));
+        shown.is_some_and(|shown| bool::from(shown.as_bytes().ct_eq(key.as_bytes())))
     }
 
     fn generate(
         &self,
         connection: &mut Connection,
         request: &Request,
-        dialect: Dialect,
+        endpoint: Endpoint,
     ) -> Result<bool, Refused> {
-        let ask = Ask::read(dialect, &request.body, self.context, &self.model)?;
-        let slot = self.slots.take(connection)?;
+        let ask = Ask::read(endpoint, &request.body, self.context, &self.model)?;
+        let slot = self.slot(connection)?;
+        self.produce(connection, self.ready_at)?;
         let answer = Answer::new(ask, slot.id, answer_id(), unix_s());
         let started = Instant::now();
         if answer.ask.stream {
@@ -211,13 +234,13 @@ impl Engine {
             }
         }
         let mut due = started + self.prefill;
-        pace(connection, due)?;
+        self.produce(connection, due)?;
         let first_token = Instant::now();
         let mut text = String::new();
         for index in 0..answer.ask.tokens {
             if index > 0 {
                 due = (due + self.gap).max(Instant::now().checked_sub(LAG_MAX).unwrap_or(due));
-                pace(connection, due)?;
+                self.produce(connection, due)?;
             }
             let token = answer.token(index);
             if answer.ask.stream {
@@ -244,10 +267,28 @@ impl Engine {
 
     fn embed(&self, connection: &mut Connection, request: &Request) -> Result<bool, Refused> {
         let body = answers::embeddings(&request.body, self.context, &self.model)?;
-        let slot = self.slots.take(connection)?;
-        pace(connection, Instant::now() + self.prefill)?;
+        let slot = self.slot(connection)?;
+        self.produce(connection, self.ready_at.max(Instant::now() + self.prefill))?;
         drop(slot);
         Ok(connection.respond(200, &body, request.keep_alive)?)
+    }
+
+    /// A slot; where all are busy, after a wait or not at all.
+    fn slot(&self, connection: &Connection) -> Result<Slot<'_>, Refused> {
+        match self.slots.try_take() {
+            Some(slot) => Ok(slot),
+            None if self.dialect.refuses_when_full() => Err(Refused::By(Refusal::overloaded())),
+            None => Ok(self.slots.take(connection)?),
+        }
+    }
+
+    /// Time passes until `due`, and on for as long as the engine hangs.
+    fn produce(&self, connection: &Connection, due: Instant) -> io::Result<()> {
+        pace(connection, due)?;
+        while self.hang_while.as_ref().is_some_and(|file| file.exists()) {
+            pace(connection, Instant::now() + CLIENT_CHECK)?;
+        }
+        Ok(())
     }
 }
 
@@ -300,12 +341,21 @@ impl Slots {
         self.busy.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn try_take(&self) -> Option<Slot<'_>> {
+        self.claim(&mut self.lock())
+    }
+
+    fn claim(&self, busy: &mut [bool]) -> Option<Slot<'_>> {
+        let id = busy.iter().position(|busy| !busy)?;
+        busy[id] = true;
+        Some(Slot { slots: self, id })
+    }
+
     fn take(&self, connection: &Connection) -> io::Result<Slot<'_>> {
         let mut busy = self.lock();
         loop {
-            if let Some(id) = busy.iter().position(|busy| !busy) {
-                busy[id] = true;
-                return Ok(Slot { slots: self, id });
+            if let Some(slot) = self.claim(&mut busy) {
+                return Ok(slot);
             }
             let waited = self.freed.wait_timeout(busy, CLIENT_CHECK);
             busy = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -338,14 +388,26 @@ mod tests {
 
     /// A served engine with one slot, as fast as `gap` lets it; its thread ends with the tests.
     fn start(gap: Duration, load: Duration) -> (SocketAddr, Arc<Engine>) {
-        let engine = Arc::new(Engine {
+        start_with(|engine| {
+            engine.gap = gap;
+            engine.ready_at = Instant::now() + load;
+        })
+    }
+
+    fn start_with(change: impl FnOnce(&mut Engine)) -> (SocketAddr, Arc<Engine>) {
+        let mut engine = Engine {
             slots: Slots { busy: Mutex::new(vec![false]), freed: Condvar::new() },
-            gap,
+            gap: Duration::ZERO,
             prefill: Duration::ZERO,
-            ready_at: Instant::now() + load,
+            ready_at: Instant::now(),
             context: 4096,
             model: "m".into(),
-        });
+            dialect: Dialect::LlamaCpp,
+            key: None,
+            hang_while: None,
+        };
+        change(&mut engine);
+        let engine = Arc::new(engine);
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let address = listener.local_addr().expect("a bound socket");
         let served = Arc::clone(&engine);
@@ -428,6 +490,60 @@ mod tests {
             assert_eq!(status, "503");
             assert_eq!(body, error_body(503, "unavailable_error", "Loading model").to_string());
         }
+    }
+
+    #[test]
+    fn a_bound_port_refuses_until_it_is_listened_on() {
+        let bound = bind(SocketAddr::from(([127, 0, 0, 1], 0))).expect("a free port");
+        let address = SocketAddr::try_from(rustix::net::getsockname(&bound.0).expect("an address"));
+        let address = address.expect("an IP address");
+        let refused = TcpStream::connect(address).expect_err("nobody listens");
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+        let listener = bound.listen().expect("it listens");
+        TcpStream::connect(address).expect("it listens");
+        listener.accept().expect("a connection");
+        assert!(bind(address).is_err(), "it is taken");
+    }
+
+    #[test]
+    fn while_the_file_exists_nothing_is_produced_and_afterwards_it_goes_on() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let file = directory.path().join("hang");
+        let (address, _) = start_with(|engine| engine.hang_while = Some(file.clone()));
+        std::fs::write(&file, "").expect("written");
+        let ask = r#"{"prompt":"a","n_predict":1}"#;
+        let mut hung = dial(address, &post("/v1/completions", ask));
+        let mut healthy = dial(address, "GET /health HTTP/1.1\r\nHost: h\r\n\r\n");
+        assert_eq!(answer(&mut healthy).0, "200");
+        hung.get_ref().set_read_timeout(Some(Duration::from_millis(100))).expect("a usable timeout");
+        assert!(hung.fill_buf().is_err(), "not even a head");
+        std::fs::remove_file(&file).expect("removed");
+        hung.get_ref().set_read_timeout(Some(Duration::from_secs(20))).expect("a usable timeout");
+        assert_eq!(answer(&mut hung).0, "200");
+    }
+
+    #[test]
+    fn the_key_is_wanted_in_full() {
+        let (address, _) = start_with(|engine| engine.key = Some("sk-1".into()));
+        for (shown, expected) in [
+            ("Authorization: Bearer sk-1\r\n", "200"),
+            ("authorization: Bearer sk-1 \r\n", "200"),
+            ("Authorization: Bearer sk-\r\n", "401"),
+            ("Authorization: Bearer sk-11\r\n", "401"),
+            ("Authorization: sk-1\r\n", "401"),
+            ("", "401"),
+        ] {
+            let ask = format!("GET /props HTTP/1.1\r\nHost: h\r\n{shown}\r\n");
+            assert_eq!(answer(&mut dial(address, &ask)).0, expected, "{shown}");
+        }
+    }
+
+    #[test]
+    fn tgi_refuses_what_it_has_no_slot_for() {
+        let (address, engine) = start_with(|engine| engine.dialect = Dialect::Tgi);
+        let _busy = engine.slots.try_take().expect("a free slot");
+        let mut refused = dial(address, &post("/v1/completions", r#"{"prompt":"a"}"#));
+        assert_eq!(answer(&mut refused).0, "429");
     }
 
     #[test]
