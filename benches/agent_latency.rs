@@ -213,7 +213,7 @@ fn agent_rename(directory: &Path) {
         for listing in watch.turn(changed, now.mono, &registry).listings {
             core.handle(Input::Listing(listing), now, &mut effects);
         }
-        let replicas = core.replicas().files().count();
+        let replicas = core.replicas().len();
         if replicas != known {
             known = replicas;
             say(unix_ns());
@@ -347,6 +347,8 @@ impl Road {
         let at = unix_ns();
         let path = self.engines.join(format!("{}.json", self.next));
         fs::rename(&temporary, &path).expect("renamed");
+        // Whoever asks too early is what the control plane is busy with.
+        std::thread::sleep(GAP);
         let subject = format!("bench/r{}", self.next);
         let stored = when(self.control, &subject, "known").saturating_sub(at);
         when(self.control, &subject, "routable");

@@ -21,7 +21,7 @@ fn text(n: usize, slots: u32) -> String {
 
 fn file(n: usize, slots: u32) -> ListedFile {
     let content = match handoff::parse(text(n, slots).as_bytes()) {
-        Ok(HandoffFile::Engine(handoff)) => FileContent::Handoff(handoff),
+        Ok(HandoffFile::Engine(handoff)) => FileContent::Handoff(handoff.into()),
         other => panic!("a benchmark's handoff is good: {other:?}"),
     };
     ListedFile {

@@ -13,9 +13,10 @@
 //! grant and given back exactly once, when the exchange behind it has ended.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use crate::replicas::{self, Fault, Trouble};
-use crate::service::events::{Events, Happening};
+use crate::service::events::{Events, Happening, Tell};
 use crate::time::{Mono, Now, earliest};
 use crate::wire::id::NodeId;
 
@@ -300,8 +301,8 @@ impl Core {
         let Some(local) = &mut self.local else { return };
         let mut found = Vec::new();
         act(&mut local.replicas, now, &mut found);
-        for change in &found {
-            self.happened(change.happening(), now, effects);
+        for change in found {
+            self.happened(change, now, effects);
         }
     }
 
@@ -584,8 +585,9 @@ impl Core {
         }
     }
 
-    fn happened(&mut self, happening: Happening, now: Now, effects: &mut Vec<Effect>) {
-        self.events.push(&happening, now.wall);
-        effects.push(Effect::Log(happening));
+    fn happened(&mut self, what: impl Tell + 'static, now: Now, effects: &mut Vec<Effect>) {
+        let what: Arc<dyn Tell> = Arc::new(what);
+        self.events.push(what.clone(), now.wall);
+        effects.push(Effect::Log(what));
     }
 }

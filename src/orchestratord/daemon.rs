@@ -15,8 +15,8 @@ use crate::reactor::{Reactor, Registry, now};
 use crate::replicas::{Activity, EnginePolicy, ProbeOrder, Processes, Watch, probe};
 use crate::service::auth::{self, Tokens};
 use crate::service::lag::LoopLag;
-use crate::service::machine;
 use crate::service::shell::Shell;
+use crate::service::{logging, machine};
 use crate::settings::Exit;
 use crate::time::{Now, earliest};
 use crate::wire::id::{NodeId, PoolId, ReplicaKey};
@@ -251,8 +251,7 @@ impl Daemon {
                         self.exchanges.insert(exchange, Running::Probe(Box::new(order)));
                     }
                     Effect::AskAgent { node, pool, agent } => self.ask_agent(node, pool, agent, now),
-                    Effect::Log(happening) if happening.is_warning => log::warn!("{}", happening.text),
-                    Effect::Log(happening) => log::info!("{}", happening.text),
+                    Effect::Log(what) => logging::tell(&*what),
                     Effect::Exit => self.over = true,
                 }
             }

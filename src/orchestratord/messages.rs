@@ -7,7 +7,7 @@ use crate::metrics::Histogram;
 use crate::replicas::{
     Activity, EnginePolicy, Listing, ProbeId, ProbeOrder, ProbeOutcome, ProcessOrder, ProcessSeen, Trouble,
 };
-use crate::service::events::Happening;
+use crate::service::events::Tell;
 use crate::wire::id::{NodeId, PoolId, ReplicaKey};
 use crate::wire::node::{Heartbeat, HeartbeatReply, RegisterReply, RegisterRequest};
 use crate::wire::pool::ReplicaStatus;
@@ -167,7 +167,7 @@ pub enum Effect {
         agent: BaseUrl,
     },
     /// Tell the log.
-    Log(Happening),
+    Log(Arc<dyn Tell>),
     /// Everything has been finished or given up: end the process.
     Exit,
 }

@@ -18,7 +18,7 @@ use crate::replicas::{
     Activity, Cause, Change, EnginePolicy, Fault, FileContent, Listing, PoolCounts, ProbeId, ProbeOrder,
     ProbeOutcome, ProcessOrder, ProcessSeen, Refused, Registry, ReplicaLease, Trouble,
 };
-use crate::service::events::{Events, Happening};
+use crate::service::events::{Events, Happening, Tell};
 use crate::time::{Mono, Now, earliest};
 use crate::wire::drain::{DrainStatus, Scope};
 use crate::wire::handoff::Handoff;
@@ -175,7 +175,7 @@ pub enum Effect {
     /// POST a notice to a callback.
     Deliver(Box<Delivery>),
     /// Tell the log.
-    Log(Happening),
+    Log(Arc<dyn Tell>),
     /// Everything has been finished or given up: end the process.
     Exit,
 }
@@ -342,7 +342,7 @@ impl Core {
             self.happened(happening, now, effects);
         }
         for change in changes {
-            self.announce(&change, now, effects);
+            self.announce(change, now, effects);
         }
         self.proceed(now, effects);
     }
@@ -648,21 +648,24 @@ impl Core {
         status
     }
 
-    fn announce(&mut self, change: &Change, now: Now, effects: &mut Vec<Effect>) {
+    fn announce(&mut self, change: Change, now: Now, effects: &mut Vec<Effect>) {
         self.counts.files_refused += u64::from(matches!(change, Change::FileRefused { .. }));
-        match change {
+        match &change {
             Change::Drain(change) => self.drain_tally.note(change),
-            Change::State { key, .. } | Change::Replaced { key, .. } | Change::Gone { key, .. } => {
+            Change::State { key, .. } | Change::Replaced { key, .. } | Change::Gone { key, .. }
+                if self.notifier.is_enabled() =>
+            {
                 self.notifier.observe(key, self.replicas.replica_status(key), now);
             }
             _ => {}
         }
-        self.happened(change.happening(), now, effects);
+        self.happened(change, now, effects);
     }
 
-    fn happened(&mut self, happening: Happening, now: Now, effects: &mut Vec<Effect>) {
-        self.events.push(&happening, now.wall);
-        effects.push(Effect::Log(happening));
+    fn happened(&mut self, what: impl Tell + 'static, now: Now, effects: &mut Vec<Effect>) {
+        let what: Arc<dyn Tell> = Arc::new(what);
+        self.events.push(what.clone(), now.wall);
+        effects.push(Effect::Log(what));
     }
 
     /// What follows from the state, whatever the input was: probes, calls, the steps of a shutdown.

@@ -19,7 +19,7 @@ use crate::replicas::{
 use crate::service::auth::{self, Tokens};
 use crate::service::lag::LoopLag;
 use crate::service::shell::Shell;
-use crate::service::{durable, machine};
+use crate::service::{durable, logging, machine};
 use crate::settings::Exit;
 use crate::time::{Now, earliest};
 use crate::wire::id::ReplicaKey;
@@ -350,8 +350,7 @@ impl Daemon {
                     Effect::DeleteFile(name, content) => self.watch.delete(&name, &content),
                     Effect::Cut(leases) => self.cut(&leases, now),
                     Effect::Deliver(delivery) => self.deliver(delivery, now),
-                    Effect::Log(happening) if happening.is_warning => log::warn!("{}", happening.text),
-                    Effect::Log(happening) => log::info!("{}", happening.text),
+                    Effect::Log(what) => logging::tell(&*what),
                     Effect::Exit => self.over = true,
                 }
             }

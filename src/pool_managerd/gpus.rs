@@ -237,6 +237,10 @@ impl Gpus {
 
     /// Settles which GPUs one engine uses, after it came or changed.
     pub fn bind_one(&mut self, engine: &Engine<'_>, out: &mut Vec<Happening>) -> Option<Verdict> {
+        // On machines without a GPU nothing is to be settled. The first answer settles all of them.
+        if !self.has_answered {
+            return None;
+        }
         let old = self.bindings.remove(engine.key);
         self.bind_to(engine, old, out)
     }
@@ -353,6 +357,7 @@ impl Gpus {
                 self.enter_driver(state, reason, now, out);
             }
             Ok(driver) => {
+                self.revision += u64::from(!self.has_answered);
                 self.has_answered = true;
                 self.read_at = Some(now.wall);
                 self.driver.version = driver.version;

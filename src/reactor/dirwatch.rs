@@ -17,6 +17,10 @@ use super::token::Token;
 
 /// Enough for about a hundred events a read. The kernel refuses buffers below one event's size.
 const BUFFER_BYTES: usize = 8 * 1024;
+/// Largest event: its head, and a name of 255 bytes with its end and its padding.
+const EVENT_BYTES_MAX: usize = 16 + 256;
+/// Reads of one call: a writer that never pauses must not keep the loop for itself.
+const READS_MAX: usize = 64;
 
 /// What the events since the last call mean, beside the names that changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -63,10 +67,11 @@ impl DirWatch {
         Ok(DirWatch { inotify, buffer: vec![0; BUFFER_BYTES], inode })
     }
 
-    /// Takes all pending events, and tells the names of what changed.
+    /// Takes the pending events, and tells the names of what changed. If there is no end of them, all of
+    /// the directory is to be listed; what comes later is a new edge.
     pub fn take(&mut self, changed: &mut impl FnMut(&str)) -> Hint {
         let mut hint = Hint::default();
-        loop {
+        for _ in 0..READS_MAX {
             let events = match self.inotify.read_events(&mut self.buffer) {
                 Ok(events) => events,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return hint,
@@ -74,7 +79,9 @@ impl DirWatch {
                 // A watch that cannot be read is no watch.
                 Err(_) => return Hint { dirty: true, lost: true },
             };
+            let mut count = 0;
             for event in events {
+                count += 1;
                 let gone =
                     EventMask::DELETE_SELF | EventMask::MOVE_SELF | EventMask::IGNORED | EventMask::UNMOUNT;
                 hint.lost |= event.mask.intersects(gone);
@@ -84,7 +91,12 @@ impl DirWatch {
                     None => hint.dirty = true,
                 }
             }
+            // Where one more would have had room, there was none; what comes later is a new edge.
+            if (count + 1) * EVENT_BYTES_MAX <= BUFFER_BYTES {
+                return hint;
+            }
         }
+        Hint { dirty: true, ..hint }
     }
 
     /// Whether the path still leads to the directory that is watched. Something mounted over it sends

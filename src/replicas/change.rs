@@ -1,10 +1,11 @@
 //! What the registry says: states, changes of state, refusals, each with a line for people.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 
 use super::drains::DrainChange;
-use crate::service::events::Happening;
+use crate::service::events::{Happening, Tell};
 use crate::time::Wall;
 use crate::wire::id::ReplicaKey;
 
@@ -239,9 +240,7 @@ impl Change {
         }
     }
 
-    /// The change as an event.
-    #[must_use]
-    pub fn happening(&self) -> Happening {
+    fn in_words(&self) -> Happening {
         let text = self.to_string();
         let (kind, subject, state, is_warning) = match self {
             Change::Found { key, .. } => ("replica", key.to_string(), "found", false),
@@ -264,6 +263,12 @@ impl Change {
             Change::Drain(change) => return change.happening(),
         };
         Happening { kind, subject, state, text, is_warning }
+    }
+}
+
+impl Tell for Change {
+    fn happening(&self) -> Cow<'_, Happening> {
+        Cow::Owned(self.in_words())
     }
 }
 

@@ -67,7 +67,7 @@ pub struct ListedFile {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FileContent {
     /// An engine is there.
-    Handoff(Box<Handoff>),
+    Handoff(Arc<Handoff>),
     /// A model description without an engine.
     ModelOnly,
     /// It cannot be used, and why.
@@ -333,7 +333,7 @@ impl Directory {
             FileContent::Handoff(handoff) => match self.policy.check(&handoff.url) {
                 Ok(()) => {
                     self.unclaim(&listed.name, file, touched);
-                    self.claim(&listed.name, file, Arc::new((**handoff).clone()), touched);
+                    self.claim(&listed.name, file, handoff.clone(), touched);
                     return;
                 }
                 Err(why) => why,

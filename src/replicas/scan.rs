@@ -524,7 +524,7 @@ fn is_handoff_name(name: &str) -> bool {
 
 fn read(bytes: &[u8]) -> Result<FileContent, HandoffError> {
     Ok(match handoff::parse(bytes)? {
-        HandoffFile::Engine(handoff) => FileContent::Handoff(handoff),
+        HandoffFile::Engine(handoff) => FileContent::Handoff(handoff.into()),
         HandoffFile::ModelOnly => FileContent::ModelOnly,
     })
 }

@@ -29,7 +29,7 @@ struct Machine {
 
 fn content(json: &str) -> FileContent {
     match handoff::parse(json.as_bytes()) {
-        Ok(HandoffFile::Engine(handoff)) => FileContent::Handoff(handoff),
+        Ok(HandoffFile::Engine(handoff)) => FileContent::Handoff(handoff.into()),
         Ok(HandoffFile::ModelOnly) => FileContent::ModelOnly,
         Err(why) => FileContent::Refused(why.to_string()),
     }

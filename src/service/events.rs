@@ -1,6 +1,9 @@
 //! The last state changes of a daemon, as `GET /v2/events` tells them. Pure.
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
+use std::fmt;
+use std::sync::Arc;
 
 use serde::Serialize;
 
@@ -9,13 +12,9 @@ use crate::time::Wall;
 /// Changes that are remembered.
 pub const EVENTS_MAX: usize = 1000;
 
-/// One state change.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Event {
-    /// Grows by one with every event of this process.
-    pub seq: u64,
-    /// When, in nanoseconds since the Unix epoch.
-    pub at_ns: u64,
+/// A state change, in words.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Happening {
     /// What changed: `node`, `replica`, `gpu`, `file`, `drain`, `callback`, `membership`, `task` or `daemon`.
     pub kind: &'static str,
     /// What it was about: a node, a pool and replica, a file.
@@ -24,21 +23,50 @@ pub struct Event {
     pub state: &'static str,
     /// What happened, for people.
     pub text: String,
-}
-
-/// An event before it has its number.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Happening {
-    /// See [`Event::kind`].
-    pub kind: &'static str,
-    /// See [`Event::subject`].
-    pub subject: String,
-    /// See [`Event::state`].
-    pub state: &'static str,
-    /// See [`Event::text`].
-    pub text: String,
     /// Whether an operator should look at it.
     pub is_warning: bool,
+}
+
+/// What can be put into words. That happens when somebody asks: a change is on its way to whom it
+/// concerns before anybody describes it.
+pub trait Tell: fmt::Debug + Send + Sync {
+    /// The words.
+    fn happening(&self) -> Cow<'_, Happening>;
+}
+
+/// The same words are the same news.
+impl PartialEq for dyn Tell {
+    fn eq(&self, other: &dyn Tell) -> bool {
+        self.happening() == other.happening()
+    }
+}
+
+impl Eq for dyn Tell {}
+
+impl Tell for Happening {
+    fn happening(&self) -> Cow<'_, Happening> {
+        Cow::Borrowed(self)
+    }
+}
+
+/// A remembered change.
+#[derive(Debug)]
+struct Event {
+    at: Wall,
+    what: Arc<dyn Tell>,
+}
+
+/// As `GET /v2/events` tells it.
+#[derive(Debug, Serialize)]
+struct Told<'a> {
+    /// Grows by one with every event of this process.
+    seq: u64,
+    /// When, in nanoseconds since the Unix epoch.
+    at_ns: u64,
+    kind: &'static str,
+    subject: &'a str,
+    state: &'static str,
+    text: &'a str,
 }
 
 /// The remembered events, oldest first.
@@ -50,31 +78,30 @@ pub struct Events {
 
 impl Events {
     /// Remembers what happened; the oldest event goes if there are too many.
-    pub fn push(&mut self, happening: &Happening, at: Wall) {
+    pub fn push(&mut self, what: Arc<dyn Tell>, at: Wall) {
         if self.ring.len() == EVENTS_MAX {
             self.ring.pop_front();
         }
-        self.ring.push_back(Event {
-            seq: self.next_seq,
-            at_ns: at.0,
-            kind: happening.kind,
-            subject: happening.subject.clone(),
-            state: happening.state,
-            text: happening.text.clone(),
-        });
+        self.ring.push_back(Event { at, what });
         self.next_seq += 1;
     }
 
-    /// Events with a number of at least `seq`.
-    pub fn since(&self, seq: u64) -> impl Iterator<Item = &Event> {
-        let first = self.ring.front().map_or(0, |event| event.seq);
-        self.ring.iter().skip(usize::try_from(seq.saturating_sub(first)).unwrap_or(usize::MAX))
+    /// Events with a number of at least `seq`, with their numbers.
+    fn since(&self, seq: u64) -> impl Iterator<Item = (u64, &Event)> {
+        let first = self.next_seq - self.ring.len() as u64;
+        let skipped = usize::try_from(seq.saturating_sub(first)).unwrap_or(usize::MAX);
+        (first..).zip(&self.ring).skip(skipped)
     }
 
     /// The answer to `GET /v2/events?since=N`.
     #[must_use]
     pub fn to_json(&self, since: u64) -> serde_json::Value {
-        let events: Vec<&Event> = self.since(since).collect();
+        let told = |(seq, event): (u64, &Event)| {
+            let Happening { kind, subject, state, text, .. } = &*event.what.happening();
+            let told = Told { seq, at_ns: event.at.0, kind, subject, state, text };
+            serde_json::to_value(told).unwrap_or_default()
+        };
+        let events: Vec<serde_json::Value> = self.since(since).map(told).collect();
         serde_json::json!({ "events": events, "next": self.next_seq })
     }
 }
@@ -90,9 +117,9 @@ mod tests {
             let text = n.to_string();
             let happening =
                 Happening { kind: "node", subject: String::new(), state: "", text, is_warning: false };
-            events.push(&happening, Wall(n));
+            events.push(Arc::new(happening), Wall(n));
         }
-        let numbers = |since| events.since(since).map(|e| e.seq).collect::<Vec<_>>();
+        let numbers = |since| events.since(since).map(|(seq, _)| seq).collect::<Vec<_>>();
         assert_eq!((numbers(0).len(), numbers(0)[0]), (EVENTS_MAX, 500));
         assert_eq!(numbers(1498), [1498, 1499]);
         assert_eq!((numbers(1500).len(), events.to_json(0)["next"].as_u64()), (0, Some(1500)));

@@ -10,6 +10,8 @@ use log::Level;
 
 use crate::settings::Exit;
 
+use super::events::Tell;
+
 /// Installs the logger. `level`: `error`, `warn`, `info`, `debug` or `trace`, or whatever `RUST_LOG`
 /// says if that is set.
 ///
@@ -42,6 +44,16 @@ pub fn install(level: &str) -> Result<(), Exit> {
     // A second logger in one process (tests, `up`) is no reason to fail.
     let _ = builder.try_init();
     Ok(())
+}
+
+/// Puts a change into words, if the log takes any.
+pub fn tell(what: &dyn Tell) {
+    if log::max_level() < Level::Warn {
+        return;
+    }
+    let happening = what.happening();
+    let level = if happening.is_warning { Level::Warn } else { Level::Info };
+    log::log!(level, "{}", happening.text);
 }
 
 /// The text with its control characters escaped: what comes from files and peers must not end a line of

@@ -271,7 +271,7 @@ impl World {
         let HandoffFile::Engine(handoff) = parse(text.to_string().as_bytes()).expect("a handoff") else {
             panic!("it has a URL");
         };
-        self.write_file(node, name.into(), FileContent::Handoff(handoff));
+        self.write_file(node, name.into(), FileContent::Handoff(handoff.into()));
     }
 
     fn some_models(&mut self) -> Vec<String> {
@@ -345,7 +345,7 @@ impl World {
     fn rewrite_file(&mut self, node: usize) {
         let Some(name) = self.any_file(node) else { return };
         let FileContent::Handoff(handoff) = &*self.nodes[node].files[&name].content else { return };
-        let mut handoff = handoff.clone();
+        let mut handoff = (**handoff).clone();
         match self.random.u64(0..5) {
             0 => handoff.slots = self.random.u32(1..=4),
             1 => handoff.models = self.some_models(),
@@ -353,7 +353,7 @@ impl World {
             3 => handoff.device_mask = Some(self.random.u8(0..2).to_string()),
             _ => handoff.generation += 1,
         }
-        self.write_file(node, name, FileContent::Handoff(handoff));
+        self.write_file(node, name, FileContent::Handoff(handoff.into()));
     }
 
     fn write_file(&mut self, node: usize, name: Arc<str>, content: FileContent) {

@@ -527,7 +527,7 @@ impl World {
                 self.after(delay_ms, Event::Saved { node, life, text });
             }
             agent_core::Effect::DeleteFile(name, _) => panic!("n{node}: {name} was not to be deleted"),
-            agent_core::Effect::Log(happening) => self.note(&format!("n{node} {}", happening.text)),
+            agent_core::Effect::Log(what) => self.note(&format!("n{node} {}", what.happening().text)),
             // The process ends soon after, and its connections with it.
             agent_core::Effect::Cut(_) => {}
             agent_core::Effect::Deliver(_) => panic!("nobody registered a callback"),
@@ -758,7 +758,8 @@ impl World {
             Effect::Probe(_) | Effect::AskAgent { .. } => {
                 panic!("nobody here needs a probe or a question: {effect:?}");
             }
-            Effect::Log(happening) => {
+            Effect::Log(what) => {
+                let happening = what.happening();
                 self.totals.suspects += u64::from(happening.state == "Suspect");
                 self.totals.holds += u64::from(happening.state == "held");
                 self.note(&happening.text);

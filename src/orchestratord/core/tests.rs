@@ -37,7 +37,7 @@ fn handle(core: &mut Core, input: Input, now: Now) -> Vec<Effect> {
 
 fn listing(text: &str) -> Input {
     let HandoffFile::Engine(handoff) = parse(text.as_bytes()).expect("a handoff") else { panic!("a URL") };
-    let content = Arc::new(FileContent::Handoff(handoff));
+    let content = Arc::new(FileContent::Handoff(handoff.into()));
     Input::Listing(Listing::whole(vec![ListedFile { name: "a.json".into(), modified: NOW.wall, content }]))
 }
 

@@ -64,7 +64,7 @@ impl Core {
         let (mut changes, mut happenings) = (Vec::new(), Vec::new());
         self.replicas.restore_drains(drains, now, &mut changes);
         for change in changes {
-            self.announce(&change, now, effects);
+            self.announce(change, now, effects);
         }
         if self.notifier.is_enabled() {
             self.notifier.restore(callbacks, now, &mut happenings);

@@ -35,7 +35,11 @@ fn core_with(options: Options) -> Core {
 
 fn file(name: &str, text: &str) -> ListedFile {
     let HandoffFile::Engine(handoff) = parse(text.as_bytes()).expect("a handoff") else { panic!("a URL") };
-    ListedFile { name: name.into(), modified: NOW.wall, content: Arc::new(FileContent::Handoff(handoff)) }
+    ListedFile {
+        name: name.into(),
+        modified: NOW.wall,
+        content: Arc::new(FileContent::Handoff(handoff.into())),
+    }
 }
 
 fn handle(core: &mut Core, input: Input, now: Now) -> Vec<Effect> {
@@ -148,7 +152,7 @@ fn a_handoff_file_is_deleted_once_what_it_says_is_saved_and_not_before() {
     let effects = handle(&mut core, Input::Saved(Err("no space".into())), NOW);
     assert_eq!((saves(&effects), deletes(&effects)), (0, 0));
     assert!(
-        effects.iter().any(|e| matches!(e, Effect::Log(h) if h.text.contains("no space"))),
+        effects.iter().any(|e| matches!(e, Effect::Log(what) if what.happening().text.contains("no space"))),
         "{effects:?}"
     );
     let later = Now { mono: core.deadline().expect("tried again"), ..NOW };

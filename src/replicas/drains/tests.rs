@@ -35,7 +35,7 @@ fn file(pool: &str, replica: &str, gpus: &str) -> ListedFile {
     );
     let HandoffFile::Engine(handoff) = parse(text.as_bytes()).expect("a handoff") else { panic!("a URL") };
     let name = format!("{pool}-{replica}.json").into();
-    ListedFile { name, modified: START.wall, content: Arc::new(FileContent::Handoff(handoff)) }
+    ListedFile { name, modified: START.wall, content: Arc::new(FileContent::Handoff(handoff.into())) }
 }
 
 impl Machine {
