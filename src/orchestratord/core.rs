@@ -482,6 +482,10 @@ impl Core {
                 self.requests.remove(&id);
                 self.release(run.grant, now, effects);
             }
+            Ending::NotTried(reason) => {
+                self.refuse(id, Refusal::Overloaded(reason), effects);
+                self.release(run.grant, now, effects);
+            }
             Ending::Failed { reason, connect, timeout, answered } => {
                 request.tried.push(replica);
                 self.engine_failed(replica, &reason, connect, timeout, now, changes, effects);

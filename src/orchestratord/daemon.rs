@@ -481,6 +481,9 @@ impl Daemon {
                 (Ending::Complete, true)
             }
             Outcome::ClientGone | Outcome::Cancelled => (Ending::Withdrawn, true),
+            Outcome::Failed(fault) if fault.kind == FaultKind::Local => {
+                (Ending::NotTried(fault.reason), false)
+            }
             Outcome::Failed(fault) => {
                 let timeout = fault.kind == FaultKind::Timeout;
                 if is_task && fault.answered {

@@ -41,6 +41,8 @@ pub enum Ending {
     Complete,
     /// The client left, or the request was cancelled.
     Withdrawn,
+    /// This process had no means to try: descriptors, exchanges. The engine has no part in it.
+    NotTried(String),
     /// The engine failed.
     Failed {
         /// Why, for people.

@@ -60,6 +60,8 @@ pub enum Refusal {
         /// It was too slow, rather than broken.
         timeout: bool,
     },
+    /// This process is at a limit of its own; the text says which.
+    Overloaded(String),
     /// This process is about to end.
     ShuttingDown,
     /// The node routes exist in the CLOUD profile only.
@@ -134,6 +136,7 @@ impl Refusal {
             Refusal::EngineFailed { timeout: true, .. } => {
                 row(504, "DECODE_TIMEOUT", ("upstream_error", "engine_timeout"), None, "engine_timeout")
             }
+            Refusal::Overloaded(_) => row(503, "POOL_UNAVAILABLE", AWAY, soon, "overloaded"),
             Refusal::ShuttingDown => row(503, "SHUTTING_DOWN", AWAY, soon, "shutting_down"),
             Refusal::CloudDisabled => row(503, "CLOUD_DISABLED", AWAY, None, "cloud_disabled"),
             Refusal::Fenced(Fenced::UnknownNode) => row(404, "NODE_UNKNOWN", BAD, None, "fenced"),
@@ -193,6 +196,7 @@ impl Refusal {
             Refusal::QueueFull { capacity, .. } => format!("{capacity} requests are waiting already"),
             Refusal::Waited { reason, .. } => format!("no slot became free in time: {reason}"),
             Refusal::EngineFailed { reason, .. } => format!("the engine failed before it answered: {reason}"),
+            Refusal::Overloaded(reason) => format!("this control plane is at its limit: {reason}"),
             Refusal::ShuttingDown => "this control plane is shutting down".into(),
             Refusal::CloudDisabled => {
                 "nodes are served in the CLOUD profile only: start orchestratord with ORCHESTRATORD_CLOUD_PROFILE=true"

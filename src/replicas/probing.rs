@@ -369,11 +369,17 @@ impl Replica {
                 self.health_is_models = true;
                 return Learned::AskOn(ProbeKind::Models);
             }
-            ProbeOutcome::Facts(facts) => self.facts.add(facts),
+            ProbeOutcome::Facts(facts) => {
+                self.facts.add(facts);
+                self.wants_key = None;
+            }
             ProbeOutcome::Unauthorized { why, .. } if !asks_health => {
                 let text =
                     format!("{} is not answered, what it would tell stays unknown: {why}", kind.path(""));
-                changes.push(Change::Note { key: key.clone(), text, is_warning: true });
+                if self.wants_key.as_ref() != Some(&text) {
+                    changes.push(Change::Note { key: key.clone(), text: text.clone(), is_warning: true });
+                }
+                self.wants_key = Some(text);
             }
             _ => {}
         }
@@ -381,13 +387,20 @@ impl Replica {
         // unknown; only an engine that is gone by now is not healthy any more.
         let sign = if asks_health || sign == Sign::Down { sign } else { Sign::Healthy };
         self.asked += usize::from(!asks_health);
+        // The key may be right by now. Asked again between requests only: see `profile.rs`.
+        let asks_again = self.wants_key.is_some() && self.slots_used == 0;
+        if asks_again && asks_health {
+            self.asked = 0;
+        }
         let questions = engine.questions(&self.handoff);
         let next = questions.iter().skip(self.asked).find(|kind| **kind != self.health_kind());
         if sign == Sign::Healthy
-            && self.phase != State::Ready
+            && (self.phase != State::Ready || asks_again)
             && let Some(next) = next
         {
-            self.reason = "answers, and is asked what it serves".into();
+            if self.phase != State::Ready {
+                self.reason = "answers, and is asked what it serves".into();
+            }
             return Learned::AskOn(*next);
         }
         if !asks_health && sign == Sign::Healthy {
@@ -413,6 +426,7 @@ impl Replica {
 
     fn forget_facts(&mut self) {
         self.facts = Facts::default();
+        self.wants_key = None;
         self.asked = 0;
         self.health_is_models = false;
     }

@@ -2,8 +2,9 @@
 //!
 //! Readiness is the health path alone: some engines list their models long before they serve. What else
 //! is worth knowing (slots, context length, models) is asked once a start, after the first good answer
-//! and before any work; not later, for these paths block while an engine decodes. What an engine does
-//! not tell stays unknown, and that keeps nobody out.
+//! and before any work; not later, for these paths block while an engine decodes. An engine that wants a
+//! key for it is asked again while it is idle: keys are read anew each time. What an engine does not tell
+//! stays unknown, and that keeps nobody out.
 //!
 //! | engine | after health |
 //! |---|---|

@@ -85,6 +85,8 @@ pub(super) struct Replica {
     pub(super) facts: Facts,
     /// So many of its profile's questions were asked since it came up.
     pub(super) asked: usize,
+    /// Why the engine did not answer a question to somebody without its key.
+    pub(super) wants_key: Option<String>,
     /// It has no health path, and its list of models stands in for it.
     pub(super) health_is_models: bool,
     pub(super) hang: Hang,
@@ -528,6 +530,7 @@ impl Replica {
             withdrawn: None,
             facts: Facts::default(),
             asked: 0,
+            wants_key: None,
             health_is_models: false,
             hang: Hang::default(),
             health: Health::starting(now.mono),

@@ -700,7 +700,7 @@ impl World {
                     Ending::Complete => self.totals.answered += 1,
                     Ending::Withdrawn => self.totals.withdrawn += 1,
                     Ending::Failed { answered: true, .. } => self.totals.broken += 1,
-                    Ending::Failed { .. } => {}
+                    Ending::Failed { .. } | Ending::NotTried(_) => {}
                 }
                 control_core::Input::Ended(request, ending)
             }

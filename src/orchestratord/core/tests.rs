@@ -132,3 +132,20 @@ fn a_request_goes_back_to_an_engine_that_recovered() {
     let effects = handle(&mut core, Input::Ended(3, failed()), now);
     assert!(matches!(effects[..], [Effect::Refuse(3, Refusal::EngineFailed { .. })]), "{effects:?}");
 }
+
+/// What this process lacks is no fault of the engine.
+#[test]
+fn an_engine_that_was_not_even_tried_stays_in_rotation() {
+    let mut core = serving(r#"{"engine":"other","url":"http://127.0.0.1:1","models":["m"]}"#);
+    handle(&mut core, ask(1, Ask::default()), NOW);
+    let effects = handle(&mut core, Input::Ended(1, Ending::NotTried("no descriptor is left".into())), NOW);
+    match &effects[..] {
+        [Effect::Refuse(1, refusal @ Refusal::Overloaded(_))] => {
+            assert_eq!(refusal.status(), 503);
+            assert!(refusal.to_string().contains("no descriptor is left"), "{refusal}");
+        }
+        _ => panic!("{effects:?}"),
+    }
+    let effects = handle(&mut core, ask(2, Ask::default()), NOW);
+    assert!(matches!(effects[..], [Effect::Dispatch(2, _)]), "{effects:?}");
+}

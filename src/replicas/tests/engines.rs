@@ -98,6 +98,41 @@ fn an_engine_that_does_not_tell_is_used_all_the_same() {
 }
 
 #[test]
+fn an_engine_that_wanted_a_key_is_asked_again_while_it_is_idle() {
+    let mut machine = Machine::new();
+    machine.write("a.json", r#"{"url":"http://127.0.0.1:8081","model":"m"}"#);
+    machine.list();
+    let questions = std::cell::Cell::new(0);
+    let round = |machine: &mut Machine, props: ProbeOutcome| {
+        machine.until_deadline();
+        machine.due();
+        for _ in 0..2 {
+            machine.answer_each(|order| match order.kind {
+                ProbeKind::Health => ProbeOutcome::Healthy,
+                _ => {
+                    questions.set(questions.get() + 1);
+                    props.clone()
+                }
+            });
+            machine.due();
+        }
+        questions.get()
+    };
+    let refused = ProbeOutcome::Unauthorized { status: 401, why: "it wants a key".into() };
+    assert_eq!(round(&mut machine, refused.clone()), 1);
+    assert_eq!(round(&mut machine, refused.clone()), 2, "asked again");
+    let lease = machine.registry.acquire(&key("default", "r0"), None, 1).expect("it is ready");
+    assert_eq!(round(&mut machine, refused), 2, "not while it works");
+    machine.registry.release(lease, machine.now, &mut Vec::new());
+    let told = ProbeOutcome::Facts(Facts::read(ProbeKind::Props, br#"{"total_slots":7}"#));
+    assert_eq!(round(&mut machine, told.clone()), 3);
+    assert_eq!(machine.registry.pool_beats()[0].slots_total, Some(7));
+    assert_eq!(round(&mut machine, told), 3, "it has answered");
+    let complaints = machine.told().iter().filter(|line| line.contains("it wants a key")).count();
+    assert_eq!(complaints, 1, "told once");
+}
+
+#[test]
 fn a_list_of_models_stands_in_for_a_health_path_of_unknown_engines_only() {
     for (engine, stands_in) in [("mlx", true), ("vllm", false)] {
         let mut machine = Machine::new();
