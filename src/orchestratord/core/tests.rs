@@ -142,7 +142,7 @@ fn an_engine_that_was_not_even_tried_stays_in_rotation() {
     match &effects[..] {
         [Effect::Refuse(1, refusal @ Refusal::Overloaded(_))] => {
             assert_eq!(refusal.status(), 503);
-            assert!(refusal.to_string().contains("no descriptor is left"), "{refusal}");
+            assert!(refusal.message().contains("no descriptor is left"), "{refusal:?}");
         }
         _ => panic!("{effects:?}"),
     }
