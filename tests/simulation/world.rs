@@ -605,6 +605,7 @@ impl World {
             drain_timeout_ms: 10_000,
             hang_suspect_ms: 60_000,
             local: None,
+            polled: Vec::new(),
             seed,
         };
         self.control = Some(Control {
