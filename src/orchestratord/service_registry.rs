@@ -363,9 +363,6 @@ impl ServiceRegistry {
         if known.address.is_none() {
             return Err(Fenced::Local);
         }
-        if !known.registered {
-            return Err(Fenced::UnknownNode);
-        }
         if let (Some(new), Some(old)) = (beat.incarnation, known.incarnation) {
             if new < old {
                 return Err(Fenced::OldIncarnation { known: old });
@@ -378,6 +375,9 @@ impl ServiceRegistry {
             {
                 return Err(Fenced::OldSequence { known: last });
             }
+        }
+        if !known.registered {
+            return Err(Fenced::UnknownNode);
         }
         self.check_size(self.nodes[index].replicas.len(), &beat.pools)?;
         let known = &mut self.nodes[index];

@@ -257,3 +257,6 @@ fn pool_beat(status: &PoolStatus) -> PoolBeat {
         replicas: Some(replicas),
     }
 }
+
+#[cfg(test)]
+mod tests;
