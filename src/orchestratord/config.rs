@@ -321,12 +321,36 @@ mod tests {
     }
 
     #[test]
+    fn agents_to_poll_replace_the_directory_and_lengthen_leases() {
+        let home = read(&[("POOL_MANAGERD_URL", "")]).expect("HOME");
+        assert!(home.watches() && home.pool_managers.is_empty() && home.notes.is_empty(), "{:?}", home.notes);
+        let urls = "10.0.0.1:9200, http://b:9200/,http://10.0.0.1:9200,";
+        let home = read(&[("POOL_MANAGERD_URL", urls)]).expect("agents");
+        let named: Vec<String> = home.pool_managers.iter().map(ToString::to_string).collect();
+        assert_eq!((named.join(" ").as_str(), home.watches()), ("http://10.0.0.1:9200 http://b:9200", false));
+        assert!(home.notes.iter().any(|note| note.contains("is not watched")), "{:?}", home.notes);
+        let slow = [
+            ("ORCHESTRATORD_CLOUD_PROFILE", "true"),
+            ("ORCHD_POOL_MANAGERS", urls),
+            ("ORCHESTRATORD_POOL_POLL_INTERVAL_MS", "20000"),
+        ];
+        let cloud = read(&slow).expect("a list in the CLOUD profile");
+        assert_eq!((cloud.pool_managers.len(), cloud.registry.poll_interval_ms), (2, 20_000));
+        for part in ["use POOL_MANAGERD_URL", "use ORCHD_POOL_POLL_INTERVAL_MS", "after 60000 ms without"] {
+            assert!(cloud.notes.iter().any(|note| note.contains(part)), "{part}: {:?}", cloud.notes);
+        }
+    }
+
+    #[test]
     fn bad_values_name_themselves() {
         for (name, value, part) in [
             ("ORCHESTRATORD_ADDR", "localhost", "allowed is an address"),
             ("ORCHESTRATORD_NODE_TIMEOUT_MS", "x", "from 1000 to 300000"),
             ("ORCHESTRATORD_PLACEMENT_STRATEGY", "best", "least-loaded"),
             ("ORCHD_ADMISSION_CAPACITY", "-1", "from 0 to 100000"),
+            ("POOL_MANAGERD_URL", "http://a:9200,https://b", "https is not supported"),
+            ("ORCHD_POOL_MANAGERS", "http://a:9200,http://b:x", "its port is not a number"),
+            ("ORCHD_POOL_POLL_INTERVAL_MS", "99", "from 100 to 300000"),
             ("ORCHESTRATORD_ALLOW_ENGINE_HOSTS", "10.0.0.0/99", "10.0.0.0/99"),
         ] {
             let exit = read(&[(name, value)]).expect_err(value);

@@ -650,7 +650,11 @@ impl ServiceRegistry {
         now: Now,
         changes: &mut Vec<Change>,
     ) -> Result<(), Fenced> {
-        let late_ms = self.limits.heartbeat_interval_ms.saturating_mul(3) / 2;
+        // One that is polled is heard of at the next poll, and then tells of a reboot itself.
+        let late_ms = match self.nodes[index].polled {
+            Some(_) => self.lease_ms(index),
+            None => self.limits.heartbeat_interval_ms.saturating_mul(3) / 2,
+        };
         let node = &mut self.nodes[index];
         if node.address.is_none() {
             return Err(Fenced::Local);
