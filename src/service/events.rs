@@ -16,7 +16,7 @@ pub struct Event {
     pub seq: u64,
     /// When, in nanoseconds since the Unix epoch.
     pub at_ns: u64,
-    /// What changed: `node`, `replica`, `gpu`, `file`, `drain`, `callback`, `membership`, `task` or `daemon`.
+    /// What changed: `node`, `agent`, `replica`, `gpu`, `file`, `drain`, `callback`, `membership`, `task` or `daemon`.
     pub kind: &'static str,
     /// What it was about: a node, a pool and replica, a file.
     pub subject: String,
