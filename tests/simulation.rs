@@ -3,7 +3,7 @@
 //! Each seed is one story: node agents and a control plane (the real, pure cores) exchange the real
 //! messages over links that delay, lose, duplicate and partition; agents, machines, engines and the
 //! control plane crash and come back; handoff files appear, change, break and vanish; clients ask and
-//! sometimes leave. The world drives the cores as their daemons do: what arrived, then `Tick`, and
+//! sometimes leave. In every other story the control plane polls agents that it does not hear. The world drives the cores as their daemons do: what arrived, then `Tick`, and
 //! `Tick` at every `deadline()`. What must hold at every step is in `simulation/rules.rs`. At the end
 //! everything is healed, and within two lease times everything must be well.
 //!
@@ -12,6 +12,8 @@
 
 #[path = "simulation/chaos.rs"]
 mod chaos;
+#[path = "simulation/polls.rs"]
+mod polls;
 #[path = "simulation/rules.rs"]
 mod rules;
 #[path = "simulation/world.rs"]

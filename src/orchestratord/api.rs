@@ -15,13 +15,18 @@ use crate::wire::id::{NodeId, PoolId};
 use crate::wire::node::{Heartbeat, RegisterRequest};
 
 use super::core::{Asked, Core};
+use super::messages::PoolReady;
 use super::openai;
+use super::poller::{POLL_OUTCOMES, POLL_STATES};
 use super::refusal::Refusal;
 use super::service_registry::{Node, NodeStatus, Replica, ServiceRegistry};
 use super::tasks::{self, NewTask};
 
 /// Largest body of a node's message, in bytes: a heartbeat of the largest node is below it.
 const NODE_BODY_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// Largest notice about a pool, in bytes: a few names and a URL.
+const NOTICE_BYTES_MAX: usize = 16 * 1024;
 
 /// What the daemon must do for a request.
 #[derive(Debug)]
@@ -36,6 +41,8 @@ pub enum Action {
     Heartbeat(NodeId, Box<Heartbeat>),
     /// Hand a node's farewell to the core.
     Deregister(NodeId, Option<u64>),
+    /// Hand a notice about a pool to the core.
+    PoolReady(PoolReady),
     /// Place the request and relay it to an engine.
     Engine(Box<Asked>),
     /// Admit a task.
@@ -110,7 +117,19 @@ pub fn route(request: &Request, core: &Core, facts: &Facts<'_>, now: Now) -> Act
             respond(200, &core.events().to_json(since))
         }
         ["v2", "handoffs"] if get => handoffs(core, facts),
-        ["v2", "nodes", ..] if !facts.cloud => refuse(Refusal::CloudDisabled),
+        ["callbacks", "pool-ready"] | ["v2", "callbacks", "ready" | "pool-ready"] => {
+            if !post {
+                return refuse(Refusal::Method("POST"));
+            }
+            match read_notice(&request.body) {
+                Ok(notice) => Action::PoolReady(notice),
+                Err(refusal) => refuse(refusal),
+            }
+        }
+        // Polled nodes may be looked at in every profile.
+        ["v2", "nodes", ..] if !facts.cloud && (!get || core.poller().is_empty()) => {
+            refuse(Refusal::CloudDisabled)
+        }
         ["v2", "nodes", rest @ ..] => nodes(rest, request, core, now),
         ["v2", "pools"] if get => respond(200, &pools(core.registry())),
         ["v2", "pools", pool, "health"] | ["control", "pools", pool, "health"] if get => {
@@ -153,7 +172,8 @@ fn nodes(rest: &[&str], request: &Request, core: &Core, now: Now) -> Action {
                 .filter(|node| wanted.is_none_or(|status| node.status.as_str().eq_ignore_ascii_case(status)))
                 .map(|node| node_view(core.registry(), node, now))
                 .collect();
-            respond(200, &json!({"count": listed.len(), "nodes": listed}))
+            let polled = core.poller().to_json();
+            respond(200, &json!({"count": listed.len(), "nodes": listed, "polled": polled}))
         }
         ["register"] if method == "POST" => match read_body(&request.body) {
             Ok(body) => Action::Register(body),
@@ -186,6 +206,13 @@ fn nodes(rest: &[&str], request: &Request, core: &Core, now: Now) -> Action {
     }
 }
 
+fn read_notice(body: &[u8]) -> Result<PoolReady, Refusal> {
+    if body.len() > NOTICE_BYTES_MAX {
+        return Err(Refusal::Invalid(format!("the body is larger than {NOTICE_BYTES_MAX} bytes")));
+    }
+    serde_json::from_slice(body).map_err(|error| Refusal::Invalid(format!("the body: {error}")))
+}
+
 fn read_body<T: DeserializeOwned>(body: &[u8]) -> Result<Box<T>, Refusal> {
     if body.len() > NODE_BODY_BYTES_MAX {
         return Err(Refusal::Invalid(format!("the body is larger than {NODE_BODY_BYTES_MAX} bytes")));
@@ -208,6 +235,7 @@ fn node_view(registry: &ServiceRegistry, node: &Node, now: Now) -> Value {
         "capabilities": node.capabilities,
         "version": node.version,
         "status": node.status.as_str(),
+        "via": node.via().as_str(),
         "reason": node.reason,
         "since_ms": node.since.unix_ms(),
         "registered_at_ms": node.registered_at.unix_ms(),
@@ -307,7 +335,9 @@ fn handoffs(core: &Core, facts: &Facts<'_>) -> Action {
     match core.local() {
         Some(local) => respond(200, &local.files_json(facts.watch_mode.unwrap_or("poll"))),
         None => Action::Refuse(
-            Refusal::NotFound("in the CLOUD profile each node's pool-managerd shows its handoffs".into()),
+            Refusal::NotFound(
+                "this process watches no directory: each node's pool-managerd shows its handoffs".into(),
+            ),
             false,
         ),
     }
@@ -368,6 +398,14 @@ fn scrape(core: &Core, facts: &Facts<'_>, now: Now) -> Response {
     );
     scrape.counter("orchestratord_heartbeats_total", "Heartbeats accepted.", &[("", counts.heartbeats)]);
     scrape.counter("orchestratord_fenced_total", "Messages of nodes refused.", &[("", counts.fenced)]);
+    let polls = POLL_OUTCOMES
+        .map(|outcome| (format!("outcome=\"{outcome}\""), counts.polls.get(outcome).copied().unwrap_or(0)));
+    let samples: Vec<(&str, u64)> = polls.iter().map(|(label, count)| (label.as_str(), *count)).collect();
+    scrape.counter("orchestratord_polls_total", "Polls of agents, by what came of them.", &samples);
+    let agents =
+        POLL_STATES.map(|state| (format!("state=\"{}\"", state.as_str()), core.poller().count(state) as f64));
+    let samples: Vec<(&str, f64)> = agents.iter().map(|(label, count)| (label.as_str(), *count)).collect();
+    scrape.gauge("orchestratord_polled_agents", "Agents to be polled, by state.", &samples);
     scrape.histogram("orchestratord_wait_seconds", "From ask to dispatch.", &counts.waited);
     scrape.histogram(
         "orchestratord_first_byte_seconds",

@@ -7,9 +7,11 @@ use std::path::PathBuf;
 use crate::replicas::AllowList;
 use crate::service::auth::{self, Tokens};
 use crate::settings::{Alias, Exit, Setting, Settings, boolean, listen_address, number, refuse_unsupported};
+use crate::wire::url::BaseUrl;
 
 use super::placement::Strategy;
-use super::service_registry::Limits;
+use super::poller::POLLED_MAX;
+use super::service_registry::{LEASE_POLLS, Limits};
 
 /// Every setting, in the order of the help.
 pub static TABLE: &[Setting] = &[
@@ -98,6 +100,22 @@ pub static TABLE: &[Setting] = &[
         help: "Longest that a handoff goes unseen where the kernel reports no changes; 100 to 10000",
     },
     Setting {
+        flag: "pool-managerd-url",
+        env: "POOL_MANAGERD_URL",
+        aliases: &[Alias::same("ORCHD_POOL_MANAGERS")],
+        default: None,
+        value: "URLS",
+        help: "Agents to poll, separated by commas, such as http://127.0.0.1:9200; without --cloud-profile the runtime directory is then not watched",
+    },
+    Setting {
+        flag: "pool-poll-interval-ms",
+        env: "ORCHD_POOL_POLL_INTERVAL_MS",
+        aliases: &[Alias::same("ORCHESTRATORD_POOL_POLL_INTERVAL_MS")],
+        default: Some("5000"),
+        value: "MS",
+        help: "How often an agent is polled whose node sends no heartbeats; 100 to 300000",
+    },
+    Setting {
         flag: "allow-engine-hosts",
         env: "ORCHESTRATORD_ALLOW_ENGINE_HOSTS",
         aliases: &[],
@@ -160,6 +178,8 @@ pub struct Config {
     pub runtime_dir: PathBuf,
     /// Listing interval without events.
     pub watch_interval_ms: u64,
+    /// Agents that are polled.
+    pub pool_managers: Vec<BaseUrl>,
     /// Hosts of engines beside this machine's own.
     pub allow_engine_hosts: AllowList,
     /// How long all answers of an engine may stand still before it is suspected.
@@ -202,6 +222,7 @@ impl Config {
             node_timeout_ms: settings.need("node-timeout-ms", number(1_000, 300_000))?,
             offline_grace_ms: seconds("stale-check-interval-secs")?,
             heartbeat_interval_ms: seconds("heartbeat-interval-secs")?,
+            poll_interval_ms: settings.need("pool-poll-interval-ms", number(100, 300_000))?,
             ..Limits::default()
         };
         if registry.heartbeat_interval_ms >= registry.node_timeout_ms {
@@ -210,6 +231,8 @@ impl Config {
                 registry.node_timeout_ms, registry.heartbeat_interval_ms
             ));
         }
+        let pool_managers = settings.get("pool-managerd-url", agents)?.unwrap_or_default();
+        note_polls(&pool_managers, cloud, &registry, &mut notes);
         let capacity = settings.need("admission-capacity", number(0, 100_000))?;
         Ok(Config {
             addr,
@@ -220,6 +243,7 @@ impl Config {
             admission_timeout_ms: settings.need("admission-timeout-ms", number(0, 3_600_000))?,
             runtime_dir: settings.need("runtime-dir", |text| Ok(PathBuf::from(text)))?,
             watch_interval_ms: settings.need("watch-interval-ms", number(100, 10_000))?,
+            pool_managers,
             allow_engine_hosts: settings.get("allow-engine-hosts", AllowList::parse)?.unwrap_or_default(),
             hang_suspect_ms: settings.need("hang-suspect-ms", number(1_000, 3_600_000))?,
             drain_timeout_ms: settings.need("drain-timeout-ms", number(0, 3_600_000))?,
@@ -228,6 +252,53 @@ impl Config {
             log_level: settings.need("log-level", |text| Ok(text.to_string()))?,
             notes,
         })
+    }
+}
+
+impl Config {
+    /// Whether this machine's runtime directory is watched: in the HOME profile, unless agents are polled
+    /// that do so.
+    #[must_use]
+    pub fn watches(&self) -> bool {
+        !self.cloud && self.pool_managers.is_empty()
+    }
+}
+
+/// Each URL once.
+fn agents(text: &str) -> Result<Vec<BaseUrl>, String> {
+    let mut urls: Vec<BaseUrl> = Vec::new();
+    for text in text.split(',').map(str::trim).filter(|text| !text.is_empty()) {
+        let url = BaseUrl::lenient(text).map_err(|error| error.to_string())?;
+        if url.https() {
+            return Err("https is not supported by this version; allowed is http://HOST:PORT".into());
+        }
+        if !urls.contains(&url) {
+            urls.push(url);
+        }
+    }
+    if urls.len() > POLLED_MAX {
+        return Err(format!("it names {} agents; allowed are {POLLED_MAX}", urls.len()));
+    }
+    Ok(urls)
+}
+
+/// Says what polling changes.
+fn note_polls(agents: &[BaseUrl], cloud: bool, limits: &Limits, notes: &mut Vec<String>) {
+    if agents.is_empty() {
+        return;
+    }
+    if !cloud {
+        notes.push(format!(
+            "POOL_MANAGERD_URL names {} agents: they are polled, and this machine's runtime directory is not watched by orchestratord",
+            agents.len()
+        ));
+    }
+    let lease_ms = limits.poll_interval_ms * LEASE_POLLS;
+    if lease_ms > limits.node_timeout_ms {
+        notes.push(format!(
+            "ORCHD_POOL_POLL_INTERVAL_MS={}: a polled node gets no new work after {lease_ms} ms without an answer, rather than ORCHESTRATORD_NODE_TIMEOUT_MS={}",
+            limits.poll_interval_ms, limits.node_timeout_ms
+        ));
     }
 }
 
@@ -250,12 +321,36 @@ mod tests {
     }
 
     #[test]
+    fn agents_to_poll_replace_the_directory_and_lengthen_leases() {
+        let home = read(&[("POOL_MANAGERD_URL", "")]).expect("HOME");
+        assert!(home.watches() && home.pool_managers.is_empty() && home.notes.is_empty(), "{:?}", home.notes);
+        let urls = "10.0.0.1:9200, http://b:9200/,http://10.0.0.1:9200,";
+        let home = read(&[("POOL_MANAGERD_URL", urls)]).expect("agents");
+        let named: Vec<String> = home.pool_managers.iter().map(ToString::to_string).collect();
+        assert_eq!((named.join(" ").as_str(), home.watches()), ("http://10.0.0.1:9200 http://b:9200", false));
+        assert!(home.notes.iter().any(|note| note.contains("is not watched")), "{:?}", home.notes);
+        let slow = [
+            ("ORCHESTRATORD_CLOUD_PROFILE", "true"),
+            ("ORCHD_POOL_MANAGERS", urls),
+            ("ORCHESTRATORD_POOL_POLL_INTERVAL_MS", "20000"),
+        ];
+        let cloud = read(&slow).expect("a list in the CLOUD profile");
+        assert_eq!((cloud.pool_managers.len(), cloud.registry.poll_interval_ms), (2, 20_000));
+        for part in ["use POOL_MANAGERD_URL", "use ORCHD_POOL_POLL_INTERVAL_MS", "after 60000 ms without"] {
+            assert!(cloud.notes.iter().any(|note| note.contains(part)), "{part}: {:?}", cloud.notes);
+        }
+    }
+
+    #[test]
     fn bad_values_name_themselves() {
         for (name, value, part) in [
             ("ORCHESTRATORD_ADDR", "localhost", "allowed is an address"),
             ("ORCHESTRATORD_NODE_TIMEOUT_MS", "x", "from 1000 to 300000"),
             ("ORCHESTRATORD_PLACEMENT_STRATEGY", "best", "least-loaded"),
             ("ORCHD_ADMISSION_CAPACITY", "-1", "from 0 to 100000"),
+            ("POOL_MANAGERD_URL", "http://a:9200,https://b", "https is not supported"),
+            ("ORCHD_POOL_MANAGERS", "http://a:9200,http://b:x", "its port is not a number"),
+            ("ORCHD_POOL_POLL_INTERVAL_MS", "99", "from 100 to 300000"),
             ("ORCHESTRATORD_ALLOW_ENGINE_HOSTS", "10.0.0.0/99", "10.0.0.0/99"),
         ] {
             let exit = read(&[(name, value)]).expect_err(value);

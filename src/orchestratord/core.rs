@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   Register, Heartbeat ─▶ service registry ─┐ a replica takes work, or has a free slot
+//!   Polled (nodes without heartbeats) ───────┤
 //!   Listing, Probed ─▶ local replicas (HOME) ┤
 //!                                            ▼
 //!   Ask ─▶ placement ──slot taken──▶ Effect::Dispatch ─▶ Answering ─▶ Ended ─▶ slot given back
@@ -23,10 +24,12 @@ use crate::wire::id::NodeId;
 use super::admission::{Admission, Waiter};
 pub use super::messages::{Asked, Counts, Dispatch, Effect, Ending, Input, Options, RequestId};
 use super::placement::{Ask, Choice, Strategy, StrategyState, choose, fits};
+use super::poller::Poller;
 use super::refusal::{RETRY_MS_DEFAULT, Refusal};
 use super::report::happening;
 use super::service_registry::{Change, Fenced, Grant, ReplicaRef, ServiceRegistry};
 
+mod polling;
 #[cfg(test)]
 mod tests;
 
@@ -68,6 +71,7 @@ pub struct Core {
     admission: Admission<Ask>,
     requests: BTreeMap<RequestId, Request>,
     local: Option<Local>,
+    poller: Poller,
     strategy: Strategy,
     strategy_state: StrategyState,
     wait_ms_max: u64,
@@ -91,6 +95,7 @@ impl Core {
             Local { node, replicas, shown_revision: 0 }
         });
         Core {
+            poller: Poller::new(&options.polled, options.limits.poll_interval_ms, options.seed, now),
             registry: ServiceRegistry::new(options.limits, now.wall.unix_ms()),
             admission: Admission::new(options.admission_capacity),
             requests: BTreeMap::new(),
@@ -147,6 +152,8 @@ impl Core {
             Input::AgentSaid { node, pool, replicas } => {
                 self.registry.set_engine_url(&node, &pool, &replicas, now, &mut changes);
             }
+            Input::Polled(id, outcome) => self.polled(id, outcome, now, &mut changes, effects),
+            Input::PoolReady { reply, notice } => self.pool_ready(reply, &notice, now, effects),
             Input::Ask { request, asked } => self.ask(request, *asked, now, effects),
             Input::Answering(request) => self.answering(request, now, &mut changes),
             Input::Ended(request, ending) => self.ended(request, ending, now, &mut changes, effects),
@@ -166,6 +173,7 @@ impl Core {
         self.send_probes(now, effects);
         if tick {
             self.end_waits(now, effects);
+            self.send_polls(now, effects);
         }
         self.end_shutdown(now, effects);
     }
@@ -178,7 +186,7 @@ impl Core {
         let local = local.and_then(|local| local.replicas.deadline());
         let queue = self.admission.deadline();
         earliest(
-            earliest(self.registry.deadline(), queue),
+            earliest(self.registry.deadline(), earliest(queue, self.poller.deadline())),
             earliest(local, self.ends_at.filter(|_| !self.over)),
         )
     }
@@ -247,6 +255,7 @@ impl Core {
     pub fn check_invariants(&self) {
         self.registry.check_invariants();
         self.admission.check_invariants();
+        self.poller.check_invariants();
         if let Some(local) = &self.local {
             local.replicas.check_invariants();
         }

@@ -20,25 +20,25 @@ use crate::service::{logging, machine};
 use crate::settings::Exit;
 use crate::time::{Now, earliest};
 use crate::wire::id::{NodeId, PoolId, ReplicaKey};
-use crate::wire::pool::PoolStatus;
 
 use super::api::{self, Action};
 use super::config::Config;
 use super::core::{Core, Dispatch, Effect, Ending, Input, Options, RequestId};
+use super::poller::PollId;
 use super::refusal::Refusal;
 use super::service_registry::Target;
 use super::tasks::{self, EVENTS_BYTES_MAX, NewTask, Tasks};
 
+mod agents;
+
 /// What a request to an engine may take: prompts are read for minutes before the first token.
 const ENGINE_PATIENCE: Patience = Patience { connect_ms: 2_000, first_byte_ms: 900_000, idle_ms: 300_000 };
-/// What a question to a node's agent may take.
-const AGENT_PATIENCE: Patience = Patience { connect_ms: 2_000, first_byte_ms: 5_000, idle_ms: 5_000 };
-/// Largest answer of a node's agent, in bytes.
-const AGENT_ANSWER_BYTES_MAX: usize = 1024 * 1024;
 /// An engine that answers so did not take the request: another one may.
 const HOLD_BACK: &[u16] = &[502, 503, 504];
 /// An agent also answers 409 when another engine stands behind the name by now.
 const HOLD_BACK_FROM_AGENT: &[u16] = &[409, 502, 503, 504];
+/// How long after a notice the runtime directory is listed, in milliseconds: many notices are one listing.
+const RESCAN_MS: u64 = 50;
 /// Turns in a row that may end with sockets still to be read before clocks are looked at all the same.
 const TURNS_BEHIND_MAX: u32 = 64;
 /// Name of this machine's node in the HOME profile.
@@ -88,6 +88,7 @@ enum Front {
 enum Running {
     Probe(Box<ProbeOrder>),
     Agent(NodeId, PoolId),
+    Poll(PollId),
     Request(RequestId),
 }
 
@@ -104,11 +105,13 @@ impl Daemon {
             Shell::start(config.addr, "ORCHESTRATORD_ADDR")?;
         let at = now();
         let core = Core::new(options(&config, bound)?, at);
-        let watch = (!config.cloud).then(|| {
+        let watch = config.watches().then(|| {
             Watch::new(config.runtime_dir.clone(), config.watch_interval_ms, Token::only(Kind::DirWatch))
         });
         let profile = if config.cloud {
             "CLOUD profile".to_string()
+        } else if !config.watches() {
+            format!("HOME profile, polling {} agents", config.pool_managers.len())
         } else {
             format!("HOME profile, watching {}", config.runtime_dir.display())
         };
@@ -235,6 +238,8 @@ impl Daemon {
                     Effect::Registered(call, reply) => self.reply(call, &Response::json(200, &reply), now),
                     Effect::Beaten(call, reply) => self.reply(call, &Response::json(200, &reply), now),
                     Effect::Removed(call) => self.reply(call, &Response::empty(204), now),
+                    Effect::Noted(call) => self.reply(call, &Response::empty(202), now),
+                    Effect::Poll(order) => self.poll_agent(order, now),
                     Effect::Refuse(request, refusal) => self.refuse(request, &refusal, now),
                     // Tasks were told when they were created; other clients just wait.
                     Effect::Waiting { .. } => {}
@@ -284,6 +289,13 @@ impl Daemon {
             Action::Deregister(node, incarnation) => {
                 let reply = self.open_job(Front::Call(client), Vec::new());
                 self.core.handle(Input::Deregister { reply, node, incarnation }, now, &mut self.effects);
+            }
+            Action::PoolReady(notice) => {
+                if let Some(watch) = &mut self.watch {
+                    watch.look_by(now.mono.plus_ms(RESCAN_MS));
+                }
+                let reply = self.open_job(Front::Call(client), Vec::new());
+                self.core.handle(Input::PoolReady { reply, notice }, now, &mut self.effects);
             }
             Action::Engine(asked) => {
                 let front = Front::Engine { client, head: Box::new(request.head) };
@@ -406,23 +418,6 @@ impl Daemon {
         self.core.handle(Input::Ended(request, ending), now, &mut self.effects);
     }
 
-    fn ask_agent(&mut self, node: NodeId, pool: PoolId, agent: crate::wire::url::BaseUrl, now: Now) {
-        let mut fields = vec![("Accept".to_string(), b"application/json".to_vec())];
-        fields.extend(self.tokens.bearer().map(|bearer| ("Authorization".to_string(), bearer.into_bytes())));
-        let outbound = Outbound {
-            to: agent,
-            method: "GET".into(),
-            target: format!("/v2/pools/{pool}/status"),
-            fields,
-            body: Arc::default(),
-            sink: Sink::Collect { bytes_max: AGENT_ANSWER_BYTES_MAX },
-            patience: AGENT_PATIENCE,
-            keep_ms: None,
-        };
-        let exchange = self.net.start(outbound, now.mono);
-        self.exchanges.insert(exchange, Running::Agent(node, pool));
-    }
-
     fn head(&mut self, exchange: Token, status: u16, now: Now) {
         if let Some(Running::Request(request)) = self.exchanges.get(&exchange) {
             self.tasks.answering(*request, status);
@@ -458,13 +453,9 @@ impl Daemon {
                 self.core.handle(input, now, &mut self.effects);
             }
             Some(Running::Agent(node, pool)) => {
-                if let Outcome::Complete { status: 200, body } = outcome
-                    && let Ok(status) = serde_json::from_slice::<PoolStatus>(&body)
-                {
-                    let replicas = status.replicas;
-                    self.core.handle(Input::AgentSaid { node, pool, replicas }, now, &mut self.effects);
-                }
+                self.agent_answered(node, pool, outcome, now);
             }
+            Some(Running::Poll(id)) => self.poll_ended(id, outcome, now),
             Some(Running::Request(request)) => self.request_ended(request, outcome, now),
             None => {}
         }
@@ -620,7 +611,7 @@ impl Daemon {
 }
 
 fn options(config: &Config, bound: SocketAddr) -> Result<Options, Exit> {
-    let local = if config.cloud {
+    let local = if !config.watches() {
         None
     } else {
         let node = NodeId::new(LOCAL_NODE).map_err(|error| Exit::runtime(error.to_string()))?;
@@ -640,6 +631,7 @@ fn options(config: &Config, bound: SocketAddr) -> Result<Options, Exit> {
         drain_timeout_ms: config.drain_timeout_ms,
         hang_suspect_ms: config.hang_suspect_ms,
         local,
+        polled: config.pool_managers.clone(),
         seed: fastrand::u64(..),
     })
 }

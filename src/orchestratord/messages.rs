@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use serde::Deserialize;
+
 use crate::metrics::Histogram;
 use crate::replicas::{
     Activity, EnginePolicy, Listing, ProbeId, ProbeOrder, ProbeOutcome, ProcessOrder, ProcessSeen, Trouble,
@@ -10,11 +12,12 @@ use crate::replicas::{
 use crate::service::events::Tell;
 use crate::wire::id::{NodeId, PoolId, ReplicaKey};
 use crate::wire::node::{Heartbeat, HeartbeatReply, RegisterReply, RegisterRequest};
-use crate::wire::pool::ReplicaStatus;
+use crate::wire::pool::{AgentReport, ReplicaStatus};
 use crate::wire::url::BaseUrl;
 
 use super::admission::Priority;
 use super::placement::{Ask, Strategy};
+use super::poller::{PollId, PollOrder};
 use super::refusal::Refusal;
 use super::service_registry::{Limits, Target};
 
@@ -54,6 +57,28 @@ pub enum Ending {
         /// The client has seen a part of the answer.
         answered: bool,
     },
+}
+
+/// Why a poll brought no report. Displayed to people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PollError {
+    /// No answer.
+    Unreachable(String),
+    /// An answer that is no report.
+    Unusable(String),
+}
+
+/// `POST /callbacks/pool-ready`: a hint that a pool became ready, or stopped being ready.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct PoolReady {
+    /// The pool.
+    pub pool_id: PoolId,
+    /// Its node.
+    #[serde(default)]
+    pub node_id: Option<NodeId>,
+    /// Of the agent, or of an engine. Compared with what is known, never dialled for being named here.
+    #[serde(default)]
+    pub url: Option<String>,
 }
 
 /// What happened.
@@ -114,6 +139,15 @@ pub enum Input {
         /// Its replicas.
         replicas: Vec<ReplicaStatus>,
     },
+    /// A poll ended.
+    Polled(PollId, Result<Box<AgentReport>, PollError>),
+    /// Somebody says that there is news of a pool.
+    PoolReady {
+        /// Whom to answer.
+        reply: RequestId,
+        /// What it says.
+        notice: PoolReady,
+    },
     /// A request wants a slot.
     Ask {
         /// The request.
@@ -142,6 +176,10 @@ pub enum Effect {
     Beaten(RequestId, HeartbeatReply),
     /// Answer a deregistration.
     Removed(RequestId),
+    /// Answer a notice.
+    Noted(RequestId),
+    /// Ask an agent for its report.
+    Poll(PollOrder),
     /// Refuse a request or a call.
     Refuse(RequestId, Refusal),
     /// A request waits.
@@ -208,7 +246,9 @@ pub struct Options {
     pub hang_suspect_ms: u64,
     /// In the HOME profile: this machine's name, and where its engines may be.
     pub local: Option<(NodeId, EnginePolicy)>,
-    /// Decides the random strategy.
+    /// Agents that are polled, every [`Limits::poll_interval_ms`].
+    pub polled: Vec<BaseUrl>,
+    /// Decides the random strategy and the jitter of polls.
     pub seed: u64,
 }
 
@@ -231,6 +271,8 @@ pub struct Counts {
     pub heartbeats: u64,
     /// Messages of nodes that were refused.
     pub fenced: u64,
+    /// Polls that ended, by what came of them.
+    pub polls: BTreeMap<&'static str, u64>,
     /// From ask to dispatch.
     pub waited: Histogram,
     /// From dispatch to the answer's head.

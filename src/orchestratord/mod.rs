@@ -17,6 +17,7 @@ pub mod daemon;
 pub mod messages;
 pub mod openai;
 pub mod placement;
+pub mod poller;
 pub mod refusal;
 pub mod replica_table;
 pub mod report;

@@ -18,6 +18,8 @@
 //! Two messages are ordered by `(incarnation, seq)`. What is older than what is known is refused and
 //! changes nothing. An incarnation that is newer than the registered one must register first.
 //!
+//! The agents of some nodes are polled instead; their answers are snapshots too, see `polled.rs`.
+//!
 //! **Mass expiry.** When most nodes fall silent together, the fault is likelier here than there.
 //! Leases then do not end for up to [`EXPIRY_HOLD_MS`]; replicas that really are gone leave the
 //! rotation through their failing data path.
@@ -43,6 +45,7 @@ use crate::wire::url::BaseUrl;
 
 mod change;
 mod departed;
+mod polled;
 mod snapshot;
 #[cfg(test)]
 mod tests;
@@ -50,6 +53,7 @@ mod tests;
 pub use self::change::{Change, Fenced};
 use self::departed::Departed;
 pub use self::departed::{DEPARTED_MAX, DEPARTED_MS};
+pub use self::polled::{Polled, Via};
 pub use self::snapshot::{
     MODEL_BYTES_MAX, MODELS_MAX, NODE_REPLICAS_MAX, REPLICAS_TOTAL_MAX, TEXT_BYTES_MAX,
 };
@@ -82,7 +86,13 @@ pub struct Limits {
     pub nodes_max: usize,
     /// The interval that nodes are told.
     pub heartbeat_interval_ms: u64,
+    /// The interval in which agents are polled: a node that is known by polls has a lease of at least
+    /// [`LEASE_POLLS`] of them.
+    pub poll_interval_ms: u64,
 }
+
+/// A node that is known by polls may miss one or two of them before its lease ends.
+pub const LEASE_POLLS: u64 = 3;
 
 impl Default for Limits {
     fn default() -> Self {
@@ -92,6 +102,7 @@ impl Default for Limits {
             forget_ms: 24 * 3_600_000,
             nodes_max: 10_000,
             heartbeat_interval_ms: 10_000,
+            poll_interval_ms: 5_000,
         }
     }
 }
@@ -173,6 +184,12 @@ pub struct Node {
     /// Its pools as last reported. `replicas` is empty here: see [`ServiceRegistry::replicas_of`].
     pub pools: Vec<PoolBeat>,
     seq: Option<u64>,
+    /// It has registered, with this incarnation.
+    registered: bool,
+    /// When its last registration or heartbeat came.
+    told_at: Option<Mono>,
+    /// Where it was polled, if that is how it was last heard of.
+    polled: Option<BaseUrl>,
     /// Heartbeats so far, to tell replicas that the newest one names from others.
     beats: u64,
     last_contact: Mono,
@@ -278,11 +295,7 @@ impl ServiceRegistry {
         let node = &mut self.nodes[index];
         node.machine_id = cut(request.machine_id.as_deref().unwrap_or(request.node_id.as_str()));
         node.version = request.version.as_deref().map(cut);
-        node.capabilities = request.capabilities.clone();
-        for gpu in &mut node.capabilities.gpus {
-            gpu.name = cut(&gpu.name);
-            gpu.compute_capability = cut(&gpu.compute_capability);
-        }
+        node.capabilities = shown(&request.capabilities);
         node.incarnation = request.incarnation;
         let boot_id = request.boot_id.as_deref().map(cut);
         if node.boot_id != boot_id {
@@ -290,6 +303,7 @@ impl ServiceRegistry {
             node.twins.clear();
         }
         node.registered_at = now.wall;
+        (node.registered, node.told_at, node.polled) = (true, Some(now.mono), None);
         if fresh || request.incarnation.is_none() {
             node.seq = None;
         }
@@ -362,11 +376,15 @@ impl ServiceRegistry {
                 return Err(Fenced::OldSequence { known: last });
             }
         }
-        self.check_size(index, &beat.pools)?;
+        if !known.registered {
+            return Err(Fenced::UnknownNode);
+        }
+        self.check_size(self.nodes[index].replicas.len(), &beat.pools)?;
         let known = &mut self.nodes[index];
         known.incarnation = known.incarnation.or(beat.incarnation);
         known.seq = beat.seq.or(known.seq);
         known.last_heartbeat_at = Some(now.wall);
+        (known.told_at, known.polled) = (Some(now.mono), None);
         self.contact(index, peer, now);
         // Replicas first: when the node turns Online, they are already what it says they are.
         self.take_snapshot(index, &beat.pools, now, changes);
@@ -426,7 +444,7 @@ impl ServiceRegistry {
             }
             None => self.add_node(node, now),
         };
-        self.check_size(index, pools)?;
+        self.check_size(self.nodes[index].replicas.len(), pools)?;
         self.unschedule(index);
         let known = &mut self.nodes[index];
         known.address = None;
@@ -454,16 +472,14 @@ impl ServiceRegistry {
             while let Some(&(due, index)) = self.leases.first()
                 && due <= now.mono
             {
-                let silent_s = now.mono.ms_since(self.nodes[index].last_contact) / 1000;
-                let reason = format!("no heartbeat for {silent_s} s");
+                let reason = self.nodes[index].silence(now);
                 self.set_status(index, NodeStatus::Suspect, &reason, now, changes);
             }
         }
         while let Some(&(due, index)) = self.lapsed.first()
             && due <= now.mono
         {
-            let silent_s = now.mono.ms_since(self.nodes[index].last_contact) / 1000;
-            let reason = format!("no heartbeat for {silent_s} s");
+            let reason = self.nodes[index].silence(now);
             if self.nodes[index].status == NodeStatus::Suspect {
                 self.set_status(index, NodeStatus::Offline, &reason, now, changes);
             } else {
@@ -634,7 +650,11 @@ impl ServiceRegistry {
         now: Now,
         changes: &mut Vec<Change>,
     ) -> Result<(), Fenced> {
-        let late_ms = self.limits.heartbeat_interval_ms.saturating_mul(3) / 2;
+        // One that is polled is heard of at the next poll, and then tells of a reboot itself.
+        let late_ms = match self.nodes[index].polled {
+            Some(_) => self.lease_ms(index),
+            None => self.limits.heartbeat_interval_ms.saturating_mul(3) / 2,
+        };
         let node = &mut self.nodes[index];
         if node.address.is_none() {
             return Err(Fenced::Local);
@@ -711,6 +731,9 @@ impl ServiceRegistry {
             last_heartbeat_at: None,
             pools: Vec::new(),
             seq: None,
+            registered: false,
+            told_at: None,
+            polled: None,
             beats: 0,
             last_contact: now.mono,
             due: None,
@@ -744,7 +767,7 @@ impl ServiceRegistry {
         }
         node.last_contact = now.mono;
         if node.status.leased() {
-            self.schedule(index, now.mono.plus_ms(self.limits.node_timeout_ms));
+            self.schedule(index, now.mono.plus_ms(self.lease_ms(index)));
         }
     }
 
@@ -772,7 +795,7 @@ impl ServiceRegistry {
         let silence_ms = match status {
             NodeStatus::Suspect => self.limits.offline_grace_ms,
             NodeStatus::Offline => self.limits.forget_ms,
-            _ => self.limits.node_timeout_ms,
+            _ => self.lease_ms(index),
         };
         self.schedule(index, now.mono.plus_ms(silence_ms));
         for replica in self.refs_of(index) {
@@ -797,6 +820,16 @@ impl ServiceRegistry {
             self.lapsed.remove(&(due, index));
         }
     }
+}
+
+/// What a machine has, with bounded texts.
+fn shown(capabilities: &Capabilities) -> Capabilities {
+    let mut capabilities = capabilities.clone();
+    for gpu in &mut capabilities.gpus {
+        gpu.name = cut(&gpu.name);
+        gpu.compute_capability = cut(&gpu.compute_capability);
+    }
+    capabilities
 }
 
 /// A model and how many replicas serve it.

@@ -89,7 +89,7 @@ pub fn route(request: &Request, core: &Core, facts: &Facts<'_>) -> Action {
         ["health"] if get => respond(200, &json!({"status": "ok", "version": env!("CARGO_PKG_VERSION")})),
         ["ready"] if get => ready(core),
         ["metrics"] if get => Action::Respond(scrape(core, facts)),
-        ["pools"] if get => respond(200, &json!({"node_id": core.node_id(), "pools": core.pools()})),
+        ["pools"] if get => respond(200, &core.report()),
         ["pools", pool, "status"] if get || post => with_pool(pool, |id| match core.pool_status(&id) {
             Some(status) => respond(200, &status),
             None => Action::Respond(not_found(&format!("pool {id} not found"))),

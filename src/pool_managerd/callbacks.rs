@@ -163,7 +163,8 @@ struct Callback {
 }
 
 impl Policy {
-    /// `rules` say what is never called; `planes` are the configured control planes.
+    /// `rules` say what is never called; `planes` are the configured control planes and the configured
+    /// callback.
     #[must_use]
     pub fn new(rules: EnginePolicy, planes: Vec<BaseUrl>) -> Policy {
         Policy { rules, planes }
@@ -200,8 +201,8 @@ impl Policy {
         }
     }
 
-    /// Whether `url` belongs to a configured control plane: only those see this agent's token. Another
-    /// port of the same host is another program.
+    /// Whether `url` belongs to a configured control plane or is the configured callback: only those see
+    /// this agent's token. Another port of the same host is another program.
     #[must_use]
     pub fn is_trusted(&self, url: &BaseUrl) -> bool {
         self.planes.iter().any(|plane| (plane.host(), plane.port()) == (url.host(), url.port()))

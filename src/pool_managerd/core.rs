@@ -736,7 +736,7 @@ impl Core {
                 pools: self.pool_beats(),
                 incarnation: Some(identity.incarnation),
                 seq: Some(seq),
-                draining: self.shutdown != Shutdown::No || self.replicas.drain_status(&Scope::Node).is_some(),
+                draining: self.is_node_draining(),
             })),
             (Call::Deregister | Call::Register, _) => {
                 CallBody::Deregister { incarnation: identity.incarnation }

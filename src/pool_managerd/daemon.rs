@@ -574,8 +574,9 @@ fn make_core(config: &Config, own_port: u16) -> Core {
 
 fn callback_policy(config: &Config, own_port: u16) -> callbacks::Policy {
     let rules = EnginePolicy::new(machine::own_addresses(), Some(own_port), AllowList::default(), "");
-    let planes = config.cloud.as_ref().map(|cloud| cloud.control_planes.clone());
-    callbacks::Policy::new(rules, planes.unwrap_or_default())
+    let planes = config.cloud.iter().flat_map(|cloud| cloud.control_planes.iter().cloned());
+    // Whoever configured a callback trusts it as a control plane: it may be the only one that is named.
+    callbacks::Policy::new(rules, planes.chain(config.callback_url.clone()).collect())
 }
 
 fn enable_callbacks(

@@ -103,6 +103,11 @@ impl Watch {
         earliest(Some(self.due_at), self.scanner.deadline()).unwrap_or(self.due_at)
     }
 
+    /// Looks at everything by `at` at the latest.
+    pub fn look_by(&mut self, at: Mono) {
+        self.due_at = self.due_at.min(at);
+    }
+
     /// Whether a look is under way that must go on before the loop blocks.
     #[must_use]
     pub fn busy(&self) -> bool {

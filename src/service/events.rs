@@ -15,7 +15,8 @@ pub const EVENTS_MAX: usize = 1000;
 /// A state change, in words.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Happening {
-    /// What changed: `node`, `replica`, `gpu`, `file`, `drain`, `callback`, `membership`, `task` or `daemon`.
+    /// What changed: `node`, `agent`, `replica`, `gpu`, `file`, `drain`, `callback`, `membership`, `task` or
+    /// `daemon`.
     pub kind: &'static str,
     /// What it was about: a node, a pool and replica, a file.
     pub subject: String,

@@ -1,11 +1,41 @@
 //! A pool's status as `GET /v2/pools/{id}/status` tells it, by the node agent and by the control
-//! plane alike.
+//! plane alike, and the agent's report about all of its pools.
 
 use serde::{Deserialize, Serialize};
 
 use super::drain::DrainStatus;
-use super::id::{PoolId, ReplicaId};
+use super::id::{NodeId, PoolId, ReplicaId};
+use super::node::Capabilities;
 use super::url::BaseUrl;
+
+/// All that a node's agent tells about its node at once: `GET /v2/pools`. A control plane that polls takes
+/// it for what a heartbeat would have said.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentReport {
+    /// The node's name.
+    pub node_id: NodeId,
+    /// The machine's name; the node's where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine_id: Option<String>,
+    /// Version of the agent.
+    #[serde(default)]
+    pub version: Option<String>,
+    /// Grows with every start of the agent; absent from older agents.
+    #[serde(default)]
+    pub incarnation: Option<u64>,
+    /// The kernel's boot id: tells a restarted agent from a twin on another machine.
+    #[serde(default)]
+    pub boot_id: Option<String>,
+    /// The whole node takes no new work.
+    #[serde(default)]
+    pub draining: bool,
+    /// What the machine has.
+    #[serde(default)]
+    pub capabilities: Capabilities,
+    /// Every pool of the node, by name.
+    #[serde(default)]
+    pub pools: Vec<PoolStatus>,
+}
 
 /// State of one pool. The first six fields are what the oldest clients look for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -85,8 +85,9 @@ impl World {
             self.run_until(at.plus_ms(SETTLE_MS));
         }
         self.check_all_is_well();
-        let counts = self.control.as_ref().map(|control| control.core.counts().retried);
-        self.totals.retried += counts.unwrap_or(0);
+        let counts = self.control.as_ref().map(|control| control.core.counts());
+        self.totals.retried += counts.map_or(0, |counts| counts.retried);
+        self.totals.polls += counts.and_then(|counts| counts.polls.get("taken").copied()).unwrap_or(0);
     }
 
     /// The handoffs that count on a node: of those that name one replica the highest generation, then

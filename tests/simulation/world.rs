@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use llama_orch::orchestratord::core::{self as control_core, Asked, Dispatch, Ending, Options};
 use llama_orch::orchestratord::placement::Strategy;
+use llama_orch::orchestratord::poller::PollId;
 use llama_orch::orchestratord::refusal::Refusal;
 use llama_orch::orchestratord::service_registry::{Limits, Target};
 use llama_orch::pool_managerd::core::{self as agent_core, CallBody, Identity};
@@ -19,6 +20,7 @@ use llama_orch::wire::id::{NodeId, ReplicaKey};
 use llama_orch::wire::node::Capabilities;
 use llama_orch::wire::url::BaseUrl;
 
+use crate::polls::PollOutcome;
 use crate::rules::Ledger;
 
 /// Between listings of a runtime directory when no event tells of a change.
@@ -47,6 +49,7 @@ pub(crate) struct Totals {
     pub(crate) agent_exits: u64,
     pub(crate) control_exits: u64,
     pub(crate) faults: u64,
+    pub(crate) polls: u64,
 }
 
 impl Totals {
@@ -66,6 +69,7 @@ impl Totals {
             (&mut self.agent_exits, other.agent_exits),
             (&mut self.control_exits, other.control_exits),
             (&mut self.faults, other.faults),
+            (&mut self.polls, other.polls),
         ];
         pairs.into_iter().for_each(|(sum, one)| *sum += one);
     }
@@ -74,6 +78,7 @@ impl Totals {
     pub(crate) fn assert_eventful(&self) {
         let Totals { answered, refused, withdrawn, broken, cut_off, waited, retried, .. } = *self;
         let Totals { heartbeats, fenced, suspects, holds, agent_exits, control_exits, faults, .. } = *self;
+        assert!(self.polls > 0, "no answer to a poll counted: {self:?}");
         let requests = [answered, refused, withdrawn, broken, cut_off, waited, retried];
         let members = [heartbeats, fenced, suspects, holds, agent_exits, control_exits, faults];
         assert!(requests.iter().chain(&members).all(|count| *count > 0), "nothing of a kind: {self:?}");
@@ -114,6 +119,19 @@ pub(crate) enum Event {
         node: usize,
         life: u64,
         again: bool,
+    },
+    /// A poll reaches an agent.
+    PollArrives {
+        node: usize,
+        life: u64,
+        id: PollId,
+    },
+    /// A poll's end reaches the control plane.
+    PollEnds {
+        node: usize,
+        life: u64,
+        id: PollId,
+        outcome: PollOutcome,
     },
     ExchangeArrives(u64),
     ExchangeAnswers(u64),
@@ -235,6 +253,7 @@ pub(crate) enum Arrival {
     Ask(Box<Asked>),
     Leaves(u64),
     Answering(u64),
+    Polled(PollId, PollOutcome),
     Ended { exchange: u64, request: u64, ending: Ending },
     Shutdown,
 }
@@ -254,6 +273,8 @@ pub(crate) struct World {
     /// How unreliable links are in this story, in percent.
     pub(crate) loss_percent: u64,
     pub(crate) ask_pause_ms: u64,
+    /// The control plane polls the agents that it does not hear.
+    pub(crate) polls: bool,
 }
 
 impl World {
@@ -287,6 +308,7 @@ impl World {
             chaos: true,
             loss_percent,
             ask_pause_ms,
+            polls: seed.is_multiple_of(2),
         }
     }
 
@@ -393,6 +415,8 @@ impl World {
                     self.agent_input(node, life, agent_core::Input::Listing(listing));
                 }
             }
+            Event::PollArrives { node, life, id } => self.poll_arrives(node, life, id),
+            Event::PollEnds { node, life, id, outcome } => self.poll_ends(node, life, id, outcome),
             Event::ExchangeArrives(id) => self.exchange_arrives(id),
             Event::ExchangeAnswers(id) => self.exchange_answers(id),
             Event::ExchangeEnds(id) => {
@@ -544,7 +568,7 @@ impl World {
     }
 
     /// Usually quick, sometimes stuck in some queue for longer than anybody waits.
-    fn delay_ms(&mut self) -> u64 {
+    pub(crate) fn delay_ms(&mut self) -> u64 {
         if self.chance(self.loss_percent) { self.random.u64(100..25_000) } else { self.random.u64(0..20) }
     }
 
@@ -605,6 +629,7 @@ impl World {
             drain_timeout_ms: 10_000,
             hang_suspect_ms: 60_000,
             local: None,
+            polled: self.polled_agents(),
             seed,
         };
         self.control = Some(Control {
@@ -693,6 +718,7 @@ impl World {
                     None => return None,
                 }
             }
+            Arrival::Polled(id, outcome) => control_core::Input::Polled(id, outcome),
             Arrival::Answering(request) => control_core::Input::Answering(request),
             Arrival::Ended { exchange, request, ending } => {
                 control.ledger.ended(request, exchange, &ending);
@@ -758,6 +784,8 @@ impl World {
             Effect::Probe(_) | Effect::AskAgent { .. } => {
                 panic!("nobody here needs a probe or a question: {effect:?}");
             }
+            Effect::Poll(order) => self.poll(order),
+            Effect::Noted(_) => panic!("nobody sends notices here"),
             Effect::Log(what) => {
                 let happening = what.happening();
                 self.totals.suspects += u64::from(happening.state == "Suspect");

@@ -11,9 +11,9 @@ use crate::time::Wall;
 use crate::wire::handoff::{HandoffFile, parse};
 use crate::wire::node::{Heartbeat, RegisterRequest};
 
-const NOW: Now = Now { mono: Mono(1_000_000_000), wall: Wall(1_700_000_000_000_000_000) };
+pub(super) const NOW: Now = Now { mono: Mono(1_000_000_000), wall: Wall(1_700_000_000_000_000_000) };
 
-fn options(local: bool) -> Options {
+pub(super) fn options(local: bool) -> Options {
     let policy = EnginePolicy::new(Vec::new(), Some(8080), AllowList::default(), "ALLOW");
     Options {
         limits: Limits::default(),
@@ -23,11 +23,12 @@ fn options(local: bool) -> Options {
         drain_timeout_ms: 30_000,
         hang_suspect_ms: 60_000,
         local: local.then(|| (NodeId::new("local").expect("an id"), policy)),
+        polled: Vec::new(),
         seed: 1,
     }
 }
 
-fn handle(core: &mut Core, input: Input, now: Now) -> Vec<Effect> {
+pub(super) fn handle(core: &mut Core, input: Input, now: Now) -> Vec<Effect> {
     let mut effects = Vec::new();
     core.handle(input, now, &mut effects);
     core.check_invariants();
@@ -41,7 +42,7 @@ fn listing(text: &str) -> Input {
     Input::Listing(Listing::whole(vec![ListedFile { name: "a.json".into(), modified: NOW.wall, content }]))
 }
 
-fn ask(request: RequestId, ask: Ask) -> Input {
+pub(super) fn ask(request: RequestId, ask: Ask) -> Input {
     let asked = Asked { ask, priority: Priority::Batch, client: "c".into(), wait_ms_max: 60_000 };
     Input::Ask { request, asked: Box::new(asked) }
 }

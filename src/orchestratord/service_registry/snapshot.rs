@@ -48,7 +48,8 @@ impl ServiceRegistry {
         let list: Vec<ReplicaBeat> = replicas.iter().map(asked).collect();
         let mut with_replicas = beat;
         with_replicas.replicas = Some(list);
-        if self.check_size(index, std::slice::from_ref(&with_replicas)).is_err() {
+        let own = self.nodes[index].replicas.len();
+        if self.check_size(own, std::slice::from_ref(&with_replicas)).is_err() {
             return;
         }
         self.nodes[index].beats += 1;
@@ -70,7 +71,8 @@ impl ServiceRegistry {
         }
     }
 
-    pub(super) fn check_size(&self, index: usize, pools: &[PoolBeat]) -> Result<(), Fenced> {
+    /// Whether a snapshot keeps to the limits, of a node that has `own` replicas so far.
+    pub(super) fn check_size(&self, own: usize, pools: &[PoolBeat]) -> Result<(), Fenced> {
         too_large("pools", pools.len(), POOLS_MAX)?;
         let mut replicas = 0;
         for pool in pools {
@@ -83,7 +85,6 @@ impl ServiceRegistry {
             }
         }
         too_large("replicas of a node", replicas, NODE_REPLICAS_MAX)?;
-        let own = self.nodes[index].replicas.len();
         if self.table.len() - own + replicas > REPLICAS_TOTAL_MAX && replicas > own {
             return Err(Fenced::TooMany { what: "replicas", limit: REPLICAS_TOTAL_MAX });
         }
@@ -353,9 +354,9 @@ fn same_pool(old: &PoolBeat, new: &PoolBeat) -> bool {
 }
 
 /// A replica of a status answer, as a heartbeat would have listed it.
-fn asked(status: &ReplicaStatus) -> ReplicaBeat {
+pub(super) fn asked(status: &ReplicaStatus) -> ReplicaBeat {
     ReplicaBeat {
-        context_length: None,
+        context_length: status.context_length,
         replica_id: status.replica_id.clone(),
         url: status.url.clone(),
         ready: status.ready,

@@ -1,11 +1,12 @@
 //! What operators and tools ask of the core beside its inputs: callbacks, and what a restart must keep.
 
-use super::{Core, Effect};
+use super::{Core, Effect, Shutdown};
 use crate::pool_managerd::callbacks::{NotRegistered, Notifier, Policy, StoredCallback};
 use crate::service::events::Happening;
 use crate::time::Now;
-use crate::wire::drain::StoredDrain;
+use crate::wire::drain::{Scope, StoredDrain};
 use crate::wire::id::PoolId;
+use crate::wire::pool::AgentReport;
 use crate::wire::url::BaseUrl;
 
 impl Core {
@@ -45,6 +46,27 @@ impl Core {
         let removed = self.notifier.unregister(url, pool, &mut happenings);
         self.tell(happenings, now, effects);
         removed
+    }
+
+    /// What a control plane that polls is told: what a heartbeat would say.
+    #[must_use]
+    pub fn report(&self) -> AgentReport {
+        let identity = &self.identity;
+        AgentReport {
+            node_id: identity.node_id.clone(),
+            machine_id: Some(identity.machine_id.clone()).filter(|name| !name.is_empty()),
+            version: Some(env!("CARGO_PKG_VERSION").to_string()),
+            incarnation: Some(identity.incarnation),
+            boot_id: identity.boot_id.clone(),
+            draining: self.is_node_draining(),
+            capabilities: identity.capabilities.clone(),
+            pools: self.pools(),
+        }
+    }
+
+    /// Whether the whole node takes no new work: it is ending, or drained.
+    pub(super) fn is_node_draining(&self) -> bool {
+        self.shutdown != Shutdown::No || self.replicas.drain_status(&Scope::Node).is_some()
     }
 
     /// The callbacks.
