@@ -56,7 +56,15 @@ const PURE_ROOMS: &[(&str, &[&str])] = &[
             "pool_managerd/mod.rs",
         ],
     ),
-    ("orchestratord", &["orchestratord/config.rs", "orchestratord/daemon.rs", "orchestratord/mod.rs"]),
+    (
+        "orchestratord",
+        &[
+            "orchestratord/config.rs",
+            "orchestratord/daemon.rs",
+            "orchestratord/daemon/state.rs",
+            "orchestratord/mod.rs",
+        ],
+    ),
 ];
 
 /// Pure files in rooms that otherwise act.

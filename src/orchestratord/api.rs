@@ -17,7 +17,7 @@ use crate::wire::node::{Heartbeat, RegisterRequest};
 use super::core::{Asked, Core};
 use super::openai;
 use super::refusal::Refusal;
-use super::service_registry::{Node, NodeStatus, Replica, ServiceRegistry};
+use super::service_registry::{Confirmation, Node, NodeStatus, Replica, ServiceRegistry};
 use super::tasks::{self, NewTask};
 
 /// Largest body of a node's message, in bytes: a heartbeat of the largest node is below it.
@@ -215,6 +215,7 @@ fn node_view(registry: &ServiceRegistry, node: &Node, now: Now) -> Value {
         "lease_left_ms": node.lease_left_ms(now),
         "last_address": node.peer,
         "incarnation": node.incarnation,
+        "unconfirmed": node.restored,
         "replicas": replicas,
     })
 }
@@ -232,6 +233,7 @@ fn replica_view(replica: &Replica) -> Value {
         "ready": replica.ready,
         "draining": replica.draining,
         "generation": replica.generation,
+        "unconfirmed": replica.confirmation != Confirmation::Beaten,
         "slots_total": replica.slots_total,
         "slots_free": replica.slots_free(),
         "in_flight": replica.in_flight,
@@ -367,6 +369,8 @@ fn scrape(core: &Core, facts: &Facts<'_>, now: Now) -> Response {
         &[("", counts.registrations)],
     );
     scrape.counter("orchestratord_heartbeats_total", "Heartbeats accepted.", &[("", counts.heartbeats)]);
+    let saves = [("outcome=\"ok\"", counts.saves), ("outcome=\"failed\"", counts.saves_failed)];
+    scrape.counter("orchestratord_state_saves_total", "Times the registry was written to disk.", &saves);
     scrape.counter("orchestratord_fenced_total", "Messages of nodes refused.", &[("", counts.fenced)]);
     scrape.histogram("orchestratord_wait_seconds", "From ask to dispatch.", &counts.waited);
     scrape.histogram(

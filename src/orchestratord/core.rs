@@ -19,6 +19,7 @@ use crate::service::events::{Events, Happening};
 use crate::time::{Mono, Now, earliest};
 use crate::wire::id::NodeId;
 
+use self::keeping::Keeper;
 use super::admission::{Admission, Waiter};
 pub use super::messages::{Asked, Counts, Dispatch, Effect, Ending, Input, Options, RequestId};
 use super::placement::{Ask, Choice, Strategy, StrategyState, choose, fits};
@@ -26,6 +27,7 @@ use super::refusal::{RETRY_MS_DEFAULT, Refusal};
 use super::report::happening;
 use super::service_registry::{Change, Fenced, Grant, ReplicaRef, ServiceRegistry};
 
+mod keeping;
 #[cfg(test)]
 mod tests;
 
@@ -78,6 +80,7 @@ pub struct Core {
     service_ms_average: u64,
     watch_trouble: Option<Trouble>,
     listed: bool,
+    keeper: Keeper,
 }
 
 impl Core {
@@ -105,6 +108,7 @@ impl Core {
             service_ms_average: 0,
             watch_trouble: None,
             listed: false,
+            keeper: Keeper::new(0, now.mono),
         }
     }
 
@@ -127,6 +131,9 @@ impl Core {
                 let done = self.registry.deregister(&node, incarnation, now, &mut changes);
                 self.answer(reply, done.map(|()| Effect::Removed(reply)), effects);
             }
+            Input::Restore(saved) => self.restore(&saved, now, &mut changes),
+            Input::Saved(result) => self.saved(result, now, effects),
+            Input::StateTrouble(text) => self.state_trouble(text, now, effects),
             Input::Listing(listing) => {
                 self.listed |= listing.completes;
                 self.with_local(now, effects, |local, now, found| local.listing(&listing, now, found));
@@ -167,6 +174,7 @@ impl Core {
             self.end_waits(now, effects);
         }
         self.end_shutdown(now, effects);
+        self.keep(now, effects);
     }
 
     /// When [`Input::Tick`] is wanted next.
@@ -176,9 +184,10 @@ impl Core {
         let local = self.local.as_ref().filter(|_| self.ends_at.is_none());
         let local = local.and_then(|local| local.replicas.deadline());
         let queue = self.admission.deadline();
+        let end = self.ends_at.filter(|_| !self.over && !self.is_keeping_last());
         earliest(
             earliest(self.registry.deadline(), queue),
-            earliest(local, self.ends_at.filter(|_| !self.over)),
+            earliest(local, earliest(end, self.keeping_deadline())),
         )
     }
 
@@ -578,6 +587,7 @@ impl Core {
         if let Some(at) = self.ends_at
             && !self.over
             && (self.requests.is_empty() || now.mono >= at)
+            && self.has_kept(now)
         {
             self.over = true;
             effects.push(Effect::Exit);

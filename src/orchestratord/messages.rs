@@ -16,6 +16,7 @@ use crate::wire::url::BaseUrl;
 use super::admission::Priority;
 use super::placement::{Ask, Strategy};
 use super::refusal::Refusal;
+use super::saved::Saved;
 use super::service_registry::{Limits, Target};
 
 /// Names a request, or a call of a node, until it is answered.
@@ -86,6 +87,12 @@ pub enum Input {
         /// Which start of it.
         incarnation: Option<u64>,
     },
+    /// What an earlier start of the control plane saved.
+    Restore(Saved),
+    /// The last [`Effect::Save`] ended, with the reason if it failed.
+    Saved(Result<(), String>),
+    /// Something is wrong with what was saved, or with where it is kept, for people.
+    StateTrouble(String),
     /// What was found in the local runtime directory.
     Listing(Listing),
     /// Something is wrong with the local runtime directory, or no longer is.
@@ -166,6 +173,8 @@ pub enum Effect {
         /// The agent.
         agent: BaseUrl,
     },
+    /// Encode and write this, elsewhere than on the loop; [`Input::Saved`] is the answer.
+    Save(Saved),
     /// Tell the log.
     Log(Happening),
     /// Everything has been finished or given up: end the process.
@@ -229,6 +238,10 @@ pub struct Counts {
     pub heartbeats: u64,
     /// Messages of nodes that were refused.
     pub fenced: u64,
+    /// Times that the registry was saved.
+    pub saves: u64,
+    /// Times that it could not be saved.
+    pub saves_failed: u64,
     /// From ask to dispatch.
     pub waited: Histogram,
     /// From dispatch to the answer's head.

@@ -20,6 +20,7 @@ pub mod placement;
 pub mod refusal;
 pub mod replica_table;
 pub mod report;
+pub mod saved;
 pub mod service_registry;
 pub mod tasks;
 

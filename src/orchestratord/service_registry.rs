@@ -25,12 +25,15 @@
 //! **After a start** of the control plane nobody can expire for one `node_timeout`: no lease is older
 //! than the process.
 //!
+//! What it knows can be saved and restored over such a start; `restore.rs` says how.
+//!
 //! The cost of a heartbeat depends on its own replicas, that of [`ServiceRegistry::expire`] on what
 //! is due. Nothing walks over all nodes except [`ServiceRegistry::nodes`]. Every mutation reports
 //! what it changed as a list of [`Change`]; the caller admits waiters, logs and counts from it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::sync::Arc;
 
 use slab::Slab;
 
@@ -43,6 +46,7 @@ use crate::wire::url::BaseUrl;
 
 mod change;
 mod departed;
+mod restore;
 mod snapshot;
 #[cfg(test)]
 mod tests;
@@ -50,12 +54,17 @@ mod tests;
 pub use self::change::{Change, Fenced};
 use self::departed::Departed;
 pub use self::departed::{DEPARTED_MAX, DEPARTED_MS};
+pub use self::restore::TRUST_MS;
+use self::restore::standing;
 pub use self::snapshot::{
     MODEL_BYTES_MAX, MODELS_MAX, NODE_REPLICAS_MAX, REPLICAS_TOTAL_MAX, TEXT_BYTES_MAX,
 };
 use self::snapshot::{announced, cut, target_of, too_large};
 use super::replica_table::{BACKOFF_FIRST_MS, BACKOFF_MAX_MS};
-pub use super::replica_table::{Circuit, Grant, Obstacle, Replica, ReplicaRef, ReplicaTable, Target};
+pub use super::replica_table::{
+    Circuit, Confirmation, Grant, Obstacle, Replica, ReplicaRef, ReplicaTable, Target,
+};
+use super::saved::NodeRecord;
 
 /// Longest time for which leases are kept from ending because most nodes are silent at once: longer
 /// than a switch needs to restart, shorter than an operator needs to be called.
@@ -172,6 +181,10 @@ pub struct Node {
     pub last_heartbeat_at: Option<Wall>,
     /// Its pools as last reported. `replicas` is empty here: see [`ServiceRegistry::replicas_of`].
     pub pools: Vec<PoolBeat>,
+    /// An earlier start of the control plane knew it, and this one has not heard of it yet.
+    pub restored: bool,
+    /// What is saved of it; `None` for this machine itself.
+    record: Option<Arc<NodeRecord>>,
     seq: Option<u64>,
     /// Heartbeats so far, to tell replicas that the newest one names from others.
     beats: u64,
@@ -207,6 +220,8 @@ pub struct ServiceRegistry {
     table: ReplicaTable,
     departed: Departed,
     hold: Option<Hold>,
+    /// See [`ServiceRegistry::revision`].
+    revision: u64,
 }
 
 /// A mass expiry in progress.
@@ -231,6 +246,7 @@ impl ServiceRegistry {
             table: ReplicaTable::default(),
             departed: Departed::default(),
             hold: None,
+            revision: 0,
         }
     }
 
@@ -305,7 +321,9 @@ impl ServiceRegistry {
         });
         for replica in self.refs_of(index) {
             self.table.update(replica, now, changes, |r| {
-                r.confirmed &= !fresh;
+                if fresh {
+                    r.confirmation = Confirmation::Doubted;
+                }
                 if moved && let Some(engine) = r.target.engine() {
                     r.target = target_of(engine, Some(&request.address));
                 }
@@ -322,6 +340,7 @@ impl ServiceRegistry {
                 changes,
             );
         }
+        self.record(index);
         Ok(RegisterReply {
             success: true,
             message: "registered".into(),
@@ -376,6 +395,7 @@ impl ServiceRegistry {
             (NodeStatus::Online, "it sends heartbeats")
         };
         self.set_status(index, status, reason, now, changes);
+        self.record_if_changed(index);
         Ok(HeartbeatReply { success: true, next_heartbeat_ms: Some(self.limits.heartbeat_interval_ms) })
     }
 
@@ -430,6 +450,8 @@ impl ServiceRegistry {
         self.unschedule(index);
         let known = &mut self.nodes[index];
         known.address = None;
+        known.record = None;
+        known.restored = false;
         known.last_heartbeat_at = Some(now.wall);
         known.last_contact = now.mono;
         self.take_snapshot(index, pools, now, changes);
@@ -599,6 +621,7 @@ impl ServiceRegistry {
             let node = &self.nodes[index];
             assert_eq!(&node.id, id, "a node under another name");
             assert_eq!(node.due.is_none(), node.address.is_none(), "{id}: exactly local nodes have no lease");
+            self.check_record(node);
             if let Some(due) = node.due {
                 let leased = node.status.leased();
                 assert_eq!(self.leases.contains(&(due, index)), leased, "{id}: lease while {}", node.status);
@@ -613,6 +636,11 @@ impl ServiceRegistry {
                 let known = self.table.get(*replica).expect("a node's replica exists");
                 assert_eq!((&known.node, &known.key), (id, key), "a replica of another node");
                 assert_eq!(known.node_status, node.status, "{id} {key}: outdated status");
+                let untried = matches!(known.circuit, Circuit::HalfOpen { failures: 0, .. });
+                assert!(
+                    !untried || known.confirmation != Confirmation::Beaten || !known.ready,
+                    "{id} {key}: in doubt though its node says that it is ready"
+                );
                 if let Circuit::Open { until, .. } = known.circuit {
                     assert!(self.retries.contains(&(until, *replica)), "{id} {key}: never tried again");
                 }
@@ -642,7 +670,8 @@ impl ServiceRegistry {
         let (Some(theirs), Some(ours)) = (request.boot_id.as_deref().map(cut), &node.boot_id) else {
             return Ok(());
         };
-        if theirs == *ours || now.mono.ms_since(node.last_contact) >= late_ms {
+        // Whom this process never heard may be the same machine after a reboot.
+        if theirs == *ours || node.restored || now.mono.ms_since(node.last_contact) >= late_ms {
             return Ok(());
         }
         let holder = node.peer.clone();
@@ -710,6 +739,8 @@ impl ServiceRegistry {
             registered_at: now.wall,
             last_heartbeat_at: None,
             pools: Vec::new(),
+            restored: false,
+            record: None,
             seq: None,
             beats: 0,
             last_contact: now.mono,
@@ -728,6 +759,7 @@ impl ServiceRegistry {
             self.drop_replica(index, &key, replica, reason, changes);
         }
         let node = self.nodes.remove(index);
+        self.revision += u64::from(node.record.is_some());
         self.by_id.remove(&node.id);
         changes.push(Change::NodeGone { node: node.id, reason: reason.to_string() });
     }
@@ -741,6 +773,9 @@ impl ServiceRegistry {
         let node = &mut self.nodes[index];
         if node.peer != peer {
             node.peer = cut(peer);
+        }
+        if std::mem::take(&mut node.restored) {
+            node.reason = "heard of again after a restart of the control plane".into();
         }
         node.last_contact = now.mono;
         if node.status.leased() {
@@ -761,6 +796,7 @@ impl ServiceRegistry {
             return;
         }
         let from = std::mem::replace(&mut node.status, status);
+        self.revision += u64::from(node.record.is_some() && standing(from) != standing(status));
         node.since = now.wall;
         node.reason = reason.to_string();
         changes.push(Change::NodeStatus {

@@ -754,6 +754,7 @@ impl World {
                 }
             }
             Effect::Waiting { .. } => self.totals.waited += 1,
+            Effect::Save(_) => self.control_handle(control_core::Input::Saved(Ok(()))),
             Effect::Dispatch(request, dispatch) => self.dispatch(request, dispatch),
             Effect::Probe(_) | Effect::AskAgent { .. } => {
                 panic!("nobody here needs a probe or a question: {effect:?}");

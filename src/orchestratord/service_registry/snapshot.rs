@@ -13,7 +13,7 @@ use crate::wire::node::{POOLS_MAX, PoolBeat, REPLICAS_MAX, ReplicaBeat};
 use crate::wire::pool::ReplicaStatus;
 use crate::wire::url::BaseUrl;
 
-use super::{Change, Circuit, Fenced, Replica, ReplicaRef, ServiceRegistry, Target};
+use super::{Change, Circuit, Confirmation, Fenced, Replica, ReplicaRef, ServiceRegistry, Target};
 
 /// Most replicas of one node: far above what GPUs allow, low enough to bound one heartbeat's work.
 pub const NODE_REPLICAS_MAX: usize = 4096;
@@ -68,6 +68,7 @@ impl ServiceRegistry {
         for replica in with_replicas.replicas.iter().flatten() {
             self.take_replica(index, &with_replicas, replica, beats, now, changes);
         }
+        self.record_if_changed(index);
     }
 
     pub(super) fn check_size(&self, index: usize, pools: &[PoolBeat]) -> Result<(), Fenced> {
@@ -174,8 +175,8 @@ impl ServiceRegistry {
         }
         self.table.update(replica, now, changes, |r| {
             r.seen_in_beat = beats;
-            r.confirmed = true;
             r.ready = beat.ready;
+            r.confirm();
             r.draining = beat.draining || pool.draining;
             r.vram_free_bytes = pool.vram_free_bytes;
             set_text(&mut r.reason, beat.reason.as_deref());
@@ -212,15 +213,18 @@ impl ServiceRegistry {
         for replica in own {
             let Some(old) = self.table.get(replica) else { continue };
             // A pool that comes back, or cannot be reached, may have moved to another port.
-            let doubtful = old.target == Target::AskNode || !old.ready || old.circuit != Circuit::Closed;
+            let doubtful = old.target == Target::AskNode
+                || !old.ready
+                || old.circuit != Circuit::Closed
+                || old.confirmation == Confirmation::Restored;
             ask |= pool.ready && doubtful;
             if !pool.models_available.is_empty() && (alone || old.models.is_empty()) {
                 self.table.set_models(replica, &pool.models_available, changes);
             }
             self.table.update(replica, now, changes, |r| {
                 r.seen_in_beat = beats;
-                r.confirmed = true;
                 r.ready = pool.ready;
+                r.confirm();
                 r.draining = pool.draining;
                 r.vram_free_bytes = pool.vram_free_bytes;
                 set_text(&mut r.engine, pool.engine.as_deref());
@@ -239,7 +243,7 @@ impl ServiceRegistry {
         }
     }
 
-    fn add_replica(
+    pub(super) fn add_replica(
         &mut self,
         index: usize,
         key: ReplicaKey,
@@ -253,7 +257,7 @@ impl ServiceRegistry {
             node: node.id.clone(),
             key: key.clone(),
             node_status: node.status,
-            confirmed: true,
+            confirmation: Confirmation::Beaten,
             generation,
             target,
             ready: false,
