@@ -25,7 +25,7 @@ pub use super::messages::{Asked, Counts, Dispatch, Effect, Ending, Input, Option
 use super::placement::{Ask, Choice, Strategy, StrategyState, choose, fits};
 use super::refusal::{RETRY_MS_DEFAULT, Refusal};
 use super::report::happening;
-use super::service_registry::{Change, Fenced, Grant, ReplicaRef, ServiceRegistry};
+use super::service_registry::{Change, Fenced, Grant, Replica, ReplicaRef, ServiceRegistry};
 
 mod keeping;
 #[cfg(test)]
@@ -33,6 +33,10 @@ mod tests;
 
 /// Engines that one request is tried on before it is given up.
 pub const ATTEMPTS_MAX: u32 = 3;
+/// Engines beyond these on which one request may fail because they were restored from the state file and
+/// are not there any more: bounds what a request pays for a fleet of which much died with the control
+/// plane.
+pub const UNTRIED_ATTEMPTS_MAX: u32 = 16;
 /// Weight of a new duration in the moving average: one in eight.
 const AVERAGE_SHIFT: u32 = 3;
 
@@ -42,6 +46,8 @@ struct Request {
     asked: Asked,
     since: Mono,
     attempts: u32,
+    /// Of these, on engines of which nothing but the state file told.
+    untried: u32,
     tried: Vec<ReplicaRef>,
     running: Option<Run>,
     predicted_ms: u64,
@@ -345,6 +351,7 @@ impl Core {
             asked,
             since: now.mono,
             attempts: 0,
+            untried: 0,
             tried: Vec::new(),
             running: None,
             predicted_ms: 0,
@@ -476,7 +483,9 @@ impl Core {
         let Some(request) = self.requests.get_mut(&id) else { return };
         let Some(run) = request.running.take() else { return };
         let replica = run.grant.replica();
-        let (since, attempts) = (request.since, request.attempts);
+        let is_untried = self.registry.replica(replica).is_some_and(Replica::is_untried);
+        request.untried += u32::from(is_untried && request.untried < UNTRIED_ATTEMPTS_MAX);
+        let (since, attempts) = (request.since, request.attempts - request.untried);
         match ending {
             Ending::Complete => {
                 self.counts.answered += 1;

@@ -238,6 +238,14 @@ impl Replica {
         self.slots_total.saturating_sub(self.in_flight.saturating_add(self.others))
     }
 
+    /// Whether nothing but the state file tells of it: no request has been answered there, and none has
+    /// failed.
+    #[must_use]
+    pub fn is_untried(&self) -> bool {
+        self.confirmation == Confirmation::Restored
+            && matches!(self.circuit, Circuit::HalfOpen { failures: 0, .. })
+    }
+
     /// The first reason why it takes no work; `None` if it does (though it may be full).
     #[must_use]
     pub fn obstacle(&self) -> Option<Obstacle> {

@@ -21,10 +21,12 @@ impl Daemon {
             return;
         }
         let path = self.config.state_dir.join(FILE_NAME);
+        let directory = durable::check_private(&self.config.state_dir);
         let read = match durable::read(&path) {
-            Ok(None) => None,
             Ok(Some(bytes)) => Some(Saved::read(&bytes, &self.config.registry, now.wall)),
-            Err(error) => Some(Err(error.to_string())),
+            Err(error) if directory.is_ok() => Some(Err(error.to_string())),
+            // Nothing to read, or no place to read it from: told below.
+            Ok(None) | Err(_) => None,
         };
         match read {
             None => {}
@@ -41,7 +43,7 @@ impl Daemon {
                 self.core.handle(Input::StateTrouble(text), now, &mut self.effects);
             }
         }
-        if let Err(error) = durable::check_private(&self.config.state_dir) {
+        if let Err(error) = directory {
             let text = format!(
                 "state directory {}: {error}: after a restart, nodes would get work only once they have been heard; set ORCHESTRATORD_STATE_DIR",
                 self.config.state_dir.display()
