@@ -295,6 +295,11 @@ impl Replica {
         }
     }
 
+    /// What of it is saved and changes often: of the rest, who changes it knows.
+    pub(super) fn saved_numbers(&self) -> (bool, bool, u32, bool) {
+        (self.ready, self.draining, self.slots_total, self.confirmation == Confirmation::Doubted)
+    }
+
     /// Takes a report of free slots. The rule for `others` is in this file's introduction.
     pub(super) fn report_slots(&mut self, free: u32, total: u32) {
         self.slots_total = total;
@@ -458,12 +463,18 @@ impl ReplicaTable {
         }
     }
 
-    /// Sets the models of a replica. No verdict depends on them, but other waiters may fit.
-    pub(super) fn set_models(&mut self, replica: ReplicaRef, models: &[String], changes: &mut Vec<Change>) {
-        let Some(index) = self.index(replica) else { return };
-        let Some(cold) = self.cold[index].as_mut() else { return };
+    /// Sets the models of a replica. No verdict depends on them, but other waiters may fit. True if they
+    /// were others before.
+    pub(super) fn set_models(
+        &mut self,
+        replica: ReplicaRef,
+        models: &[String],
+        changes: &mut Vec<Change>,
+    ) -> bool {
+        let Some(index) = self.index(replica) else { return false };
+        let Some(cold) = self.cold[index].as_mut() else { return false };
         if cold.models[..] == *models {
-            return;
+            return false;
         }
         let old = self.hot[index].model_set;
         let (set, list) = self.sets.intern(models);
@@ -473,6 +484,7 @@ impl ReplicaTable {
         if self.hot[index].placeable {
             changes.push(Change::ReplicaCapacity(replica));
         }
+        true
     }
 
     /// Takes slots, if the replica takes work and has as many.

@@ -185,6 +185,8 @@ pub struct Node {
     pub restored: bool,
     /// What is saved of it; `None` for this machine itself.
     record: Option<Arc<NodeRecord>>,
+    /// The record may be outdated.
+    touched: bool,
     seq: Option<u64>,
     /// Heartbeats so far, to tell replicas that the newest one names from others.
     beats: u64,
@@ -383,6 +385,7 @@ impl ServiceRegistry {
         }
         self.check_size(index, &beat.pools)?;
         let known = &mut self.nodes[index];
+        known.touched |= known.incarnation.is_none() && beat.incarnation.is_some();
         known.incarnation = known.incarnation.or(beat.incarnation);
         known.seq = beat.seq.or(known.seq);
         known.last_heartbeat_at = Some(now.wall);
@@ -741,6 +744,7 @@ impl ServiceRegistry {
             pools: Vec::new(),
             restored: false,
             record: None,
+            touched: false,
             seq: None,
             beats: 0,
             last_contact: now.mono,

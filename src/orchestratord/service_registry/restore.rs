@@ -15,8 +15,8 @@
 //!
 //! **What it costs.** Each node keeps its record, and makes a new one only when something in it has
 //! changed: registration, replicas, what they serve, whether they take work. Free slots and free memory
-//! are not among it, so an ordinary heartbeat costs one comparison a replica, and
-//! [`ServiceRegistry::saved`] one reference count a node.
+//! are not among it: an ordinary heartbeat leaves the record alone, and [`ServiceRegistry::saved`] costs
+//! one reference count a node.
 
 use std::sync::Arc;
 
@@ -127,19 +127,28 @@ impl ServiceRegistry {
             });
             untold.clear();
         }
-        let same = NodeRecord::of(&self.nodes[index], &self.table).filter(|own| *own != **record);
-        self.nodes[index].record = Some(same.map_or_else(|| record.clone(), Arc::new));
+        // As it was read, unless a text had to be cut.
+        let other = NodeRecord::of(&self.nodes[index], &self.table).filter(|own| *own != **record);
+        let node = &mut self.nodes[index];
+        node.record = Some(other.map_or_else(|| record.clone(), Arc::new));
+        node.touched = false;
     }
 
     /// A node registered, or its address became known: its record is made anew.
     pub(super) fn record(&mut self, index: usize) {
         let record = NodeRecord::of(&self.nodes[index], &self.table);
         self.revision += u64::from(record.is_some());
-        self.nodes[index].record = record.map(Arc::new);
+        let node = &mut self.nodes[index];
+        node.record = record.map(Arc::new);
+        node.touched = false;
     }
 
     /// A node was heard: its record is made anew if what it holds has changed.
     pub(super) fn record_if_changed(&mut self, index: usize) {
+        let node = &mut self.nodes[index];
+        if !std::mem::take(&mut node.touched) {
+            return;
+        }
         let node = &self.nodes[index];
         if !node.record.as_ref().is_some_and(|record| record.agrees_with(node, &self.table)) {
             self.record(index);
