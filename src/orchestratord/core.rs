@@ -34,8 +34,8 @@ mod tests;
 /// Engines that one request is tried on before it is given up.
 pub const ATTEMPTS_MAX: u32 = 3;
 /// Engines beyond these on which one request may fail because they were restored from the state file and
-/// are not there any more: bounds what a request pays for a fleet of which much died with the control
-/// plane.
+/// are not there any more. Much of a fleet may have died with the control plane, and each of its engines
+/// costs a request two seconds at most; after so many the client should hear of it.
 pub const UNTRIED_ATTEMPTS_MAX: u32 = 16;
 /// Weight of a new duration in the moving average: one in eight.
 const AVERAGE_SHIFT: u32 = 3;
