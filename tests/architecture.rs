@@ -62,6 +62,7 @@ const PURE_ROOMS: &[(&str, &[&str])] = &[
             "orchestratord/config.rs",
             "orchestratord/daemon.rs",
             "orchestratord/daemon/agents.rs",
+            "orchestratord/daemon/state.rs",
             "orchestratord/mod.rs",
         ],
     ),

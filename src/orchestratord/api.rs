@@ -19,7 +19,7 @@ use super::messages::PoolReady;
 use super::openai;
 use super::poller::{POLL_OUTCOMES, POLL_STATES};
 use super::refusal::Refusal;
-use super::service_registry::{Node, NodeStatus, Replica, ServiceRegistry};
+use super::service_registry::{Confirmation, Node, NodeStatus, Replica, ServiceRegistry};
 use super::tasks::{self, NewTask};
 
 /// Largest body of a node's message, in bytes: a heartbeat of the largest node is below it.
@@ -243,6 +243,7 @@ fn node_view(registry: &ServiceRegistry, node: &Node, now: Now) -> Value {
         "lease_left_ms": node.lease_left_ms(now),
         "last_address": node.peer,
         "incarnation": node.incarnation,
+        "unconfirmed": node.restored,
         "replicas": replicas,
     })
 }
@@ -260,6 +261,7 @@ fn replica_view(replica: &Replica) -> Value {
         "ready": replica.ready,
         "draining": replica.draining,
         "generation": replica.generation,
+        "unconfirmed": replica.confirmation != Confirmation::Beaten,
         "slots_total": replica.slots_total,
         "slots_free": replica.slots_free(),
         "in_flight": replica.in_flight,
@@ -397,6 +399,8 @@ fn scrape(core: &Core, facts: &Facts<'_>, now: Now) -> Response {
         &[("", counts.registrations)],
     );
     scrape.counter("orchestratord_heartbeats_total", "Heartbeats accepted.", &[("", counts.heartbeats)]);
+    let saves = [("outcome=\"ok\"", counts.saves), ("outcome=\"failed\"", counts.saves_failed)];
+    scrape.counter("orchestratord_state_saves_total", "Times the registry was written to disk.", &saves);
     scrape.counter("orchestratord_fenced_total", "Messages of nodes refused.", &[("", counts.fenced)]);
     let polls = POLL_OUTCOMES
         .map(|outcome| (format!("outcome=\"{outcome}\""), counts.polls.get(outcome).copied().unwrap_or(0)));

@@ -116,6 +116,14 @@ pub static TABLE: &[Setting] = &[
         help: "How often an agent is polled whose node sends no heartbeats; 100 to 300000",
     },
     Setting {
+        flag: "state-dir",
+        env: "ORCHESTRATORD_STATE_DIR",
+        aliases: &[],
+        default: Some(".runtime/state"),
+        value: "DIR",
+        help: "Where the nodes and their engines are remembered over a restart (with --cloud-profile)",
+    },
+    Setting {
         flag: "allow-engine-hosts",
         env: "ORCHESTRATORD_ALLOW_ENGINE_HOSTS",
         aliases: &[],
@@ -180,6 +188,8 @@ pub struct Config {
     pub watch_interval_ms: u64,
     /// Agents that are polled.
     pub pool_managers: Vec<BaseUrl>,
+    /// Where the registry is kept in the CLOUD profile.
+    pub state_dir: PathBuf,
     /// Hosts of engines beside this machine's own.
     pub allow_engine_hosts: AllowList,
     /// How long all answers of an engine may stand still before it is suspected.
@@ -244,6 +254,7 @@ impl Config {
             runtime_dir: settings.need("runtime-dir", |text| Ok(PathBuf::from(text)))?,
             watch_interval_ms: settings.need("watch-interval-ms", number(100, 10_000))?,
             pool_managers,
+            state_dir: settings.need("state-dir", |text| Ok(PathBuf::from(text)))?,
             allow_engine_hosts: settings.get("allow-engine-hosts", AllowList::parse)?.unwrap_or_default(),
             hang_suspect_ms: settings.need("hang-suspect-ms", number(1_000, 3_600_000))?,
             drain_timeout_ms: settings.need("drain-timeout-ms", number(0, 3_600_000))?,

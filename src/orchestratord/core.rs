@@ -21,20 +21,26 @@ use crate::service::events::{Events, Happening, Tell};
 use crate::time::{Mono, Now, earliest};
 use crate::wire::id::NodeId;
 
+use self::keeping::Keeper;
 use super::admission::{Admission, Waiter};
 pub use super::messages::{Asked, Counts, Dispatch, Effect, Ending, Input, Options, RequestId};
 use super::placement::{Ask, Choice, Strategy, StrategyState, choose, fits};
 use super::poller::Poller;
 use super::refusal::{RETRY_MS_DEFAULT, Refusal};
 use super::report::happening;
-use super::service_registry::{Change, Fenced, Grant, ReplicaRef, ServiceRegistry};
+use super::service_registry::{Change, Fenced, Grant, Replica, ReplicaRef, ServiceRegistry};
 
+mod keeping;
 mod polling;
 #[cfg(test)]
 mod tests;
 
 /// Engines that one request is tried on before it is given up.
 pub const ATTEMPTS_MAX: u32 = 3;
+/// Engines beyond these on which one request may fail because they were restored from the state file and
+/// are not there any more. Much of a fleet may have died with the control plane, and each of its engines
+/// costs a request two seconds at most; after so many the client should hear of it.
+pub const UNTRIED_ATTEMPTS_MAX: u32 = 16;
 /// Weight of a new duration in the moving average: one in eight.
 const AVERAGE_SHIFT: u32 = 3;
 
@@ -44,6 +50,8 @@ struct Request {
     asked: Asked,
     since: Mono,
     attempts: u32,
+    /// Of these, on engines of which nothing but the state file told.
+    untried: u32,
     tried: Vec<ReplicaRef>,
     running: Option<Run>,
     predicted_ms: u64,
@@ -83,6 +91,7 @@ pub struct Core {
     service_ms_average: u64,
     watch_trouble: Option<Trouble>,
     listed: bool,
+    keeper: Keeper,
 }
 
 impl Core {
@@ -111,6 +120,7 @@ impl Core {
             service_ms_average: 0,
             watch_trouble: None,
             listed: false,
+            keeper: Keeper::new(0, now.mono),
         }
     }
 
@@ -133,6 +143,9 @@ impl Core {
                 let done = self.registry.deregister(&node, incarnation, now, &mut changes);
                 self.answer(reply, done.map(|()| Effect::Removed(reply)), effects);
             }
+            Input::Restore(saved) => self.restore(&saved, now, &mut changes),
+            Input::Saved(result) => self.saved(result, now, effects),
+            Input::StateTrouble(text) => self.state_trouble(text, now, effects),
             Input::Listing(listing) => {
                 self.listed |= listing.completes;
                 self.with_local(now, effects, |local, now, found| local.listing(&listing, now, found));
@@ -176,6 +189,7 @@ impl Core {
             self.send_polls(now, effects);
         }
         self.end_shutdown(now, effects);
+        self.keep(now, effects);
     }
 
     /// When [`Input::Tick`] is wanted next.
@@ -185,9 +199,10 @@ impl Core {
         let local = self.local.as_ref().filter(|_| self.ends_at.is_none());
         let local = local.and_then(|local| local.replicas.deadline());
         let queue = self.admission.deadline();
+        let end = self.ends_at.filter(|_| !self.over && !self.is_keeping_last());
         earliest(
             earliest(self.registry.deadline(), earliest(queue, self.poller.deadline())),
-            earliest(local, self.ends_at.filter(|_| !self.over)),
+            earliest(local, earliest(end, self.keeping_deadline())),
         )
     }
 
@@ -346,6 +361,7 @@ impl Core {
             asked,
             since: now.mono,
             attempts: 0,
+            untried: 0,
             tried: Vec::new(),
             running: None,
             predicted_ms: 0,
@@ -477,7 +493,9 @@ impl Core {
         let Some(request) = self.requests.get_mut(&id) else { return };
         let Some(run) = request.running.take() else { return };
         let replica = run.grant.replica();
-        let (since, attempts) = (request.since, request.attempts);
+        let is_untried = self.registry.replica(replica).is_some_and(Replica::is_untried);
+        request.untried += u32::from(is_untried && request.untried < UNTRIED_ATTEMPTS_MAX);
+        let (since, attempts) = (request.since, request.attempts - request.untried);
         match ending {
             Ending::Complete => {
                 self.counts.answered += 1;
@@ -592,6 +610,7 @@ impl Core {
         if let Some(at) = self.ends_at
             && !self.over
             && (self.requests.is_empty() || now.mono >= at)
+            && self.has_kept(now)
         {
             self.over = true;
             effects.push(Effect::Exit);

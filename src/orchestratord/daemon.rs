@@ -11,7 +11,7 @@ use crate::net::buffer::HIGH_WATER_BYTES;
 use crate::net::{FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Sink, forwardable};
 use crate::reactor::signal::Signals;
 use crate::reactor::token::{Kind, Token};
-use crate::reactor::{Reactor, Registry, now};
+use crate::reactor::{Reactor, Registry, Waker, now};
 use crate::replicas::{Activity, EnginePolicy, ProbeOrder, Processes, Watch, probe};
 use crate::service::auth::{self, Tokens};
 use crate::service::lag::LoopLag;
@@ -21,6 +21,7 @@ use crate::settings::Exit;
 use crate::time::{Now, earliest};
 use crate::wire::id::{NodeId, PoolId, ReplicaKey};
 
+use self::state::Saver;
 use super::api::{self, Action};
 use super::config::Config;
 use super::core::{Core, Dispatch, Effect, Ending, Input, Options, RequestId};
@@ -30,6 +31,7 @@ use super::service_registry::Target;
 use super::tasks::{self, EVENTS_BYTES_MAX, NewTask, Tasks};
 
 mod agents;
+mod state;
 
 /// What a request to an engine may take: prompts are read for minutes before the first token.
 const ENGINE_PATIENCE: Patience = Patience { connect_ms: 2_000, first_byte_ms: 900_000, idle_ms: 300_000 };
@@ -49,6 +51,8 @@ pub struct Daemon {
     reactor: Reactor,
     registry: Registry,
     signals: Signals,
+    waker: Waker,
+    saver: Option<Saver>,
     watch: Option<Watch>,
     processes: Processes,
     net: Net,
@@ -101,7 +105,7 @@ impl Daemon {
         for note in &config.notes {
             log::warn!("{note}");
         }
-        let Shell { reactor, registry, signals, net, bound, .. } =
+        let Shell { reactor, registry, waker, signals, net, bound } =
             Shell::start(config.addr, "ORCHESTRATORD_ADDR")?;
         let at = now();
         let core = Core::new(options(&config, bound)?, at);
@@ -120,6 +124,8 @@ impl Daemon {
             reactor,
             registry,
             signals,
+            waker,
+            saver: None,
             watch,
             processes: Processes::new(),
             net,
@@ -145,6 +151,7 @@ impl Daemon {
     pub fn run(mut self) -> Result<(), Exit> {
         let mut now = now();
         let mut turns_behind = 0;
+        self.restore(now);
         self.scan(false, now);
         while !self.over {
             self.perform(now);
@@ -181,6 +188,7 @@ impl Daemon {
             // must renew their leases before any lease is looked at.
             self.take_ended(&ended, now);
             self.scan(changed, now);
+            self.take_saved(now);
             self.net.turn(now.mono);
             self.take_net_events(now);
             (0..stops).for_each(|_| self.stop(now));
@@ -255,6 +263,7 @@ impl Daemon {
                         let exchange = self.net.start(probe::outbound(&order), now.mono);
                         self.exchanges.insert(exchange, Running::Probe(Box::new(order)));
                     }
+                    Effect::Save(saved) => self.save(saved, now),
                     Effect::AskAgent { node, pool, agent } => self.ask_agent(node, pool, agent, now),
                     Effect::Log(what) => logging::tell(&*what),
                     Effect::Exit => self.over = true,

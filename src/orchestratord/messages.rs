@@ -19,6 +19,7 @@ use super::admission::Priority;
 use super::placement::{Ask, Strategy};
 use super::poller::{PollId, PollOrder};
 use super::refusal::Refusal;
+use super::saved::Saved;
 use super::service_registry::{Limits, Target};
 
 /// Names a request, or a call of a node, until it is answered.
@@ -113,6 +114,12 @@ pub enum Input {
         /// Which start of it.
         incarnation: Option<u64>,
     },
+    /// What an earlier start of the control plane saved.
+    Restore(Saved),
+    /// The last [`Effect::Save`] ended, with the reason if it failed.
+    Saved(Result<(), String>),
+    /// Something is wrong with what was saved, or with where it is kept, for people.
+    StateTrouble(String),
     /// What was found in the local runtime directory.
     Listing(Listing),
     /// Something is wrong with the local runtime directory, or no longer is.
@@ -206,6 +213,8 @@ pub enum Effect {
         /// The agent.
         agent: BaseUrl,
     },
+    /// Encode and write this, elsewhere than on the loop; [`Input::Saved`] is the answer.
+    Save(Saved),
     /// Tell the log.
     Log(Arc<dyn Tell>),
     /// Everything has been finished or given up: end the process.
@@ -273,6 +282,10 @@ pub struct Counts {
     pub fenced: u64,
     /// Polls that ended, by what came of them.
     pub polls: BTreeMap<&'static str, u64>,
+    /// Times that the registry was saved.
+    pub saves: u64,
+    /// Times that it could not be saved.
+    pub saves_failed: u64,
     /// From ask to dispatch.
     pub waited: Histogram,
     /// From dispatch to the answer's head.

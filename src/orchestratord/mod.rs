@@ -21,6 +21,7 @@ pub mod poller;
 pub mod refusal;
 pub mod replica_table;
 pub mod report;
+pub mod saved;
 pub mod service_registry;
 pub mod tasks;
 

@@ -117,13 +117,25 @@ pub enum Circuit {
     },
     /// The backoff has passed; one request may try.
     HalfOpen {
-        /// Failures in a row.
+        /// Failures in a row; 0 where there was none, but a restart of the control plane.
         failures: u32,
         /// The newest failure.
         reason: String,
         /// The one request is on its way.
         trying: bool,
     },
+}
+
+/// How sure it is that a replica exists as it is known here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Confirmation {
+    /// The node's present agent has reported it.
+    Beaten,
+    /// An earlier start of the control plane knew it, and its node has not beaten since this one. It
+    /// takes work, and its circuit starts half open.
+    Restored,
+    /// The node's agent has restarted and not reported it yet: it takes no work.
+    Doubted,
 }
 
 /// One replica as the control plane sees it.
@@ -135,9 +147,8 @@ pub struct Replica {
     pub key: ReplicaKey,
     /// Status of its node.
     pub node_status: NodeStatus,
-    /// Whether the node's present agent has reported it. False between the registration of a
-    /// restarted agent and its first heartbeat.
-    pub confirmed: bool,
+    /// How sure it is that the replica exists.
+    pub confirmation: Confirmation,
     /// Tells engine processes of the same name apart.
     pub generation: u64,
     /// Where requests go.
@@ -181,7 +192,7 @@ pub struct Replica {
 pub enum Obstacle {
     /// Its node's status forbids it.
     Node(NodeId, NodeStatus),
-    /// The node's agent restarted and has not reported the replica yet.
+    /// The node's agent restarted, or the control plane after long, and has not reported the replica yet.
     Unconfirmed,
     /// The engine's address is being asked from its node.
     AddressUnknown,
@@ -193,6 +204,8 @@ pub enum Obstacle {
     CircuitOpen(String),
     /// After a failure one request is trying, and how it had failed.
     Trying(String),
+    /// After a restart of the control plane one request is trying.
+    TryingRestored,
     /// It has no slots.
     NoSlots,
 }
@@ -202,7 +215,7 @@ impl fmt::Display for Obstacle {
         match self {
             Obstacle::Node(node, status) => write!(f, "node {node} is {status}"),
             Obstacle::Unconfirmed => {
-                f.write_str("the node's agent has restarted and not reported the replica yet")
+                f.write_str("the node's agent has not reported the replica since a restart")
             }
             Obstacle::AddressUnknown => f.write_str("the engine's address is being asked from its node"),
             Obstacle::Draining => f.write_str("draining"),
@@ -210,6 +223,9 @@ impl fmt::Display for Obstacle {
             Obstacle::NotReady(Some(reason)) => write!(f, "its node reports it as not ready: {reason}"),
             Obstacle::CircuitOpen(reason) => write!(f, "out of rotation after a failure: {reason}"),
             Obstacle::Trying(reason) => write!(f, "one request tries it after a failure: {reason}"),
+            Obstacle::TryingRestored => {
+                f.write_str("one request tries it after a restart of the control plane")
+            }
             Obstacle::NoSlots => f.write_str("it has no slots"),
         }
     }
@@ -222,13 +238,21 @@ impl Replica {
         self.slots_total.saturating_sub(self.in_flight.saturating_add(self.others))
     }
 
+    /// Whether nothing but the state file tells of it: no request has been answered there, and none has
+    /// failed.
+    #[must_use]
+    pub fn is_untried(&self) -> bool {
+        self.confirmation == Confirmation::Restored
+            && matches!(self.circuit, Circuit::HalfOpen { failures: 0, .. })
+    }
+
     /// The first reason why it takes no work; `None` if it does (though it may be full).
     #[must_use]
     pub fn obstacle(&self) -> Option<Obstacle> {
         if !self.node_status.takes_work() {
             return Some(Obstacle::Node(self.node.clone(), self.node_status));
         }
-        if !self.confirmed {
+        if self.confirmation == Confirmation::Doubted {
             return Some(Obstacle::Unconfirmed);
         }
         if self.draining {
@@ -245,6 +269,7 @@ impl Replica {
         }
         match &self.circuit {
             Circuit::Open { reason, .. } => Some(Obstacle::CircuitOpen(reason.clone())),
+            Circuit::HalfOpen { failures: 0, trying: true, .. } => Some(Obstacle::TryingRestored),
             Circuit::HalfOpen { reason, trying: true, .. } => Some(Obstacle::Trying(reason.clone())),
             Circuit::HalfOpen { .. } | Circuit::Closed => None,
         }
@@ -253,12 +278,26 @@ impl Replica {
     /// Whether it may be given work, its free slots aside. As [`Replica::obstacle`], without words.
     fn placeable(&self) -> bool {
         self.node_status.takes_work()
-            && self.confirmed
+            && self.confirmation != Confirmation::Doubted
             && self.ready
             && !self.draining
             && self.target != Target::AskNode
             && self.slots_total > 0
             && matches!(self.circuit, Circuit::Closed | Circuit::HalfOpen { trying: false, .. })
+    }
+
+    /// Its node has reported it. A circuit that is half open only because of a restart is closed with
+    /// that, if the node says that it takes work.
+    pub(super) fn confirm(&mut self) {
+        self.confirmation = Confirmation::Beaten;
+        if self.ready && matches!(self.circuit, Circuit::HalfOpen { failures: 0, .. }) {
+            self.circuit = Circuit::Closed;
+        }
+    }
+
+    /// What of it is saved and changes often: of the rest, who changes it knows.
+    pub(super) fn saved_numbers(&self) -> (bool, bool, u32, bool) {
+        (self.ready, self.draining, self.slots_total, self.confirmation == Confirmation::Doubted)
     }
 
     /// Takes a report of free slots. The rule for `others` is in this file's introduction.
@@ -424,12 +463,18 @@ impl ReplicaTable {
         }
     }
 
-    /// Sets the models of a replica. No verdict depends on them, but other waiters may fit.
-    pub(super) fn set_models(&mut self, replica: ReplicaRef, models: &[String], changes: &mut Vec<Change>) {
-        let Some(index) = self.index(replica) else { return };
-        let Some(cold) = self.cold[index].as_mut() else { return };
+    /// Sets the models of a replica. No verdict depends on them, but other waiters may fit. True if they
+    /// were others before.
+    pub(super) fn set_models(
+        &mut self,
+        replica: ReplicaRef,
+        models: &[String],
+        changes: &mut Vec<Change>,
+    ) -> bool {
+        let Some(index) = self.index(replica) else { return false };
+        let Some(cold) = self.cold[index].as_mut() else { return false };
         if cold.models[..] == *models {
-            return;
+            return false;
         }
         let old = self.hot[index].model_set;
         let (set, list) = self.sets.intern(models);
@@ -439,6 +484,7 @@ impl ReplicaTable {
         if self.hot[index].placeable {
             changes.push(Change::ReplicaCapacity(replica));
         }
+        true
     }
 
     /// Takes slots, if the replica takes work and has as many.
@@ -652,7 +698,7 @@ mod tests {
             node: NodeId::new("n").expect("an id"),
             key,
             node_status: NodeStatus::Online,
-            confirmed: true,
+            confirmation: Confirmation::Beaten,
             generation: 0,
             target: Target::Direct(BaseUrl::new("http://h:1").expect("a URL")),
             ready: true,

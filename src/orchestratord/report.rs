@@ -16,6 +16,10 @@ pub fn happening(change: &Change, registry: &ServiceRegistry) -> Option<Happenin
         Some(Happening { kind, subject, state, text, is_warning })
     };
     match change {
+        Change::Restored { nodes, replicas } => {
+            let text = format!("{nodes} nodes with {replicas} replicas restored, awaiting their heartbeats");
+            event("daemon", "state".into(), "restored", text, false)
+        }
         Change::NodeRegistered { node, again, .. } => {
             let text = format!("node {node} registered{}", if *again { " again" } else { "" });
             event("node", node.to_string(), "Registering", text, false)

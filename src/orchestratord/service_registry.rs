@@ -27,12 +27,15 @@
 //! **After a start** of the control plane nobody can expire for one `node_timeout`: no lease is older
 //! than the process.
 //!
+//! What it knows can be saved and restored over such a start; `restore.rs` says how.
+//!
 //! The cost of a heartbeat depends on its own replicas, that of [`ServiceRegistry::expire`] on what
 //! is due. Nothing walks over all nodes except [`ServiceRegistry::nodes`]. Every mutation reports
 //! what it changed as a list of [`Change`]; the caller admits waiters, logs and counts from it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::sync::Arc;
 
 use slab::Slab;
 
@@ -46,6 +49,7 @@ use crate::wire::url::BaseUrl;
 mod change;
 mod departed;
 mod polled;
+mod restore;
 mod snapshot;
 #[cfg(test)]
 mod tests;
@@ -54,12 +58,17 @@ pub use self::change::{Change, Fenced};
 use self::departed::Departed;
 pub use self::departed::{DEPARTED_MAX, DEPARTED_MS};
 pub use self::polled::{Polled, Via};
+pub use self::restore::TRUST_MS;
+use self::restore::standing;
 pub use self::snapshot::{
     MODEL_BYTES_MAX, MODELS_MAX, NODE_REPLICAS_MAX, REPLICAS_TOTAL_MAX, TEXT_BYTES_MAX,
 };
 use self::snapshot::{announced, cut, target_of, too_large};
 use super::replica_table::{BACKOFF_FIRST_MS, BACKOFF_MAX_MS};
-pub use super::replica_table::{Circuit, Grant, Obstacle, Replica, ReplicaRef, ReplicaTable, Target};
+pub use super::replica_table::{
+    Circuit, Confirmation, Grant, Obstacle, Replica, ReplicaRef, ReplicaTable, Target,
+};
+use super::saved::NodeRecord;
 
 /// Longest time for which leases are kept from ending because most nodes are silent at once: longer
 /// than a switch needs to restart, shorter than an operator needs to be called.
@@ -183,6 +192,12 @@ pub struct Node {
     pub last_heartbeat_at: Option<Wall>,
     /// Its pools as last reported. `replicas` is empty here: see [`ServiceRegistry::replicas_of`].
     pub pools: Vec<PoolBeat>,
+    /// An earlier start of the control plane knew it, and this one has not heard of it yet.
+    pub restored: bool,
+    /// What is saved of it; `None` for this machine itself.
+    record: Option<Arc<NodeRecord>>,
+    /// The record may be outdated.
+    touched: bool,
     seq: Option<u64>,
     /// It has registered, with this incarnation.
     registered: bool,
@@ -224,6 +239,8 @@ pub struct ServiceRegistry {
     table: ReplicaTable,
     departed: Departed,
     hold: Option<Hold>,
+    /// See [`ServiceRegistry::revision`].
+    revision: u64,
 }
 
 /// A mass expiry in progress.
@@ -248,6 +265,7 @@ impl ServiceRegistry {
             table: ReplicaTable::default(),
             departed: Departed::default(),
             hold: None,
+            revision: 0,
         }
     }
 
@@ -319,7 +337,9 @@ impl ServiceRegistry {
         });
         for replica in self.refs_of(index) {
             self.table.update(replica, now, changes, |r| {
-                r.confirmed &= !fresh;
+                if fresh {
+                    r.confirmation = Confirmation::Doubted;
+                }
                 if moved && let Some(engine) = r.target.engine() {
                     r.target = target_of(engine, Some(&request.address));
                 }
@@ -336,6 +356,7 @@ impl ServiceRegistry {
                 changes,
             );
         }
+        self.record(index);
         Ok(RegisterReply {
             success: true,
             message: "registered".into(),
@@ -381,6 +402,7 @@ impl ServiceRegistry {
         }
         self.check_size(self.nodes[index].replicas.len(), &beat.pools)?;
         let known = &mut self.nodes[index];
+        known.touched |= known.incarnation.is_none() && beat.incarnation.is_some();
         known.incarnation = known.incarnation.or(beat.incarnation);
         known.seq = beat.seq.or(known.seq);
         known.last_heartbeat_at = Some(now.wall);
@@ -394,6 +416,7 @@ impl ServiceRegistry {
             (NodeStatus::Online, "it sends heartbeats")
         };
         self.set_status(index, status, reason, now, changes);
+        self.record_if_changed(index);
         Ok(HeartbeatReply { success: true, next_heartbeat_ms: Some(self.limits.heartbeat_interval_ms) })
     }
 
@@ -448,6 +471,8 @@ impl ServiceRegistry {
         self.unschedule(index);
         let known = &mut self.nodes[index];
         known.address = None;
+        known.record = None;
+        known.restored = false;
         known.last_heartbeat_at = Some(now.wall);
         known.last_contact = now.mono;
         self.take_snapshot(index, pools, now, changes);
@@ -615,6 +640,7 @@ impl ServiceRegistry {
             let node = &self.nodes[index];
             assert_eq!(&node.id, id, "a node under another name");
             assert_eq!(node.due.is_none(), node.address.is_none(), "{id}: exactly local nodes have no lease");
+            self.check_record(node);
             if let Some(due) = node.due {
                 let leased = node.status.leased();
                 assert_eq!(self.leases.contains(&(due, index)), leased, "{id}: lease while {}", node.status);
@@ -629,6 +655,11 @@ impl ServiceRegistry {
                 let known = self.table.get(*replica).expect("a node's replica exists");
                 assert_eq!((&known.node, &known.key), (id, key), "a replica of another node");
                 assert_eq!(known.node_status, node.status, "{id} {key}: outdated status");
+                let untried = matches!(known.circuit, Circuit::HalfOpen { failures: 0, .. });
+                assert!(
+                    !untried || known.confirmation != Confirmation::Beaten || !known.ready,
+                    "{id} {key}: in doubt though its node says that it is ready"
+                );
                 if let Circuit::Open { until, .. } = known.circuit {
                     assert!(self.retries.contains(&(until, *replica)), "{id} {key}: never tried again");
                 }
@@ -662,7 +693,8 @@ impl ServiceRegistry {
         let (Some(theirs), Some(ours)) = (request.boot_id.as_deref().map(cut), &node.boot_id) else {
             return Ok(());
         };
-        if theirs == *ours || now.mono.ms_since(node.last_contact) >= late_ms {
+        // Whom this process never heard may be the same machine after a reboot.
+        if theirs == *ours || node.restored || now.mono.ms_since(node.last_contact) >= late_ms {
             return Ok(());
         }
         let holder = node.peer.clone();
@@ -730,6 +762,9 @@ impl ServiceRegistry {
             registered_at: now.wall,
             last_heartbeat_at: None,
             pools: Vec::new(),
+            restored: false,
+            record: None,
+            touched: false,
             seq: None,
             registered: false,
             told_at: None,
@@ -751,6 +786,7 @@ impl ServiceRegistry {
             self.drop_replica(index, &key, replica, reason, changes);
         }
         let node = self.nodes.remove(index);
+        self.revision += u64::from(node.record.is_some());
         self.by_id.remove(&node.id);
         changes.push(Change::NodeGone { node: node.id, reason: reason.to_string() });
     }
@@ -764,6 +800,9 @@ impl ServiceRegistry {
         let node = &mut self.nodes[index];
         if node.peer != peer {
             node.peer = cut(peer);
+        }
+        if std::mem::take(&mut node.restored) {
+            node.reason = "heard of again after a restart of the control plane".into();
         }
         node.last_contact = now.mono;
         if node.status.leased() {
@@ -784,6 +823,7 @@ impl ServiceRegistry {
             return;
         }
         let from = std::mem::replace(&mut node.status, status);
+        self.revision += u64::from(node.record.is_some() && standing(from) != standing(status));
         node.since = now.wall;
         node.reason = reason.to_string();
         changes.push(Change::NodeStatus {

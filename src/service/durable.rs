@@ -5,20 +5,46 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-/// Largest state file that is read, in bytes: thousands of handoffs.
+/// Largest state file that is written or read, in bytes: thousands of handoffs, or ten thousand nodes.
 const BYTES_MAX: u64 = 64 << 20;
 
 /// Replaces a file as a whole, readable by its owner and group. After a crash either the old or the
 /// new one is there. Blocks on the disk.
 ///
 /// # Errors
-/// No permission, no space, no such directory.
+/// No permission, no space, no such directory; more bytes than would be read.
 pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    write(path, bytes, 0o750, 0o640)
+}
+
+/// As [`replace`], readable by its owner only.
+///
+/// # Errors
+/// As [`replace`].
+pub fn replace_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    write(path, bytes, 0o700, 0o600)
+}
+
+/// Makes sure that [`replace_private`] can be expected to work in `directory`, which is created if there
+/// is none.
+///
+/// # Errors
+/// As [`replace`].
+pub fn check_private(directory: &Path) -> io::Result<()> {
+    let trial = directory.join(".writable");
+    write(&trial, b"", 0o700, 0o600)?;
+    fs::remove_file(trial)
+}
+
+fn write(path: &Path, bytes: &[u8], directory_mode: u32, mode: u32) -> io::Result<()> {
+    if bytes.len() as u64 > BYTES_MAX {
+        return Err(io::Error::other(format!("{} bytes, and at most {BYTES_MAX} are kept", bytes.len())));
+    }
     let directory = path.parent().unwrap_or(Path::new("."));
-    fs::DirBuilder::new().recursive(true).mode(0o750).create(directory)?;
+    fs::DirBuilder::new().recursive(true).mode(directory_mode).create(directory)?;
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let temporary = directory.join(format!(".{name}.tmp"));
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o640).open(&temporary)?;
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&temporary)?;
     file.write_all(bytes)?;
     file.sync_all()?;
     fs::rename(&temporary, path)?;
@@ -58,6 +84,23 @@ pub fn set_aside(path: &Path) -> io::Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_private_file_is_its_owners_alone() {
+        let root = tempfile::tempdir().expect("a directory");
+        let directory = root.path().join("state");
+        check_private(&directory).expect("it can be written");
+        let path = directory.join("state.json");
+        replace_private(&path, b"one").expect("written");
+        for (path, expected) in [(&path, 0o600), (&directory, 0o700)] {
+            let mode = std::os::unix::fs::PermissionsExt::mode(
+                &fs::metadata(path).expect("it is there").permissions(),
+            );
+            assert_eq!(mode & 0o777, expected, "{}: {mode:o}", path.display());
+        }
+        assert_eq!(fs::read_dir(&directory).expect("listed").count(), 1, "nothing else");
+        assert!(check_private(&path).is_err() && check_private(&path.join("below")).is_err());
+    }
 
     #[test]
     fn a_file_is_replaced_as_a_whole_and_closed_to_others() {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use llama_orch::orchestratord::core::{Core, Dispatch, Effect, Ending, Input};
 use llama_orch::orchestratord::placement::{Ask, Choice, Strategy, StrategyState, choose};
-use llama_orch::orchestratord::service_registry::NodeStatus;
+use llama_orch::orchestratord::service_registry::{Confirmation, NodeStatus};
 use llama_orch::time::{Mono, Now};
 use llama_orch::wire::id::NodeId;
 
@@ -194,7 +194,7 @@ impl Ledger {
         let status = core.registry().node(node).map(|node| node.status);
         assert!(status.is_some_and(NodeStatus::takes_work), "{name}, whose node is {status:?}");
         assert!(
-            replica.confirmed && replica.ready && !replica.draining,
+            replica.confirmation != Confirmation::Doubted && replica.ready && !replica.draining,
             "{name}, which takes none: {replica:?}"
         );
         let place = (node.clone(), key.clone(), *generation);

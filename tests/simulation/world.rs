@@ -7,6 +7,7 @@ use llama_orch::orchestratord::core::{self as control_core, Asked, Dispatch, End
 use llama_orch::orchestratord::placement::Strategy;
 use llama_orch::orchestratord::poller::PollId;
 use llama_orch::orchestratord::refusal::Refusal;
+use llama_orch::orchestratord::saved::Saved as Registered;
 use llama_orch::orchestratord::service_registry::{Limits, Target};
 use llama_orch::pool_managerd::core::{self as agent_core, CallBody, Identity};
 use llama_orch::pool_managerd::membership::{Answer, Call};
@@ -48,6 +49,7 @@ pub(crate) struct Totals {
     pub(crate) holds: u64,
     pub(crate) agent_exits: u64,
     pub(crate) control_exits: u64,
+    pub(crate) restored: u64,
     pub(crate) faults: u64,
     pub(crate) polls: u64,
 }
@@ -68,6 +70,7 @@ impl Totals {
             (&mut self.holds, other.holds),
             (&mut self.agent_exits, other.agent_exits),
             (&mut self.control_exits, other.control_exits),
+            (&mut self.restored, other.restored),
             (&mut self.faults, other.faults),
             (&mut self.polls, other.polls),
         ];
@@ -77,10 +80,11 @@ impl Totals {
     /// Every kind of story was told.
     pub(crate) fn assert_eventful(&self) {
         let Totals { answered, refused, withdrawn, broken, cut_off, waited, retried, .. } = *self;
-        let Totals { heartbeats, fenced, suspects, holds, agent_exits, control_exits, faults, .. } = *self;
+        let Totals { heartbeats, fenced, suspects, holds, agent_exits, control_exits, .. } = *self;
+        let Totals { restored, faults, .. } = *self;
         assert!(self.polls > 0, "no answer to a poll counted: {self:?}");
         let requests = [answered, refused, withdrawn, broken, cut_off, waited, retried];
-        let members = [heartbeats, fenced, suspects, holds, agent_exits, control_exits, faults];
+        let members = [heartbeats, fenced, suspects, holds, agent_exits, control_exits, restored, faults];
         assert!(requests.iter().chain(&members).all(|count| *count > 0), "nothing of a kind: {self:?}");
     }
 }
@@ -265,6 +269,8 @@ pub(crate) struct World {
     next_number: u64,
     pub(crate) nodes: Vec<Node>,
     pub(crate) control: Option<Control>,
+    /// The control plane's state file.
+    registered: Option<Vec<u8>>,
     pub(crate) totals: Totals,
     pub(crate) trace_hash: u64,
     trace: bool,
@@ -302,6 +308,7 @@ impl World {
             next_number: 1,
             nodes,
             control: None,
+            registered: None,
             totals: Totals::default(),
             trace_hash: 0xcbf2_9ce4_8422_2325,
             trace: std::env::var_os("SIM_TRACE").is_some(),
@@ -643,6 +650,13 @@ impl World {
             exit_by: None,
         });
         self.note("control plane starts");
+        // Now and then its state directory is lost with it.
+        if let Some(text) = self.registered.take().filter(|_| self.chance(80)) {
+            let saved =
+                Registered::read(&text, &Limits::default(), self.now.wall).expect("it was just written");
+            self.totals.restored += saved.nodes.len() as u64;
+            self.control_handle(control_core::Input::Restore(saved));
+        }
     }
 
     /// The process is gone: calls get no answer, exchanges are cut.
@@ -780,6 +794,14 @@ impl World {
                 }
             }
             Effect::Waiting { .. } => self.totals.waited += 1,
+            Effect::Save(saved) => {
+                let fails = self.chance(20);
+                if !fails {
+                    self.registered = Some(saved.text());
+                }
+                let result = if fails { Err("no space".into()) } else { Ok(()) };
+                self.control_handle(control_core::Input::Saved(result));
+            }
             Effect::Dispatch(request, dispatch) => self.dispatch(request, dispatch),
             Effect::Probe(_) | Effect::AskAgent { .. } => {
                 panic!("nobody here needs a probe or a question: {effect:?}");

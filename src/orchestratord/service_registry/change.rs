@@ -10,6 +10,13 @@ use super::{NodeStatus, ReplicaRef};
 /// What a mutation changed, in the order in which it happened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
+    /// What an earlier start of the control plane saved is known again, all of it with this one change.
+    Restored {
+        /// Nodes.
+        nodes: usize,
+        /// Their replicas.
+        replicas: usize,
+    },
     /// A node registered.
     NodeRegistered {
         /// The node.

@@ -116,7 +116,7 @@ impl ServiceRegistry {
             }
             None => self.add_node(&report.node_id, now),
         };
-        self.identify(index, report, url, now, changes);
+        let is_news = self.identify(index, report, url, now, changes);
         self.contact(index, url.host(), now);
         // Replicas first, as with heartbeats.
         self.take_snapshot(index, &pools, now, changes);
@@ -126,6 +126,11 @@ impl ServiceRegistry {
             (NodeStatus::Online, "it answers polls")
         };
         self.set_status(index, status, reason, now, changes);
+        if is_news {
+            self.record(index);
+        } else {
+            self.record_if_changed(index);
+        }
         Ok(Polled::Taken)
     }
 
@@ -161,7 +166,8 @@ impl ServiceRegistry {
         let other_boot = boot_id.is_some() && node.boot_id.is_some() && boot_id != node.boot_id;
         let other_start = report.incarnation != node.incarnation;
         match &node.polled {
-            _ if other_boot => Err(Fenced::Twin { holder: node.peer.clone() }),
+            // Of a node that only the state file knows, nobody can say whether it is still the same.
+            _ if other_boot && !node.restored => Err(Fenced::Twin { holder: node.peer.clone() }),
             Some(holder) if other_start => Err(Fenced::Twin { holder: holder.authority() }),
             Some(_) => Ok(Some(Polled::Elsewhere)),
             None if self.node_beats(index, now) => Ok(Some(Polled::Heartbeats)),
@@ -179,7 +185,7 @@ impl ServiceRegistry {
         told_at.is_some_and(|told_at| now.mono.ms_since(told_at) < late_ms)
     }
 
-    /// Makes a node who its agent says it is.
+    /// Makes a node who its agent says it is. Whether that is news.
     fn identify(
         &mut self,
         index: usize,
@@ -187,8 +193,11 @@ impl ServiceRegistry {
         url: &BaseUrl,
         now: Now,
         changes: &mut Vec<Change>,
-    ) {
+    ) -> bool {
         let node = &mut self.nodes[index];
+        let before = (node.incarnation, node.boot_id.clone(), node.machine_id.clone(), node.version.clone());
+        let capabilities = shown(&report.capabilities);
+        let is_same_machine = node.capabilities == capabilities;
         if node.incarnation != report.incarnation {
             node.incarnation = report.incarnation;
             (node.registered, node.seq) = (false, None);
@@ -200,11 +209,13 @@ impl ServiceRegistry {
         }
         node.machine_id = cut(report.machine_id.as_deref().unwrap_or(report.node_id.as_str()));
         node.version = report.version.as_deref().map(cut);
-        node.capabilities = shown(&report.capabilities);
+        node.capabilities = capabilities;
         node.polled = Some(url.clone());
         // Where a node says that it is reached counts for as long as that start of it lives.
+        let after = (node.incarnation, node.boot_id.clone(), node.machine_id.clone(), node.version.clone());
+        let is_news = before != after || !is_same_machine;
         if node.registered || node.address.as_ref() == Some(url) {
-            return;
+            return is_news;
         }
         node.address = Some(url.clone());
         for replica in self.refs_of(index) {
@@ -214,6 +225,7 @@ impl ServiceRegistry {
                 }
             });
         }
+        true
     }
 
     /// Whether a node has a pool of this name.

@@ -13,7 +13,7 @@ use crate::wire::node::{POOLS_MAX, PoolBeat, REPLICAS_MAX, ReplicaBeat};
 use crate::wire::pool::ReplicaStatus;
 use crate::wire::url::BaseUrl;
 
-use super::{Change, Circuit, Fenced, Replica, ReplicaRef, ServiceRegistry, Target};
+use super::{Change, Circuit, Confirmation, Fenced, Replica, ReplicaRef, ServiceRegistry, Target};
 
 /// Most replicas of one node: far above what GPUs allow, low enough to bound one heartbeat's work.
 pub const NODE_REPLICAS_MAX: usize = 4096;
@@ -69,6 +69,7 @@ impl ServiceRegistry {
         for replica in with_replicas.replicas.iter().flatten() {
             self.take_replica(index, &with_replicas, replica, beats, now, changes);
         }
+        self.record_if_changed(index);
     }
 
     /// Whether a snapshot keeps to the limits, of a node that has `own` replicas so far.
@@ -121,7 +122,9 @@ impl ServiceRegistry {
         for (key, replica) in gone {
             self.drop_replica(index, &key, replica, "its node does not name it", changes);
         }
-        let shown = &mut self.nodes[index].pools;
+        let node = &mut self.nodes[index];
+        let shown = &mut node.pools;
+        node.touched |= shown.len() != pools.len();
         shown.truncate(pools.len());
         for (at, pool) in pools.iter().enumerate() {
             match shown.get_mut(at) {
@@ -129,7 +132,10 @@ impl ServiceRegistry {
                     old.slots_free = pool.slots_free;
                     old.vram_free_bytes = pool.vram_free_bytes;
                 }
-                Some(old) => *old = without_replicas(pool),
+                Some(old) => {
+                    *old = without_replicas(pool);
+                    node.touched = true;
+                }
                 None => shown.push(without_replicas(pool)),
             }
         }
@@ -169,25 +175,28 @@ impl ServiceRegistry {
         } else {
             &beat.models
         };
-        self.table.set_models(replica, models, changes);
+        let mut touched = self.table.set_models(replica, models, changes);
         if self.table.get(replica).is_some_and(|known| known.device_mask != beat.device_mask) {
             changes.push(Change::ReplicaCapacity(replica));
         }
         self.table.update(replica, now, changes, |r| {
+            let before = r.saved_numbers();
             r.seen_in_beat = beats;
-            r.confirmed = true;
             r.ready = beat.ready;
+            r.confirm();
             r.draining = beat.draining || pool.draining;
             r.vram_free_bytes = pool.vram_free_bytes;
             set_text(&mut r.reason, beat.reason.as_deref());
-            set_text(&mut r.device_mask, beat.device_mask.as_deref());
-            set_text(&mut r.engine, beat.engine.as_deref().or(pool.engine.as_deref()));
-            set_text(
+            touched |= set_text(&mut r.device_mask, beat.device_mask.as_deref());
+            touched |= set_text(&mut r.engine, beat.engine.as_deref().or(pool.engine.as_deref()));
+            touched |= set_text(
                 &mut r.engine_version,
                 beat.engine_version.as_deref().or(pool.engine_version.as_deref()),
             );
             r.report_slots(beat.slots_free, beat.slots_total.max(beat.slots_free));
+            touched |= before != r.saved_numbers();
         });
+        self.nodes[index].touched |= touched;
     }
 
     /// A pool of which only sums are reported. Its replicas are those that the node's status
@@ -208,20 +217,25 @@ impl ServiceRegistry {
             let key = ReplicaKey { pool: pool.pool_id.clone(), replica };
             own.push(self.add_replica(index, key, 0, Target::AskNode, now, changes));
         }
+        // What such senders report is little; it is compared with the record as a whole.
+        self.nodes[index].touched = true;
         let alone = own.len() == 1;
         let mut ask = false;
         for replica in own {
             let Some(old) = self.table.get(replica) else { continue };
             // A pool that comes back, or cannot be reached, may have moved to another port.
-            let doubtful = old.target == Target::AskNode || !old.ready || old.circuit != Circuit::Closed;
+            let doubtful = old.target == Target::AskNode
+                || !old.ready
+                || old.circuit != Circuit::Closed
+                || old.confirmation == Confirmation::Restored;
             ask |= pool.ready && doubtful;
             if !pool.models_available.is_empty() && (alone || old.models.is_empty()) {
                 self.table.set_models(replica, &pool.models_available, changes);
             }
             self.table.update(replica, now, changes, |r| {
                 r.seen_in_beat = beats;
-                r.confirmed = true;
                 r.ready = pool.ready;
+                r.confirm();
                 r.draining = pool.draining;
                 r.vram_free_bytes = pool.vram_free_bytes;
                 set_text(&mut r.engine, pool.engine.as_deref());
@@ -240,7 +254,7 @@ impl ServiceRegistry {
         }
     }
 
-    fn add_replica(
+    pub(super) fn add_replica(
         &mut self,
         index: usize,
         key: ReplicaKey,
@@ -250,11 +264,12 @@ impl ServiceRegistry {
         changes: &mut Vec<Change>,
     ) -> ReplicaRef {
         let node = &mut self.nodes[index];
+        node.touched = true;
         let replica = Replica {
             node: node.id.clone(),
             key: key.clone(),
             node_status: node.status,
-            confirmed: true,
+            confirmation: Confirmation::Beaten,
             generation,
             target,
             ready: false,
@@ -292,6 +307,7 @@ impl ServiceRegistry {
         }
         self.table.remove(replica, reason, changes);
         self.nodes[index].replicas.remove(key);
+        self.nodes[index].touched = true;
     }
 }
 
@@ -378,9 +394,11 @@ pub(super) fn cut(text: &str) -> String {
     text[..end].chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
-/// Sets a text that seldom changes, without allocating where it does not.
-fn set_text(old: &mut Option<String>, new: Option<&str>) {
-    if old.as_deref() != new {
+/// Sets a text that seldom changes, without allocating where it does not. True if it did.
+fn set_text(old: &mut Option<String>, new: Option<&str>) -> bool {
+    let changes = old.as_deref() != new;
+    if changes {
         *old = new.map(cut);
     }
+    changes
 }

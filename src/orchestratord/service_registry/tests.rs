@@ -7,6 +7,8 @@ use crate::wire::node::REPLICAS_MAX;
 use crate::wire::pool::ReplicaStatus;
 use proptest::prelude::*;
 
+mod restore;
+
 const PEER: &str = "10.0.0.7";
 
 fn id(n: usize) -> NodeId {
@@ -409,6 +411,7 @@ enum Step {
     Release { pick: usize },
     Fail { pick: usize },
     Work { pick: usize },
+    Restart { ms: u64 },
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -424,6 +427,7 @@ fn step() -> impl Strategy<Value = Step> {
         3 => any::<usize>().prop_map(|pick| Step::Release { pick }),
         2 => any::<usize>().prop_map(|pick| Step::Fail { pick }),
         1 => any::<usize>().prop_map(|pick| Step::Work { pick }),
+        1 => (0u64..40_000).prop_map(|ms| Step::Restart { ms }),
     ]
 }
 
@@ -441,7 +445,7 @@ fn best_by_hand(registry: &ServiceRegistry, ask: &Ask) -> Option<ReplicaRef> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
 
-    /// Whatever nodes, requests and clocks do: the registry does not contradict itself, every slot
+    /// Whatever nodes, requests, clocks and restarts do: the registry does not contradict itself, every slot
     /// is accounted for, only what takes work is chosen, and the deadline is never too late. When
     /// everybody beats again, everybody is Online and every idle replica takes work.
     #[test]
@@ -530,6 +534,11 @@ proptest! {
                     if let Some(replica) = any_replica(&world, pick) {
                         world.registry.data_path_worked(replica, world.now, &mut world.changes);
                     }
+                }
+                Step::Restart { ms } => {
+                    world = world.restarted(ms);
+                    grants.clear();
+                    state = StrategyState::new(1);
                 }
             }
             world.registry.check_invariants();

@@ -1,0 +1,301 @@
+//! How the registry survives a restart of the control plane: what it gives to be saved, and what it
+//! makes of that afterwards.
+//!
+//! A restored node is in doubt, and yet useful at once:
+//!
+//! - It holds a lease from the restoration on. Unheard, it turns Suspect and Offline as any other.
+//! - Its replicas take work, one request at a time: their circuit starts half open. The first answer
+//!   closes it, the first failure opens it, and a heartbeat that says ready settles it as well.
+//! - Its incarnation still fences older ones; heartbeats of the same one are simply taken. Nothing is
+//!   known about their sequence, nor whether the machine behind the name is still the same: the first
+//!   one to register has it.
+//! - Where the node had been silent already, it comes back Suspect, without work.
+//! - What was written longer ago than [`TRUST_MS`] gets no work before its node has been heard: by then
+//!   somebody else may have its address, who must see neither prompts nor the token.
+//!
+//! **What it costs.** Each node keeps its record, and makes a new one only when something in it has
+//! changed: registration, replicas, what they serve, whether they take work. Free slots and free memory
+//! are not among it: an ordinary heartbeat leaves the record alone, and [`ServiceRegistry::saved`] costs
+//! one reference count a node.
+
+use std::sync::Arc;
+
+use crate::orchestratord::saved::{NodeRecord, PoolRecord, ReplicaRecord, Saved, SavedNode, Standing};
+use crate::time::{Now, Wall};
+use crate::wire::node::PoolBeat;
+
+use super::snapshot::{cut, target_of};
+use super::{
+    Change, Circuit, Confirmation, Node, NodeStatus, Replica, ReplicaTable, ServiceRegistry, Target,
+};
+
+/// Replicas of a file older than this get no work before their node has been heard, in milliseconds:
+/// longer than any restart takes, shorter than addresses take to be given to others.
+pub const TRUST_MS: u64 = 3_600_000;
+
+/// Why a restored node has the status that it has.
+const RESTORED: &str = "restored from the state file, not heard of since the start";
+/// The same for one that was silent before.
+const RESTORED_SILENT: &str = "restored from the state file, silent before and since";
+
+impl ServiceRegistry {
+    /// Grows with everything that is worth saving; 0 as long as nothing ever was.
+    #[must_use]
+    pub fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    /// What is to be remembered: every node that has registered. One that is only polled is asked again
+    /// at once.
+    #[must_use]
+    pub fn saved(&self, at: Wall) -> Saved {
+        let saved = |node: &Node| {
+            Some(SavedNode {
+                standing: standing(node.status),
+                heard_ms: node.last_heartbeat_at.map(Wall::unix_ms),
+                node: node.record.clone()?,
+            })
+        };
+        Saved::new(self.nodes().filter_map(saved).collect(), at)
+    }
+
+    /// Takes up what an earlier start of the control plane saved. Nodes that have been silent for so
+    /// long that they would be forgotten are, and nodes that are known already stay as they are.
+    pub fn restore(&mut self, saved: &Saved, now: Now, changes: &mut Vec<Change>) {
+        let (mut nodes, mut replicas) = (0, 0);
+        for node in &saved.nodes {
+            let silent_ms = node.heard_ms.map_or(0, |at| now.wall.unix_ms().saturating_sub(at));
+            let is_over = node.standing == Standing::Silent && silent_ms > self.limits.forget_ms;
+            let is_full = self.nodes.len() >= self.limits.nodes_max;
+            if is_over || is_full || self.by_id.contains_key(&node.node.id) {
+                continue;
+            }
+            self.restore_node(node, saved.age_ms(now.wall) <= TRUST_MS, now);
+            nodes += 1;
+            replicas += node.node.replicas.len();
+        }
+        if nodes > 0 {
+            self.revision += 1;
+            changes.push(Change::Restored { nodes, replicas });
+        }
+    }
+
+    fn restore_node(&mut self, saved: &SavedNode, trusted: bool, now: Now) {
+        let record = &saved.node;
+        let index = self.add_node(&record.id, now);
+        let (status, reason, lease_ms) = match saved.standing {
+            Standing::Serving => (NodeStatus::Registering, RESTORED, self.limits.node_timeout_ms),
+            Standing::Draining => (NodeStatus::Draining, RESTORED, self.limits.node_timeout_ms),
+            Standing::Silent => (NodeStatus::Suspect, RESTORED_SILENT, self.limits.offline_grace_ms),
+        };
+        let node = &mut self.nodes[index];
+        node.machine_id = cut(&record.machine_id);
+        node.address = Some(record.address.clone());
+        node.version = record.version.as_deref().map(cut);
+        node.capabilities = record.capabilities.clone();
+        for gpu in &mut node.capabilities.gpus {
+            gpu.name = cut(&gpu.name);
+            gpu.compute_capability = cut(&gpu.compute_capability);
+        }
+        node.incarnation = record.incarnation;
+        node.boot_id = record.boot_id.as_deref().map(cut);
+        node.status = status;
+        node.reason = reason.into();
+        node.registered_at = wall(record.registered_ms);
+        node.last_heartbeat_at = saved.heard_ms.map(wall);
+        node.pools = record.pools.iter().map(PoolRecord::shown).collect();
+        (node.restored, node.registered) = (true, true);
+        self.schedule(index, now.mono.plus_ms(lease_ms));
+        // One sentence for all of them is told instead of one for each.
+        let mut untold = Vec::new();
+        for replica in &record.replicas {
+            let target =
+                replica.url.as_ref().map_or(Target::AskNode, |url| target_of(url, Some(&record.address)));
+            let restored =
+                self.add_replica(index, replica.key(), replica.generation, target, now, &mut untold);
+            self.table.set_models(restored, &replica.models, &mut untold);
+            self.table.update(restored, now, &mut untold, |r| {
+                r.confirmation =
+                    if trusted && !replica.doubted { Confirmation::Restored } else { Confirmation::Doubted };
+                r.circuit = Circuit::HalfOpen { failures: 0, reason: RESTORED.into(), trying: false };
+                r.ready = replica.ready;
+                r.draining = replica.draining;
+                r.device_mask = replica.device_mask.as_deref().map(cut);
+                r.engine = replica.engine.as_deref().map(cut);
+                r.engine_version = replica.engine_version.as_deref().map(cut);
+                r.vram_free_bytes = replica.vram_free_bytes;
+                r.report_slots(replica.slots_total, replica.slots_total);
+            });
+            untold.clear();
+        }
+        // As it was read, unless a text had to be cut.
+        let other = NodeRecord::of(&self.nodes[index], &self.table).filter(|own| *own != **record);
+        let node = &mut self.nodes[index];
+        node.record = Some(other.map_or_else(|| record.clone(), Arc::new));
+        node.touched = false;
+    }
+
+    /// A node told who it is, or its address became known: its record is made anew.
+    pub(super) fn record(&mut self, index: usize) {
+        let record = NodeRecord::of(&self.nodes[index], &self.table);
+        self.revision += u64::from(record.is_some() || self.nodes[index].record.is_some());
+        let node = &mut self.nodes[index];
+        node.record = record.map(Arc::new);
+        node.touched = false;
+    }
+
+    /// A node was heard: its record is made anew if what it holds has changed.
+    pub(super) fn record_if_changed(&mut self, index: usize) {
+        let node = &mut self.nodes[index];
+        if !std::mem::take(&mut node.touched) {
+            return;
+        }
+        let node = &self.nodes[index];
+        if !node.registered && node.record.is_none() {
+            return;
+        }
+        if !node.record.as_ref().is_some_and(|record| record.agrees_with(node, &self.table)) {
+            self.record(index);
+        }
+    }
+
+    /// For tests and simulations: the node's record says what the node is.
+    pub(super) fn check_record(&self, node: &Node) {
+        assert_eq!(
+            node.record.is_some(),
+            node.registered,
+            "{}: exactly nodes that have registered are saved",
+            node.id
+        );
+        let Some(record) = &node.record else { return };
+        assert!(record.agrees_with(node, &self.table), "{}: outdated record {record:?}", node.id);
+        let registered =
+            (&record.id, &record.machine_id, Some(&record.address), &record.version, &record.boot_id);
+        let known = (&node.id, &node.machine_id, node.address.as_ref(), &node.version, &node.boot_id);
+        assert_eq!(registered, known, "{}: outdated record", node.id);
+        assert_eq!(record.capabilities, node.capabilities, "{}: outdated record", node.id);
+    }
+}
+
+/// What of a node's status is saved.
+pub(super) fn standing(status: NodeStatus) -> Standing {
+    match status {
+        NodeStatus::Registering | NodeStatus::Online => Standing::Serving,
+        NodeStatus::Draining => Standing::Draining,
+        NodeStatus::Suspect | NodeStatus::Offline => Standing::Silent,
+    }
+}
+
+fn wall(ms: u64) -> Wall {
+    Wall(ms.saturating_mul(1_000_000))
+}
+
+impl NodeRecord {
+    /// `None` for a node that has not registered.
+    fn of(node: &Node, table: &ReplicaTable) -> Option<NodeRecord> {
+        if !node.registered {
+            return None;
+        }
+        Some(NodeRecord {
+            id: node.id.clone(),
+            machine_id: node.machine_id.clone(),
+            address: node.address.clone()?,
+            version: node.version.clone(),
+            capabilities: node.capabilities.clone(),
+            incarnation: node.incarnation,
+            boot_id: node.boot_id.clone(),
+            registered_ms: node.registered_at.unix_ms(),
+            pools: node.pools.iter().map(PoolRecord::of).collect(),
+            replicas: node.replicas.values().filter_map(|r| table.get(*r)).map(ReplicaRecord::of).collect(),
+        })
+    }
+
+    /// Whether everything that a heartbeat may change is as recorded.
+    fn agrees_with(&self, node: &Node, table: &ReplicaTable) -> bool {
+        node.registered
+            && self.incarnation == node.incarnation
+            && self.pools.len() == node.pools.len()
+            && self.replicas.len() == node.replicas.len()
+            && self.pools.iter().zip(&node.pools).all(|(record, pool)| record.agrees_with(pool))
+            && self
+                .replicas
+                .iter()
+                .zip(node.replicas.values())
+                .all(|(record, replica)| table.get(*replica).is_some_and(|known| record.agrees_with(known)))
+    }
+}
+
+impl PoolRecord {
+    fn of(pool: &PoolBeat) -> PoolRecord {
+        PoolRecord {
+            pool: pool.pool_id.clone(),
+            ready: pool.ready,
+            draining: pool.draining,
+            slots_total: pool.slots_total,
+            vram_free_bytes: pool.vram_free_bytes,
+            engine: pool.engine.clone(),
+            engine_version: pool.engine_version.clone(),
+            models: pool.models_available.clone(),
+            listed: pool.replicas.is_some(),
+        }
+    }
+
+    /// The pool as it is shown until its node is heard.
+    fn shown(&self) -> PoolBeat {
+        PoolBeat {
+            pool_id: self.pool.clone(),
+            ready: self.ready,
+            draining: self.draining,
+            slots_free: self.slots_total.unwrap_or(0),
+            slots_total: self.slots_total,
+            vram_free_bytes: self.vram_free_bytes,
+            engine: self.engine.as_deref().map(cut),
+            engine_version: self.engine_version.as_deref().map(cut),
+            models_available: self.models.clone(),
+            replicas: self.listed.then(Vec::new),
+        }
+    }
+
+    fn agrees_with(&self, pool: &PoolBeat) -> bool {
+        self.pool == pool.pool_id
+            && (self.ready, self.draining, self.slots_total) == (pool.ready, pool.draining, pool.slots_total)
+            && self.listed == pool.replicas.is_some()
+            && self.engine == pool.engine
+            && self.engine_version == pool.engine_version
+            && self.models == pool.models_available
+    }
+}
+
+impl ReplicaRecord {
+    fn of(replica: &Replica) -> ReplicaRecord {
+        ReplicaRecord {
+            pool: replica.key.pool.clone(),
+            replica: replica.key.replica.clone(),
+            generation: replica.generation,
+            url: replica.target.engine().cloned(),
+            ready: replica.ready,
+            draining: replica.draining,
+            doubted: replica.confirmation == Confirmation::Doubted,
+            slots_total: replica.slots_total,
+            models: replica.models.clone(),
+            engine: replica.engine.clone(),
+            engine_version: replica.engine_version.clone(),
+            device_mask: replica.device_mask.clone(),
+            vram_free_bytes: replica.vram_free_bytes,
+        }
+    }
+
+    fn agrees_with(&self, replica: &Replica) -> bool {
+        self.pool == replica.key.pool
+            && self.replica == replica.key.replica
+            && self.generation == replica.generation
+            && self.url.as_ref() == replica.target.engine()
+            && (self.ready, self.draining) == (replica.ready, replica.draining)
+            && self.doubted == (replica.confirmation == Confirmation::Doubted)
+            && self.slots_total == replica.slots_total
+            && (Arc::ptr_eq(&self.models, &replica.models) || self.models == replica.models)
+            && self.engine == replica.engine
+            && self.engine_version == replica.engine_version
+            && self.device_mask == replica.device_mask
+    }
+}
