@@ -14,9 +14,16 @@
 //! # // A control plane, and what the program knows of its engines.
 //! # let port = llama_orch::service::machine::listen_on_free_port()?.local_addr()?.port();
 //! # let orchestratord_url = format!("http://127.0.0.1:{port}");
-//! # let args = ["orchestratord".into(), format!("--addr=127.0.0.1:{port}"), "--cloud-profile=true".into()];
-//! # std::thread::spawn(|| llama_orch::orchestratord::run(args.map(Into::into).into()).expect("runs"));
-//! # while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() { std::thread::yield_now() }
+//! # let args = [format!("--addr=127.0.0.1:{port}"), "--cloud-profile=true".into()].map(Into::into);
+//! # std::thread::spawn(|| llama_orch::orchestratord::run(args.into()));
+//! # let until = |is_so: &dyn Fn() -> bool| {
+//! #     let begun = std::time::Instant::now();
+//! #     while !is_so() {
+//! #         assert!(begun.elapsed().as_secs() < 20, "waited in vain");
+//! #         std::thread::sleep(std::time::Duration::from_millis(5));
+//! #     }
+//! # };
+//! # until(&|| std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
 //! # struct Health { ready: bool }
 //! # struct Snapshot { pool_id: String, health: Health, slots_free: Option<i32> }
 //! # #[derive(Clone)] struct Registry;
@@ -53,7 +60,7 @@
 //!
 //! // Heartbeats go on in the background. An engine became ready: the control plane hears of it at once.
 //! heartbeat.beat_now();
-//! # while heartbeat.status().heartbeats == 0 { std::thread::yield_now() }
+//! # until(&|| heartbeat.status().heartbeats > 0);
 //! # assert!(heartbeat.status().is_registered);
 //!
 //! // At shutdown:
