@@ -1,6 +1,7 @@
 //! The faces for other programs: a node of a real control plane, made of nothing but the library.
 
 #[path = "daemons/harness.rs"]
+#[allow(dead_code, reason = "shared with other tests, which use other parts")]
 mod harness;
 
 use std::io::{BufRead, BufReader, Write};
@@ -124,7 +125,8 @@ fn a_program_is_a_node_over_its_whole_life() {
         registration.try_spawn_heartbeat(Vec::new),
         Err(RegistrationError::AlreadyBeating { .. })
     ));
-    // Far from the next interval, which is ten seconds: the change is told because it is announced.
+    // Far from the next heartbeat, which the control plane wants in ten seconds: the change is told because it is announced.
+    until("the interval", || Some(heartbeat.status()).filter(|status| status.interval_ms == Some(10_000)));
     let changed = Instant::now();
     is_ready.store(true, Ordering::Release);
     heartbeat.beat_now();
@@ -285,6 +287,25 @@ fn what_is_wrong_is_said_before_anything_is_sent() {
     let home = Home::start(&[]);
     let error = NodeRegistration::new(config(home.port)).register().expect_err("no nodes there");
     assert!(error.to_string().contains("ORCHESTRATORD_CLOUD_PROFILE=true"), "{error}");
+}
+
+#[test]
+fn a_closure_that_panics_ends_its_heartbeats_and_nothing_else() {
+    let registration = NodeRegistration::new(config(free_port()));
+    let directory = tempfile::tempdir().expect("a directory");
+    let port = free_port();
+    let _daemon = control(port, directory.path(), &[]);
+    let registration_there = NodeRegistration::new(config(port));
+    let broken = registration_there.spawn_heartbeat(|| panic!("on purpose"));
+    let status = until("the end", || Some(broken.status()).filter(|status| status.state == "ended"));
+    assert!(!status.is_registered && status.reason.contains("failed"), "{status}");
+    let heartbeat = until("a place", || registration_there.try_spawn_heartbeat(Vec::new).ok());
+    node(port, "Online", |node| (node["status"] == "Online").then_some(()));
+    drop((broken, heartbeat));
+    // Where nobody listens the closure is never asked.
+    let heartbeat = registration.spawn_heartbeat(|| panic!("asked without being registered"));
+    until("a failure", || Some(heartbeat.status()).filter(|status| status.reason.contains("refused")));
+    assert_eq!(heartbeat.status().state, "unregistered");
 }
 
 /// Both faces together: a server of our own over the registry, and a node that registers with it.
