@@ -14,10 +14,11 @@
 //!
 //! ```text
 //!   bin/                          a few lines each: arguments, run(), exit code
+//!    │                            node_registration, service_registry: for other programs
 //!    │
 //!   pool_managerd   orchestratord   engine_provisioner   cli      never import each other
-//!    │               │                handoff_watcher  node_registration  service_registry
-//!    │               │                pool_registry_types         for other programs: threads and plain values
+//!    │               │                handoff_watcher             for other programs, as are
+//!    │               │                                            the plain values of pool_registry_types
 //!    │               │
 //!   replicas        (both)        what a runtime directory announces, and whether it answers
 //!    │
