@@ -242,6 +242,8 @@ fn tokens_are_sent_and_never_shown() {
     };
     let good = with(Some(TOKEN));
     good.register().expect("registered");
+    good.deregister().expect("goodbye");
+    good.register().expect("come back as another incarnation");
     assert!(!format!("{good:?}").contains(TOKEN));
     let shown = format!("{:?}", NodeRegistrationConfig { api_token: Some(TOKEN.into()), ..config(port) });
     assert!(!shown.contains(TOKEN) && shown.contains("(hidden)"), "{shown}");
