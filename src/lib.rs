@@ -14,9 +14,11 @@
 //!
 //! ```text
 //!   bin/                          a few lines each: arguments, run(), exit code
+//!    │                            node_registration, service_registry: for other programs
 //!    │
 //!   pool_managerd   orchestratord   engine_provisioner   cli      never import each other
-//!    │               │                handoff_watcher             for other programs
+//!    │               │                handoff_watcher             for other programs, as are
+//!    │               │                                            the plain values of pool_registry_types
 //!    │               │
 //!   replicas        (both)        what a runtime directory announces, and whether it answers
 //!    │
@@ -89,11 +91,14 @@ pub mod handoff_watcher;
 pub mod http;
 pub mod metrics;
 pub mod net;
+pub mod node_registration;
 pub mod orchestratord;
 pub mod pool_managerd;
+pub mod pool_registry_types;
 pub mod reactor;
 pub mod replicas;
 pub mod service;
+pub mod service_registry;
 pub mod settings;
 pub mod time;
 pub mod wire;

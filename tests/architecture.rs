@@ -25,6 +25,12 @@ const EDGES: &[(&str, &[&str])] = &[
     ("service", &["http", "metrics", "net", "reactor", "settings", "time", "wire"]),
     ("replicas", &["http", "net", "reactor", "service", "settings", "time", "wire"]),
     ("handoff_watcher", &["reactor", "replicas", "time", "wire"]),
+    ("pool_registry_types", &["wire"]),
+    (
+        "node_registration",
+        &["net", "pool_managerd", "pool_registry_types", "reactor", "service", "time", "wire"],
+    ),
+    ("service_registry", &["orchestratord", "pool_registry_types", "reactor", "time", "wire"]),
     ("pool_managerd", DAEMON_USES),
     ("orchestratord", DAEMON_USES),
     ("engine_provisioner", DAEMON_USES),
@@ -41,6 +47,7 @@ const DAEMON_USES: &[&str] =
 const PURE_ROOMS: &[(&str, &[&str])] = &[
     ("time", &[]),
     ("metrics", &[]),
+    ("pool_registry_types", &[]),
     ("wire", &[]),
     ("http", &[]),
     ("replicas", &["replicas/liveness.rs", "replicas/probe.rs", "replicas/scan.rs", "replicas/watch.rs"]),

@@ -25,7 +25,7 @@ const ENCODED_IN_PLACE_MAX: usize = 256;
 const KEEP_MS: u64 = 90_000;
 
 /// A call's body as JSON. A deregistration has none.
-pub(super) fn encode(body: &CallBody) -> Vec<u8> {
+pub(crate) fn encode(body: &CallBody) -> Vec<u8> {
     match body {
         CallBody::Register(body) => serde_json::to_vec(body).unwrap_or_default(),
         CallBody::Heartbeat(body) => serde_json::to_vec(body).unwrap_or_default(),
@@ -34,14 +34,15 @@ pub(super) fn encode(body: &CallBody) -> Vec<u8> {
 }
 
 /// Whether encoding a body takes too long for a turn of the loop: at about a microsecond a replica.
-pub(super) fn is_large(body: &CallBody) -> bool {
+pub(crate) fn is_large(body: &CallBody) -> bool {
     let CallBody::Heartbeat(heartbeat) = body else { return false };
     let replicas = heartbeat.pools.iter().filter_map(|pool| pool.replicas.as_ref()).map(Vec::len);
     replicas.sum::<usize>() > ENCODED_IN_PLACE_MAX
 }
 
-/// The request that makes a call. `incarnation` is what a deregistration is for.
-pub(super) fn outbound(
+/// The request that makes a call. `program` is who calls; `incarnation` is what a deregistration is for.
+pub(crate) fn outbound(
+    program: &str,
     plane: &BaseUrl,
     node: &NodeId,
     order: Order,
@@ -55,7 +56,7 @@ pub(super) fn outbound(
         Call::Deregister => ("DELETE", format!("/v2/nodes/{node}?incarnation={incarnation}")),
     };
     let mut fields = vec![
-        ("User-Agent".to_string(), concat!("pool-managerd/", env!("CARGO_PKG_VERSION")).into()),
+        ("User-Agent".to_string(), format!("{program}/{}", env!("CARGO_PKG_VERSION")).into_bytes()),
         ("Content-Type".to_string(), b"application/json".to_vec()),
     ];
     fields.extend(bearer.map(|bearer| ("Authorization".to_string(), bearer.into_bytes())));
@@ -73,7 +74,7 @@ pub(super) fn outbound(
 }
 
 /// What an exchange's ending says.
-pub(super) fn answer(call: Call, ended: net::Outcome) -> Answer {
+pub(crate) fn answer(call: Call, ended: net::Outcome) -> Answer {
     match ended {
         net::Outcome::Complete { status, body } => understand(call, status, &String::from_utf8_lossy(&body)),
         net::Outcome::Failed(fault) => Answer::Failed(fault.reason),

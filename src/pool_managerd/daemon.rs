@@ -254,7 +254,7 @@ impl Daemon {
         let Some(url) = self.core.planes().get(plane).map(Plane::url) else { return };
         let (node, incarnation) = (self.core.node_id(), self.core.incarnation());
         let bearer = self.tokens.bearer();
-        let outbound = control_client::outbound(url, node, order, incarnation, body, bearer);
+        let outbound = control_client::outbound("pool-managerd", url, node, order, incarnation, body, bearer);
         let exchange = self.net.start(outbound, now.mono);
         self.exchanges.insert(exchange, Running::Call { plane, call: order.call });
     }

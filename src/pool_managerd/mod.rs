@@ -14,7 +14,7 @@ pub mod api;
 mod callback_client;
 pub mod callbacks;
 pub mod config;
-mod control_client;
+pub(crate) mod control_client;
 pub mod core;
 pub mod daemon;
 mod gpu_reader;

@@ -52,22 +52,57 @@ impl ServiceRegistry {
         if self.check_size(own, std::slice::from_ref(&with_replicas)).is_err() {
             return;
         }
+        self.take_pool(index, &with_replicas, now, changes);
+    }
+
+    /// Takes a node's word about one of its pools, between heartbeats. The other pools stay as they are,
+    /// and the lease is not renewed.
+    ///
+    /// # Errors
+    /// [`Fenced`]; nothing has changed then.
+    pub fn update_pool(
+        &mut self,
+        node: &NodeId,
+        pool: &PoolBeat,
+        now: Now,
+        changes: &mut Vec<Change>,
+    ) -> Result<(), Fenced> {
+        let index = *self.by_id.get(node).ok_or(Fenced::UnknownNode)?;
+        self.check_size(index, std::slice::from_ref(pool))?;
+        let known = &self.nodes[index];
+        let others = known.replicas.keys().filter(|key| key.pool != pool.pool_id).count();
+        let own = pool.replicas.as_ref().map_or(1, Vec::len);
+        too_large("replicas of a node", others + own, NODE_REPLICAS_MAX)?;
+        let at = known.pools.iter().position(|known| known.pool_id == pool.pool_id);
+        too_large("pools", known.pools.len() + usize::from(at.is_none()), POOLS_MAX)?;
+        self.take_pool(index, pool, now, changes);
+        let shown = &mut self.nodes[index].pools;
+        match at {
+            Some(at) => shown[at] = without_replicas(pool),
+            None => shown.push(without_replicas(pool)),
+        }
+        Ok(())
+    }
+
+    /// Makes the replicas of one pool what `pool` says. What it had before and is not named is gone; other
+    /// pools are untouched.
+    fn take_pool(&mut self, index: usize, pool: &PoolBeat, now: Now, changes: &mut Vec<Change>) {
         self.nodes[index].beats += 1;
         let beats = self.nodes[index].beats;
-        // What this pool had before and the answer does not name is gone; other pools are untouched.
+        let Some(list) = &pool.replicas else { return self.take_unlisted(index, pool, beats, now, changes) };
         let old: Vec<(ReplicaKey, ReplicaRef)> = self.nodes[index]
             .replicas
             .iter()
-            .filter(|(k, _)| k.pool == *pool)
+            .filter(|(k, _)| k.pool == pool.pool_id)
             .map(|(k, r)| (k.clone(), *r))
             .collect();
         for (key, replica) in old {
-            if !replicas.iter().any(|r| r.replica_id == key.replica) {
+            if !list.iter().any(|r| r.replica_id == key.replica) {
                 self.drop_replica(index, &key, replica, "its node does not name it", changes);
             }
         }
-        for replica in with_replicas.replicas.iter().flatten() {
-            self.take_replica(index, &with_replicas, replica, beats, now, changes);
+        for replica in list {
+            self.take_replica(index, pool, replica, beats, now, changes);
         }
         self.record_if_changed(index);
     }

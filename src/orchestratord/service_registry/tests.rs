@@ -404,6 +404,7 @@ fn what_no_node_would_send_is_refused() {
 enum Step {
     Register { node: usize, newer: bool },
     Beat { node: usize, draining: bool, replicas: Vec<(u8, u8, bool, u32)> },
+    Update { node: usize, replicas: Option<Vec<(u8, u8, bool, u32)>> },
     Deregister { node: usize, older: bool },
     Wait { ms: u64 },
     Place { slots: u32 },
@@ -416,10 +417,12 @@ enum Step {
 
 fn step() -> impl Strategy<Value = Step> {
     let replicas = proptest::collection::vec((0u8..3, 0u8..2, any::<bool>(), 0u32..6), 0..4);
+    let update = replicas.clone();
     prop_oneof![
         2 => (0usize..4, any::<bool>()).prop_map(|(node, newer)| Step::Register { node, newer }),
         6 => (0usize..4, proptest::bool::weighted(0.1), replicas)
             .prop_map(|(node, draining, replicas)| Step::Beat { node, draining, replicas }),
+        2 => (0usize..4, proptest::option::of(update)).prop_map(|(node, replicas)| Step::Update { node, replicas }),
         1 => (0usize..4, any::<bool>()).prop_map(|(node, older)| Step::Deregister { node, older }),
         3 => prop_oneof![0u64..300, 5_000u64..40_000].prop_map(|ms| Step::Wait { ms }),
         4 => (0u32..4).prop_map(|slots| Step::Place { slots }),
@@ -474,6 +477,19 @@ proptest! {
                     let known = world.registry.node(&id(node)).map(|n| n.incarnation);
                     let reply = world.beat(node, &beat);
                     prop_assert_eq!(reply.is_ok(), known.is_some(), "{:?}", reply);
+                }
+                Step::Update { node, replicas } => {
+                    let listed = |(name, generation, ready, free): &(u8, u8, bool, u32)| {
+                        replica(&format!("r{name}"), "http://127.0.0.1:1", u64::from(*generation), *ready, *free)
+                    };
+                    let list: Option<Vec<_>> = replicas.as_ref().map(|list| list.iter().map(listed).collect());
+                    let mut pool = beat(None, None, list.as_deref().unwrap_or_default()).pools.remove(0);
+                    pool.replicas = pool.replicas.filter(|_| list.is_some());
+                    let before = world.registry.node(&id(node)).map(|n| (n.status, n.last_contact));
+                    let done = world.registry.update_pool(&id(node), &pool, world.now, &mut world.changes);
+                    prop_assert_eq!(done.is_ok(), before.is_some(), "{:?}", done);
+                    let after = world.registry.node(&id(node)).map(|n| (n.status, n.last_contact));
+                    prop_assert_eq!(before, after, "it is no sign of life");
                 }
                 Step::Deregister { node, older } => {
                     let incarnation = incarnations[node] - u64::from(older);
