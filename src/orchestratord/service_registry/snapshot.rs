@@ -53,6 +53,7 @@ impl ServiceRegistry {
             return;
         }
         self.take_pool(index, &with_replicas, now, changes);
+        self.record_if_changed(index);
     }
 
     /// Takes a node's word about one of its pools, between heartbeats. The other pools stay as they are,
@@ -68,8 +69,8 @@ impl ServiceRegistry {
         changes: &mut Vec<Change>,
     ) -> Result<(), Fenced> {
         let index = *self.by_id.get(node).ok_or(Fenced::UnknownNode)?;
-        self.check_size(index, std::slice::from_ref(pool))?;
         let known = &self.nodes[index];
+        self.check_size(known.replicas.len(), std::slice::from_ref(pool))?;
         let others = known.replicas.keys().filter(|key| key.pool != pool.pool_id).count();
         let own = pool.replicas.as_ref().map_or(1, Vec::len);
         too_large("replicas of a node", others + own, NODE_REPLICAS_MAX)?;
@@ -81,6 +82,8 @@ impl ServiceRegistry {
             Some(at) => shown[at] = without_replicas(pool),
             None => shown.push(without_replicas(pool)),
         }
+        self.nodes[index].touched = true;
+        self.record_if_changed(index);
         Ok(())
     }
 
@@ -104,7 +107,6 @@ impl ServiceRegistry {
         for replica in list {
             self.take_replica(index, pool, replica, beats, now, changes);
         }
-        self.record_if_changed(index);
     }
 
     /// Whether a snapshot keeps to the limits, of a node that has `own` replicas so far.
