@@ -24,7 +24,7 @@ pub use super::messages::{Asked, Counts, Dispatch, Effect, Ending, Input, Option
 use super::placement::{Ask, Choice, Strategy, StrategyState, choose, fits};
 use super::refusal::{RETRY_MS_DEFAULT, Refusal};
 use super::report::happening;
-use super::service_registry::{Change, Fenced, Grant, ReplicaRef, ServiceRegistry};
+use super::service_registry::{Change, Fenced, Grant, ReplicaRef, ServiceRegistry, Target};
 
 #[cfg(test)]
 mod tests;
@@ -89,8 +89,12 @@ impl Core {
             replicas.set_hang_limit(options.hang_suspect_ms);
             Local { node, replicas, shown_revision: 0 }
         });
+        let mut registry = ServiceRegistry::new(options.limits, now.wall.unix_ms());
+        if let Some(rules) = options.addresses {
+            registry.set_address_rules(rules);
+        }
         Core {
-            registry: ServiceRegistry::new(options.limits, now.wall.unix_ms()),
+            registry,
             admission: Admission::new(options.admission_capacity),
             requests: BTreeMap::new(),
             local,
@@ -512,9 +516,13 @@ impl Core {
     ) {
         let Some(known) = self.registry.replica(replica) else { return };
         let (key, generation) = (known.key.clone(), known.generation);
+        let relayed = matches!(known.target, Target::Relay { .. });
         // Slow is not broken: a long prompt must not take an engine out of rotation.
         if !timeout {
             self.registry.data_path_failed(replica, reason, now, changes);
+        }
+        if connect && relayed {
+            self.registry.agent_failed(replica, reason, now, changes);
         }
         let fault = if connect { Fault::ConnectFailed } else { Fault::Broken };
         self.with_local(now, effects, |local, now, found| {

@@ -8,11 +8,11 @@ use std::sync::Arc;
 use crate::http::head::RequestHead;
 use crate::http::server::{Request, Response};
 use crate::net::buffer::HIGH_WATER_BYTES;
-use crate::net::{FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Sink, forwardable};
+use crate::net::{DialRule, FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Sink, forwardable};
 use crate::reactor::signal::Signals;
 use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Reactor, Registry, now};
-use crate::replicas::{Activity, EnginePolicy, ProbeOrder, Processes, Watch, probe};
+use crate::replicas::{Activity, AllowList, EnginePolicy, ProbeOrder, Processes, Watch, probe};
 use crate::service::auth::{self, Tokens};
 use crate::service::lag::LoopLag;
 use crate::service::machine;
@@ -100,8 +100,10 @@ impl Daemon {
         for note in &config.notes {
             log::warn!("{note}");
         }
-        let Shell { reactor, registry, signals, net, bound, .. } =
+        let Shell { reactor, registry, signals, mut net, bound, .. } =
             Shell::start(config.addr, "ORCHESTRATORD_ADDR")?;
+        let rules = address_rules(bound);
+        net.set_dial_rule(DialRule(Box::new(move |url, ip| rules.check_address(url, ip))));
         let at = now();
         let core = Core::new(options(&config, bound)?, at);
         let watch = (!config.cloud).then(|| {
@@ -374,7 +376,7 @@ impl Daemon {
                 let target = format!("/v2/pools/{pool}/replicas/{replica}/engine{path}");
                 (agent.clone(), target, HOLD_BACK_FROM_AGENT)
             }
-            Target::AskNode => return self.undeliverable(request, now),
+            Target::AskNode | Target::Forbidden(_) => return self.undeliverable(request, now),
         };
         let bearer = match &dispatch.target {
             Target::Relay { .. } => self.tokens.bearer(),
@@ -488,7 +490,7 @@ impl Daemon {
                     let code = if timeout { "DECODE_TIMEOUT" } else { "WORKER_RESET" };
                     self.tasks.failed(request, code, &fault.reason, Some(super::refusal::RETRY_MS_DEFAULT));
                 }
-                let connect = fault.kind == FaultKind::Connect;
+                let connect = matches!(fault.kind, FaultKind::Connect | FaultKind::Unreached);
                 let answered = fault.answered;
                 (Ending::Failed { reason: fault.reason, connect, timeout, answered }, answered)
             }
@@ -617,6 +619,11 @@ impl Daemon {
     }
 }
 
+/// What nodes and name servers must not make this process dial.
+fn address_rules(bound: SocketAddr) -> EnginePolicy {
+    EnginePolicy::new(machine::own_addresses(), Some(bound.port()), AllowList::default(), "")
+}
+
 fn options(config: &Config, bound: SocketAddr) -> Result<Options, Exit> {
     let local = if config.cloud {
         None
@@ -632,6 +639,7 @@ fn options(config: &Config, bound: SocketAddr) -> Result<Options, Exit> {
     };
     Ok(Options {
         limits: config.registry,
+        addresses: config.cloud.then(|| address_rules(bound)),
         strategy: config.strategy,
         admission_capacity: config.admission_capacity,
         admission_timeout_ms: config.admission_timeout_ms,

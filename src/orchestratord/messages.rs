@@ -206,6 +206,8 @@ pub struct Options {
     pub hang_suspect_ms: u64,
     /// In the HOME profile: this machine's name, and where its engines may be.
     pub local: Option<(NodeId, EnginePolicy)>,
+    /// In the CLOUD profile: the rules for addresses that nodes name.
+    pub addresses: Option<EnginePolicy>,
     /// Decides the random strategy.
     pub seed: u64,
 }

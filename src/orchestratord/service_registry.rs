@@ -34,6 +34,7 @@ use std::fmt;
 
 use slab::Slab;
 
+use crate::replicas::EnginePolicy;
 use crate::time::{Mono, Now, Wall, earliest};
 use crate::wire::id::{NodeId, ReplicaKey};
 use crate::wire::node::{
@@ -41,19 +42,24 @@ use crate::wire::node::{
 };
 use crate::wire::url::BaseUrl;
 
+mod addresses;
 mod change;
 mod departed;
+mod newcomers;
 mod snapshot;
 #[cfg(test)]
 mod tests;
 
+use self::addresses::Addresses;
 pub use self::change::{Change, Fenced};
 use self::departed::Departed;
 pub use self::departed::{DEPARTED_MAX, DEPARTED_MS};
+pub use self::newcomers::NEWCOMERS_PER_PEER_MAX;
+use self::newcomers::{Newcomers, Ticket};
 pub use self::snapshot::{
     MODEL_BYTES_MAX, MODELS_MAX, NODE_REPLICAS_MAX, REPLICAS_TOTAL_MAX, TEXT_BYTES_MAX,
 };
-use self::snapshot::{announced, cut, target_of, too_large};
+use self::snapshot::{announced, cut, too_large};
 use super::replica_table::{BACKOFF_FIRST_MS, BACKOFF_MAX_MS};
 pub use super::replica_table::{Circuit, Grant, Obstacle, Replica, ReplicaRef, ReplicaTable, Target};
 
@@ -131,7 +137,11 @@ impl NodeStatus {
     }
 
     fn leased(self) -> bool {
-        matches!(self, NodeStatus::Online | NodeStatus::Registering | NodeStatus::Draining)
+        self.beats() || self == NodeStatus::Registering
+    }
+
+    fn beats(self) -> bool {
+        matches!(self, NodeStatus::Online | NodeStatus::Draining)
     }
 }
 
@@ -180,6 +190,8 @@ pub struct Node {
     due: Option<Mono>,
     replicas: BTreeMap<ReplicaKey, ReplicaRef>,
     twins: Vec<String>,
+    /// Until its first heartbeat.
+    newcomer: Option<Ticket>,
 }
 
 impl Node {
@@ -198,14 +210,17 @@ pub struct ServiceRegistry {
     epoch: u64,
     nodes: Slab<Node>,
     by_id: BTreeMap<NodeId, usize>,
-    /// Ends of leases: exactly the nodes that hold one.
+    /// Ends of leases: exactly the nodes that beat. Those whose first heartbeat is awaited do not count
+    /// when most are silent, or names that nobody stands behind would keep the dead alive.
     leases: BTreeSet<(Mono, usize)>,
-    /// Nodes without a lease, by the time at which they turn Offline or are forgotten.
+    /// All others, by the time at which they turn Suspect or Offline, or are forgotten.
     lapsed: BTreeSet<(Mono, usize)>,
     /// Ends of backoffs.
     retries: BTreeSet<(Mono, ReplicaRef)>,
     table: ReplicaTable,
     departed: Departed,
+    newcomers: Newcomers,
+    addresses: Addresses,
     hold: Option<Hold>,
 }
 
@@ -230,8 +245,15 @@ impl ServiceRegistry {
             retries: BTreeSet::new(),
             table: ReplicaTable::default(),
             departed: Departed::default(),
+            newcomers: Newcomers::default(),
+            addresses: Addresses::default(),
             hold: None,
         }
+    }
+
+    /// Refuses agents and engines at addresses that [`EnginePolicy::check_address`] forbids.
+    pub fn set_address_rules(&mut self, rules: EnginePolicy) {
+        self.addresses.0 = Some(rules);
     }
 
     /// Registers a node, or registers it again. The same incarnation twice is one registration whose
@@ -250,15 +272,16 @@ impl ServiceRegistry {
     ) -> Result<RegisterReply, Fenced> {
         too_large("pools", request.pools.len(), POOLS_MAX)?;
         too_large("GPUs", request.capabilities.gpus.len(), GPUS_MAX)?;
+        self.addresses.check(&request.address).map_err(Fenced::Address)?;
         if request.incarnation.is_some_and(|i| self.departed.includes(&request.node_id, i, now.mono)) {
             return Err(Fenced::Departed);
         }
         let known = self.by_id.get(&request.node_id).copied();
         let fresh = match known {
-            None if self.nodes.len() >= self.limits.nodes_max => {
-                return Err(Fenced::TooMany { what: "nodes", limit: self.limits.nodes_max });
+            None => {
+                self.make_room(peer, changes)?;
+                true
             }
-            None => true,
             Some(index) => {
                 self.fence_twin(index, request, peer, now, changes)?;
                 let node = &self.nodes[index];
@@ -266,6 +289,7 @@ impl ServiceRegistry {
                     && new < known
                     && node.status.leased()
                 {
+                    self.note_older_twin(index, request, new, changes);
                     return Err(Fenced::OldIncarnation { known });
                 }
                 request.incarnation != node.incarnation
@@ -273,7 +297,11 @@ impl ServiceRegistry {
         };
         let index = match known {
             Some(index) => index,
-            None => self.add_node(&request.node_id, now),
+            None => {
+                let index = self.add_node(&request.node_id, now);
+                self.nodes[index].newcomer = Some(self.newcomers.add(index, peer));
+                index
+            }
         };
         let node = &mut self.nodes[index];
         node.machine_id = cut(request.machine_id.as_deref().unwrap_or(request.node_id.as_str()));
@@ -303,11 +331,12 @@ impl ServiceRegistry {
             incarnation: request.incarnation,
             again: known.is_some(),
         });
-        for replica in self.refs_of(index) {
+        let addresses = &self.addresses;
+        for replica in refs_of(&self.nodes[index]) {
             self.table.update(replica, now, changes, |r| {
                 r.confirmed &= !fresh;
                 if moved && let Some(engine) = r.target.engine() {
-                    r.target = target_of(engine, Some(&request.address));
+                    r.target = addresses.target_of(engine, Some(&request.address));
                 }
             });
         }
@@ -367,6 +396,9 @@ impl ServiceRegistry {
         known.incarnation = known.incarnation.or(beat.incarnation);
         known.seq = beat.seq.or(known.seq);
         known.last_heartbeat_at = Some(now.wall);
+        if let Some(ticket) = known.newcomer.take() {
+            self.newcomers.remove(ticket);
+        }
         self.contact(index, peer, now);
         // Replicas first: when the node turns Online, they are already what it says they are.
         self.take_snapshot(index, &beat.pools, now, changes);
@@ -464,10 +496,10 @@ impl ServiceRegistry {
         {
             let silent_s = now.mono.ms_since(self.nodes[index].last_contact) / 1000;
             let reason = format!("no heartbeat for {silent_s} s");
-            if self.nodes[index].status == NodeStatus::Suspect {
-                self.set_status(index, NodeStatus::Offline, &reason, now, changes);
-            } else {
-                self.drop_node(index, &reason, changes);
+            match self.nodes[index].status {
+                NodeStatus::Suspect => self.set_status(index, NodeStatus::Offline, &reason, now, changes),
+                NodeStatus::Offline => self.drop_node(index, &reason, changes),
+                _ => self.set_status(index, NodeStatus::Suspect, &reason, now, changes),
             }
         }
     }
@@ -516,6 +548,18 @@ impl ServiceRegistry {
         self.retries.insert((until, replica));
         let reason = cut(reason);
         self.table.update(replica, now, changes, |r| r.circuit = Circuit::Open { until, failures, reason });
+    }
+
+    /// A node's agent could not be reached, on the way to `replica`: nothing can that stands behind it.
+    /// Otherwise one request would fail at one of its replicas after another.
+    pub fn agent_failed(&mut self, replica: ReplicaRef, reason: &str, now: Now, changes: &mut Vec<Change>) {
+        let Some(known) = self.table.get(replica) else { return };
+        let Some(index) = self.by_id.get(&known.node) else { return };
+        for other in refs_of(&self.nodes[*index]) {
+            if self.table.get(other).is_some_and(|other| matches!(other.target, Target::Relay { .. })) {
+                self.data_path_failed(other, reason, now, changes);
+            }
+        }
     }
 
     /// A replica answered a request: its data path is trusted again. To be called when the head of
@@ -600,14 +644,12 @@ impl ServiceRegistry {
             assert_eq!(&node.id, id, "a node under another name");
             assert_eq!(node.due.is_none(), node.address.is_none(), "{id}: exactly local nodes have no lease");
             if let Some(due) = node.due {
-                let leased = node.status.leased();
-                assert_eq!(self.leases.contains(&(due, index)), leased, "{id}: lease while {}", node.status);
-                assert_eq!(
-                    self.lapsed.contains(&(due, index)),
-                    !leased,
-                    "{id}: lapsed while {}",
-                    node.status
-                );
+                let beats = node.status.beats();
+                assert_eq!(self.leases.contains(&(due, index)), beats, "{id}: lease while {}", node.status);
+                assert_eq!(self.lapsed.contains(&(due, index)), !beats, "{id}: lapsed while {}", node.status);
+            }
+            if let Some(ticket) = node.newcomer {
+                assert_eq!(self.newcomers.holder(ticket), Some(index), "{id}: a lost newcomer");
             }
             for (key, replica) in &node.replicas {
                 let known = self.table.get(*replica).expect("a node's replica exists");
@@ -620,6 +662,8 @@ impl ServiceRegistry {
             replicas += node.replicas.len();
         }
         assert_eq!(replicas, self.table.len(), "a replica without a node");
+        let newcomers = self.nodes.iter().filter(|(_, node)| node.newcomer.is_some()).count();
+        assert_eq!(newcomers, self.newcomers.len(), "a newcomer that is none");
         let timers = self.leases.len() + self.lapsed.len();
         assert_eq!(timers, self.nodes.iter().filter(|(_, n)| n.due.is_some()).count(), "a stray timer");
         assert!(self.retries.iter().all(|(_, r)| self.table.get(*r).is_some()), "a stray retry");
@@ -656,6 +700,53 @@ impl ServiceRegistry {
             });
         }
         Err(Fenced::Twin { holder })
+    }
+
+    /// An agent of this very boot, started before the one that has the name, and at another address: it
+    /// is no delayed message, but a second agent with a copy of the same state.
+    fn note_older_twin(
+        &mut self,
+        index: usize,
+        request: &RegisterRequest,
+        incarnation: u64,
+        changes: &mut Vec<Change>,
+    ) {
+        let node = &mut self.nodes[index];
+        let Some(holder) = node.address.as_ref().filter(|address| **address != request.address) else {
+            return;
+        };
+        let mark = format!("incarnation {incarnation}");
+        if node.twins.contains(&mark) || node.twins.len() >= TWINS_MAX {
+            return;
+        }
+        changes.push(Change::TwinRefused {
+            node: node.id.clone(),
+            boot_id: mark.clone(),
+            peer: request.address.to_string(),
+            holder: holder.to_string(),
+        });
+        node.twins.push(mark);
+    }
+
+    /// Sees to it that one more node fits, if need be at the cost of one that never beat or, after
+    /// those, of the one that has been offline for longest.
+    fn make_room(&mut self, peer: &str, changes: &mut Vec<Change>) -> Result<(), Fenced> {
+        if let Some(index) = self.newcomers.oldest_of_full(peer) {
+            self.drop_node(index, "it never sent a heartbeat, and others from there register", changes);
+        }
+        if self.nodes.len() < self.limits.nodes_max {
+            return Ok(());
+        }
+        if let Some(index) = self.newcomers.oldest() {
+            self.drop_node(index, "it never sent a heartbeat, and others need its place", changes);
+            return Ok(());
+        }
+        let is_offline = |(_, index): &&(Mono, usize)| self.nodes[*index].status == NodeStatus::Offline;
+        let Some((_, index)) = self.lapsed.iter().find(is_offline).copied() else {
+            return Err(Fenced::TooMany { what: "nodes", limit: self.limits.nodes_max });
+        };
+        self.drop_node(index, "it is offline, and others need its place", changes);
+        Ok(())
     }
 
     /// Whether leases may end now: not while most nodes are silent at once, unless for too long.
@@ -716,6 +807,7 @@ impl ServiceRegistry {
             due: None,
             replicas: BTreeMap::new(),
             twins: Vec::new(),
+            newcomer: None,
         });
         self.by_id.insert(id.clone(), index);
         index
@@ -729,11 +821,10 @@ impl ServiceRegistry {
         }
         let node = self.nodes.remove(index);
         self.by_id.remove(&node.id);
+        if let Some(ticket) = node.newcomer {
+            self.newcomers.remove(ticket);
+        }
         changes.push(Change::NodeGone { node: node.id, reason: reason.to_string() });
-    }
-
-    fn refs_of(&self, index: usize) -> Vec<ReplicaRef> {
-        self.nodes[index].replicas.values().copied().collect()
     }
 
     /// A sign of life: a node that holds a lease has it renewed.
@@ -775,7 +866,7 @@ impl ServiceRegistry {
             _ => self.limits.node_timeout_ms,
         };
         self.schedule(index, now.mono.plus_ms(silence_ms));
-        for replica in self.refs_of(index) {
+        for replica in refs_of(&self.nodes[index]) {
             self.table.update(replica, now, changes, |r| r.node_status = status);
         }
     }
@@ -787,7 +878,7 @@ impl ServiceRegistry {
             return;
         }
         node.due = Some(due);
-        let timers = if node.status.leased() { &mut self.leases } else { &mut self.lapsed };
+        let timers = if node.status.beats() { &mut self.leases } else { &mut self.lapsed };
         timers.insert((due, index));
     }
 
@@ -797,6 +888,10 @@ impl ServiceRegistry {
             self.lapsed.remove(&(due, index));
         }
     }
+}
+
+fn refs_of(node: &Node) -> Vec<ReplicaRef> {
+    node.replicas.values().copied().collect()
 }
 
 /// A model and how many replicas serve it.

@@ -488,7 +488,8 @@ impl Daemon {
                     Outcome::Failed(fault) => {
                         if !fault.answered {
                             let message = format!("{}: {}", lease.key, fault.reason);
-                            let status = if fault.kind == FaultKind::Timeout { 504 } else { 502 };
+                            let late = matches!(fault.kind, FaultKind::Timeout | FaultKind::Unreached);
+                            let status = if late { 504 } else { 502 };
                             let response =
                                 api::error(status, "POOL_UNAVAILABLE", &message, Some(FULL_RETRY_MS));
                             self.net.respond(client, &response, now.mono);
@@ -523,7 +524,8 @@ fn fault_of(fault: &net::Fault) -> Option<(Fault, String)> {
     let kind = match fault.kind {
         FaultKind::Local => return None,
         FaultKind::Connect => Fault::ConnectFailed,
-        FaultKind::Timeout
+        FaultKind::Unreached
+        | FaultKind::Timeout
         | FaultKind::Reset
         | FaultKind::Protocol
         | FaultKind::Status(_)

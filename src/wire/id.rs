@@ -6,7 +6,8 @@
 use std::fmt;
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
+use serde::de::{self, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// Longest id, in bytes.
 pub const ID_BYTES_MAX: usize = 128;
@@ -35,11 +36,29 @@ fn check(id: &str) -> Result<(), IdError> {
     if good { Ok(()) } else { Err(IdError { found: id.chars().take(ID_BYTES_MAX + 1).collect() }) }
 }
 
+/// Reads a checked text where it stands. A refusal then has the place of the text itself, which it would
+/// not have after a conversion.
+pub(super) struct Text<T, E> {
+    pub(super) what: &'static str,
+    pub(super) read: fn(&str) -> Result<T, E>,
+}
+
+impl<T, E: fmt::Display> Visitor<'_> for Text<T, E> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.what)
+    }
+
+    fn visit_str<F: de::Error>(self, text: &str) -> Result<T, F> {
+        (self.read)(text).map_err(F::custom)
+    }
+}
+
 macro_rules! id_type {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
-        #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-        #[serde(try_from = "String", into = "String")]
+        #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub struct $name(Arc<str>);
 
         impl $name {
@@ -59,16 +78,15 @@ macro_rules! id_type {
             }
         }
 
-        impl TryFrom<String> for $name {
-            type Error = IdError;
-            fn try_from(id: String) -> Result<Self, IdError> {
-                $name::new(&id)
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                deserializer.deserialize_str(Text { what: "an id", read: $name::new })
             }
         }
 
-        impl From<$name> for String {
-            fn from(id: $name) -> String {
-                id.0.to_string()
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.serialize_str(&self.0)
             }
         }
 

@@ -605,6 +605,7 @@ impl World {
             drain_timeout_ms: 10_000,
             hang_suspect_ms: 60_000,
             local: None,
+            addresses: None,
             seed,
         };
         self.control = Some(Control {
@@ -841,7 +842,7 @@ impl World {
                     Err(_) => return self.exchange_failed(id, false, false),
                 }
             }
-            Target::AskNode => panic!("sent to an unknown address"),
+            Target::AskNode | Target::Forbidden(_) => panic!("sent to an unknown address"),
         };
         let port = engine.port();
         match self.nodes[node].engines.get_mut(&port).map(|engine| (engine.phase, engine)) {

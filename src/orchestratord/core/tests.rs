@@ -23,6 +23,7 @@ fn options(local: bool) -> Options {
         drain_timeout_ms: 30_000,
         hang_suspect_ms: 60_000,
         local: local.then(|| (NodeId::new("local").expect("an id"), policy)),
+        addresses: None,
         seed: 1,
     }
 }

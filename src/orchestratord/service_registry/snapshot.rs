@@ -11,7 +11,6 @@ use crate::time::Now;
 use crate::wire::id::{NodeId, PoolId, ReplicaId, ReplicaKey};
 use crate::wire::node::{POOLS_MAX, PoolBeat, REPLICAS_MAX, ReplicaBeat};
 use crate::wire::pool::ReplicaStatus;
-use crate::wire::url::BaseUrl;
 
 use super::{Change, Circuit, Fenced, Replica, ReplicaRef, ServiceRegistry, Target};
 
@@ -160,7 +159,7 @@ impl ServiceRegistry {
             }
         }
         let replica = known.unwrap_or_else(|| {
-            let target = target_of(&beat.url, address.as_ref());
+            let target = self.addresses.target_of(&beat.url, address.as_ref());
             self.add_replica(index, key, beat.generation, target, now, changes)
         });
         let models = if beat.models.is_empty() && pool.replicas.as_ref().is_some_and(|l| l.len() == 1) {
@@ -302,16 +301,6 @@ fn check_models(models: &[String]) -> Result<(), Fenced> {
     too_large("models of a replica", models.len(), MODELS_MAX)?;
     let longest = models.iter().map(String::len).max().unwrap_or(0);
     too_large("bytes in the name of a model", longest, MODEL_BYTES_MAX)
-}
-
-/// An engine on its node's loopback is reached through the node's agent; one on this machine, or on
-/// an address of its own, is dialled directly.
-pub(super) fn target_of(engine: &BaseUrl, agent: Option<&BaseUrl>) -> Target {
-    let hidden = engine.ip().is_some_and(|ip| ip.is_loopback() || ip.is_unspecified());
-    match agent {
-        Some(agent) if hidden => Target::Relay { agent: agent.clone(), engine: engine.clone() },
-        _ => Target::Direct(engine.clone()),
-    }
 }
 
 /// A pool of which a registration gives only the name.
