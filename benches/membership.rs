@@ -17,6 +17,10 @@ use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use llama_orch::orchestratord::service_registry::{Limits, ServiceRegistry};
+use llama_orch::service::machine;
+use llama_orch::time::Now;
+use llama_orch::wire::node::{Heartbeat, RegisterRequest};
 use support::{Process, free_port, get, get_text, start, until};
 use swarm::Swarm;
 
@@ -91,8 +95,36 @@ impl Control {
     }
 }
 
+/// A registry of so many nodes as the control plane would have it, each message read from JSON.
+fn registry_of(nodes: usize) -> ServiceRegistry {
+    let mut registry = ServiceRegistry::new(Limits::default(), 1);
+    let mut changes = Vec::new();
+    for n in 0..nodes {
+        let request = serde_json::to_vec(&swarm::registration(n)).expect("JSON");
+        let request: RegisterRequest = serde_json::from_slice(&request).expect("a registration");
+        registry.register(&request, "127.0.0.1", Now::default(), &mut changes).expect("registered");
+        let beat = Heartbeat {
+            timestamp: None,
+            pools: swarm::pools(),
+            incarnation: Some(1),
+            seq: Some(1),
+            draining: false,
+        };
+        registry
+            .heartbeat(&request.node_id, &beat, "127.0.0.1", Now::default(), &mut changes)
+            .expect("accepted");
+        changes.clear();
+    }
+    registry
+}
+
 #[allow(clippy::print_stdout, reason = "its figures are what a benchmark is for")]
 fn memory() {
+    let empty = machine::resident_bytes().expect("a number");
+    let registry = registry_of(NODES);
+    let alone = machine::resident_bytes().expect("a number") - empty;
+    println!("the registry alone: {:.2} KiB a node", alone as f64 / NODES as f64 / 1024.0);
+    drop(registry);
     let control = Control::start(60);
     let before = control.memory();
     let swarm = Swarm::start(NODES, control.port, 60_000, 8_000);
@@ -140,7 +172,8 @@ fn load() {
             quantile(0.9999)
         );
         println!("  processor: {:.1} % of one core, {:.1} us a heartbeat", share * 100.0, share / rate * 1e6);
-        assert_eq!((swarm.seen().failures, swarm.seen().conflicts), (0, 0));
+        let seen = swarm.seen();
+        assert_eq!((seen.failures, seen.conflicts), (0, 0));
     }
 }
 

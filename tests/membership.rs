@@ -14,7 +14,7 @@ mod harness;
 mod swarm;
 
 use std::fs;
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -132,6 +132,47 @@ fn a_dead_node_costs_no_request_that_began_after_its_death() {
     );
 }
 
+/// A port to which connections cannot be made, and are not refused either: as with a machine that is gone.
+/// It is one as long as what is returned lives.
+fn black_hole() -> (u16, TcpListener, Vec<TcpStream>) {
+    let (listener, port) = deaf();
+    rustix::net::listen(&listener, 0).expect("a queue of one");
+    let address = std::net::SocketAddr::from(([127, 0, 0, 1], port));
+    let queued = std::iter::from_fn(|| TcpStream::connect_timeout(&address, Duration::from_millis(300)).ok());
+    let queued: Vec<TcpStream> = queued.take(16).collect();
+    assert!(queued.len() < 16, "its queue never fills");
+    (port, listener, queued)
+}
+
+#[test]
+fn a_machine_that_vanished_costs_a_moment_and_no_request() {
+    let control = Control::start(&[("ORCHESTRATORD_NODE_TIMEOUT_MS", "60000")]);
+    let _node = Node::start("z", control.port, 1, "0", &[]);
+    control.until_routable(1.0);
+    let (hole, _listener, _queued) = black_hole();
+    // By its own account it has the most free slots, so it is asked first.
+    let body = format!(r#"{{"node_id":"a","address":"http://127.0.0.1:{hole}","incarnation":1}}"#);
+    assert_eq!(post(control.port, "/v2/nodes/register", &body).status, 200);
+    let replicas: Vec<String> = (0..4)
+        .map(|n| {
+            let url = format!("http://127.0.0.1:808{n}");
+            format!(r#"{{"replica_id":"r{n}","url":"{url}","ready":true,"slots_free":64,"slots_total":64}}"#)
+        })
+        .collect();
+    let pool =
+        format!(r#"{{"pool_id":"pool-0","ready":true,"slots_free":64,"replicas":[{}]}}"#, replicas.join(","));
+    let body = format!(r#"{{"incarnation":1,"seq":1,"pools":[{pool}]}}"#);
+    assert_eq!(post(control.port, "/v2/nodes/a/heartbeat", &body).status, 200);
+    control.until_routable(5.0);
+    let begun = Instant::now();
+    let traffic = Traffic::start(control.port, 2);
+    traffic.until_answered(100, begun);
+    let asked = traffic.end();
+    assert_eq!(failures(&asked), [""; 0]);
+    assert!(metric(control.port, "orchestratord_retries_total").is_some_and(|n| n >= 1.0), "nobody tried it");
+    assert_eq!(control.status("a"), "Online", "its lease lasts");
+}
+
 #[test]
 fn a_node_that_stands_still_is_suspected_after_its_lease_and_not_before() {
     const TTL_MS: u64 = 4_000;
@@ -176,25 +217,27 @@ fn a_node_that_stands_still_is_suspected_after_its_lease_and_not_before() {
 fn nobody_expires_when_the_control_plane_itself_stood_still() {
     const TTL_MS: u64 = 2_000;
     let control = Control::start(&[("ORCHESTRATORD_NODE_TIMEOUT_MS", "2000")]);
-    let nodes = three_nodes(&control, 1);
+    // Two: of three, most would be given the benefit of the doubt.
+    let _nodes = ["a", "b"].map(|name| Node::start(name, control.port, 1, "0", &[]));
+    control.until_routable(2.0);
     let traffic = Traffic::start(control.port, 2);
     traffic.until_answered(20, Instant::now());
-    let seen = metric(control.port, "orchestratord_heartbeats_total").expect("a count");
-    control.process.signal(Signal::STOP);
-    thread::sleep(Duration::from_millis(3 * TTL_MS));
-    // By their own account the agents have not been answered, and go on.
-    control.process.signal(Signal::CONT);
-    let resumed = Instant::now();
-    until("heartbeats", || {
-        metric(control.port, "orchestratord_heartbeats_total").filter(|now| *now >= seen + 9.0)
-    });
-    traffic.until_answered(20, resumed);
-    control.assert_nobody_expired();
-    control.until_online(3.0);
-    control.until_routable(3.0);
+    let beats = || metric(control.port, "orchestratord_heartbeats_total").expect("a count");
+    // Where in its loop it is stopped, and what has arrived by then, is chance: several times.
+    for stopped_ms in [3 * TTL_MS, TTL_MS * 3 / 2, TTL_MS * 3 / 2, TTL_MS * 3 / 2] {
+        let seen = beats();
+        control.process.signal(Signal::STOP);
+        thread::sleep(Duration::from_millis(stopped_ms));
+        control.process.signal(Signal::CONT);
+        let resumed = Instant::now();
+        until("heartbeats", || (beats() >= seen + 4.0).then_some(()));
+        traffic.until_answered(20, resumed);
+        control.assert_nobody_expired();
+    }
+    control.until_online(2.0);
+    control.until_routable(2.0);
     let asked = traffic.end();
     assert_eq!(failures(&asked), [""; 0], "clients only waited");
-    drop(nodes);
 }
 
 /// A control plane that accepts connections and never says a word.

@@ -186,7 +186,8 @@ impl Daemon {
             for request in self.tasks.expire(now.mono) {
                 self.withdraw(request, now);
             }
-            let caught_up = !self.net.busy() && !self.reactor.has_more();
+            let has_seen_all = !self.reactor.has_more() && !self.reactor.was_held_up();
+            let caught_up = !self.net.busy() && has_seen_all;
             turns_behind = if caught_up { 0 } else { turns_behind + 1 };
             if caught_up || turns_behind >= TURNS_BEHIND_MAX {
                 self.core.handle(Input::Tick, now, &mut self.effects);

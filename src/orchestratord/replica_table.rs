@@ -165,11 +165,11 @@ pub struct Replica {
     /// Models that it serves; empty where not known.
     pub models: Arc<[String]>,
     /// Kind of engine.
-    pub engine: Option<String>,
+    pub engine: Option<Arc<str>>,
     /// Its version.
-    pub engine_version: Option<String>,
+    pub engine_version: Option<Arc<str>>,
     /// GPUs that it uses.
-    pub device_mask: Option<String>,
+    pub device_mask: Option<Arc<str>>,
     /// Free GPU memory of its pool, 0 where unknown.
     pub vram_free_bytes: u64,
     /// Why its node says it is not ready.

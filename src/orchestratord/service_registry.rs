@@ -31,6 +31,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::sync::Arc;
 
 use slab::Slab;
 
@@ -46,6 +47,7 @@ mod addresses;
 mod change;
 mod departed;
 mod newcomers;
+mod shared;
 mod snapshot;
 #[cfg(test)]
 mod tests;
@@ -56,6 +58,7 @@ use self::departed::Departed;
 pub use self::departed::{DEPARTED_MAX, DEPARTED_MS};
 pub use self::newcomers::NEWCOMERS_PER_PEER_MAX;
 use self::newcomers::{Newcomers, Ticket};
+use self::shared::{Shared, SortedList};
 pub use self::snapshot::{
     MODEL_BYTES_MAX, MODELS_MAX, NODE_REPLICAS_MAX, REPLICAS_TOTAL_MAX, TEXT_BYTES_MAX,
 };
@@ -162,8 +165,8 @@ pub struct Node {
     pub address: Option<BaseUrl>,
     /// Version of its agent.
     pub version: Option<String>,
-    /// What its machine has.
-    pub capabilities: Capabilities,
+    /// What its machine has; machines that have the same share it.
+    pub capabilities: Arc<Capabilities>,
     /// Where its last message came from.
     pub peer: String,
     /// Start of its agent; `None` from older agents.
@@ -188,7 +191,7 @@ pub struct Node {
     last_contact: Mono,
     /// When its status changes if it stays silent; `None` for this machine itself.
     due: Option<Mono>,
-    replicas: BTreeMap<ReplicaKey, ReplicaRef>,
+    replicas: SortedList<ReplicaKey, ReplicaRef>,
     twins: Vec<String>,
     /// Until its first heartbeat.
     newcomer: Option<Ticket>,
@@ -221,6 +224,9 @@ pub struct ServiceRegistry {
     departed: Departed,
     newcomers: Newcomers,
     addresses: Addresses,
+    /// Names of engines, versions and devices: most replicas have the same.
+    names: Shared<str>,
+    machines: Shared<Capabilities>,
     hold: Option<Hold>,
 }
 
@@ -247,6 +253,8 @@ impl ServiceRegistry {
             departed: Departed::default(),
             newcomers: Newcomers::default(),
             addresses: Addresses::default(),
+            names: Shared::default(),
+            machines: Shared::default(),
             hold: None,
         }
     }
@@ -306,11 +314,12 @@ impl ServiceRegistry {
         let node = &mut self.nodes[index];
         node.machine_id = cut(request.machine_id.as_deref().unwrap_or(request.node_id.as_str()));
         node.version = request.version.as_deref().map(cut);
-        node.capabilities = request.capabilities.clone();
-        for gpu in &mut node.capabilities.gpus {
+        let mut capabilities = request.capabilities.clone();
+        for gpu in &mut capabilities.gpus {
             gpu.name = cut(&gpu.name);
             gpu.compute_capability = cut(&gpu.compute_capability);
         }
+        node.capabilities = self.machines.keep_whole(capabilities);
         node.incarnation = request.incarnation;
         let boot_id = request.boot_id.as_deref().map(cut);
         if node.boot_id != boot_id {
@@ -651,7 +660,7 @@ impl ServiceRegistry {
             if let Some(ticket) = node.newcomer {
                 assert_eq!(self.newcomers.holder(ticket), Some(index), "{id}: a lost newcomer");
             }
-            for (key, replica) in &node.replicas {
+            for (key, replica) in node.replicas.iter() {
                 let known = self.table.get(*replica).expect("a node's replica exists");
                 assert_eq!((&known.node, &known.key), (id, key), "a replica of another node");
                 assert_eq!(known.node_status, node.status, "{id} {key}: outdated status");
@@ -791,7 +800,7 @@ impl ServiceRegistry {
             machine_id: id.to_string(),
             address: None,
             version: None,
-            capabilities: Capabilities::default(),
+            capabilities: Arc::default(),
             peer: String::new(),
             incarnation: None,
             boot_id: None,
@@ -805,7 +814,7 @@ impl ServiceRegistry {
             beats: 0,
             last_contact: now.mono,
             due: None,
-            replicas: BTreeMap::new(),
+            replicas: SortedList::default(),
             twins: Vec::new(),
             newcomer: None,
         });

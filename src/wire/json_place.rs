@@ -112,7 +112,7 @@ mod tests {
             (r#"{"pools":[{"pool_id":"p"},{"pool_id":"a/b"}]}"#, "pools[1].pool_id: ", "is not an id"),
             (r#"{"pools":[{"pool_id":"p","slots_free":-1}]}"#, "pools[0].slots_free: ", "-1"),
             (r#"{"pools":[{"pool_id":"p","slots_free":4294967296}]}"#, "pools[0].slots_free: ", "4294967296"),
-            (r#"{"seq":18446744073709551616}"#, "seq: ", "e19"),
+            (r#"{"seq":18446744073709551616}"#, "seq: ", "e+19"),
             (r#"{"incarnation":"1","pools":[]}"#, "incarnation: ", "invalid type"),
             ("{\"pools\":[\n{\"pool_id\":\"p\",\n\"ready\":\n1}]}", "pools[0].ready: ", "invalid type"),
             (r#"{"pools":[{"ready":true}]}"#, "pools[0]: ", "missing field `pool_id`"),

@@ -128,6 +128,21 @@ fn capabilities() -> Capabilities {
     }
 }
 
+/// What a node says when it registers.
+pub(crate) fn registration(node: usize) -> RegisterRequest {
+    let id = NodeId::new(&name(node)).expect("an id");
+    RegisterRequest {
+        machine_id: Some(id.to_string()),
+        address: BaseUrl::new(&format!("http://10.1.{}.{}:9200", node / 256, node % 256)).expect("a URL"),
+        pools: pools().into_iter().map(|pool| pool.pool_id).collect(),
+        capabilities: capabilities(),
+        version: Some("0.1.0".into()),
+        incarnation: Some(1),
+        boot_id: Some(format!("00000000-0000-0000-0000-{node:012}")),
+        node_id: id,
+    }
+}
+
 struct Node {
     plane: Plane,
     registration: Vec<u8>,
@@ -170,22 +185,12 @@ impl Hive {
             seen,
         };
         for n in 0..nodes {
-            let id = NodeId::new(&name(n)).expect("an id");
-            let request = RegisterRequest {
-                machine_id: Some(id.to_string()),
-                address: BaseUrl::new(&format!("http://10.1.{}.{}:9200", n / 256, n % 256)).expect("a URL"),
-                pools: hive.beat.pools.iter().map(|pool| pool.pool_id.clone()).collect(),
-                capabilities: capabilities(),
-                version: Some("0.1.0".into()),
-                incarnation: Some(1),
-                boot_id: Some(format!("00000000-0000-0000-0000-{n:012}")),
-                node_id: id.clone(),
-            };
+            let request = registration(n);
             let begins = at.plus_ms(n as u64 * spread_ms / nodes as u64);
             hive.nodes.push(Node {
                 plane: Plane::new(url.clone(), interval_ms, begins),
                 registration: serde_json::to_vec(&request).expect("JSON"),
-                path: format!("/v2/nodes/{id}/heartbeat"),
+                path: format!("/v2/nodes/{}/heartbeat", request.node_id),
                 socket: None,
                 out: Vec::new(),
                 input: Vec::new(),

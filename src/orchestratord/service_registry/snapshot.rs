@@ -12,6 +12,7 @@ use crate::wire::id::{NodeId, PoolId, ReplicaId, ReplicaKey};
 use crate::wire::node::{POOLS_MAX, PoolBeat, REPLICAS_MAX, ReplicaBeat};
 use crate::wire::pool::ReplicaStatus;
 
+use super::shared::Shared;
 use super::{Change, Circuit, Fenced, Replica, ReplicaRef, ServiceRegistry, Target};
 
 /// Most replicas of one node: far above what GPUs allow, low enough to bound one heartbeat's work.
@@ -121,6 +122,7 @@ impl ServiceRegistry {
         }
         let shown = &mut self.nodes[index].pools;
         shown.truncate(pools.len());
+        shown.reserve_exact(pools.len() - shown.len());
         for (at, pool) in pools.iter().enumerate() {
             match shown.get_mut(at) {
                 Some(old) if same_pool(old, pool) => {
@@ -168,9 +170,14 @@ impl ServiceRegistry {
             &beat.models
         };
         self.table.set_models(replica, models, changes);
-        if self.table.get(replica).is_some_and(|known| known.device_mask != beat.device_mask) {
+        if self
+            .table
+            .get(replica)
+            .is_some_and(|known| known.device_mask.as_deref() != beat.device_mask.as_deref())
+        {
             changes.push(Change::ReplicaCapacity(replica));
         }
+        let names = &mut self.names;
         self.table.update(replica, now, changes, |r| {
             r.seen_in_beat = beats;
             r.confirmed = true;
@@ -178,12 +185,10 @@ impl ServiceRegistry {
             r.draining = beat.draining || pool.draining;
             r.vram_free_bytes = pool.vram_free_bytes;
             set_text(&mut r.reason, beat.reason.as_deref());
-            set_text(&mut r.device_mask, beat.device_mask.as_deref());
-            set_text(&mut r.engine, beat.engine.as_deref().or(pool.engine.as_deref()));
-            set_text(
-                &mut r.engine_version,
-                beat.engine_version.as_deref().or(pool.engine_version.as_deref()),
-            );
+            set_name(&mut r.device_mask, beat.device_mask.as_deref(), names);
+            set_name(&mut r.engine, beat.engine.as_deref().or(pool.engine.as_deref()), names);
+            let version = beat.engine_version.as_deref().or(pool.engine_version.as_deref());
+            set_name(&mut r.engine_version, version, names);
             r.report_slots(beat.slots_free, beat.slots_total.max(beat.slots_free));
         });
     }
@@ -216,14 +221,15 @@ impl ServiceRegistry {
             if !pool.models_available.is_empty() && (alone || old.models.is_empty()) {
                 self.table.set_models(replica, &pool.models_available, changes);
             }
+            let names = &mut self.names;
             self.table.update(replica, now, changes, |r| {
                 r.seen_in_beat = beats;
                 r.confirmed = true;
                 r.ready = pool.ready;
                 r.draining = pool.draining;
                 r.vram_free_bytes = pool.vram_free_bytes;
-                set_text(&mut r.engine, pool.engine.as_deref());
-                set_text(&mut r.engine_version, pool.engine_version.as_deref());
+                set_name(&mut r.engine, pool.engine.as_deref(), names);
+                set_name(&mut r.engine_version, pool.engine_version.as_deref(), names);
                 if alone {
                     r.report_slots(pool.slots_free, pool.slots_total());
                 }
@@ -319,14 +325,26 @@ pub(super) fn announced(pool: &PoolId) -> PoolBeat {
     }
 }
 
-/// What is kept of a pool for display: whether it lists replicas, but not which.
+/// What is kept of a pool: whether it lists replicas, but not which. Where it does, these have the rest.
 fn without_replicas(pool: &PoolBeat) -> PoolBeat {
+    if pool.replicas.is_some() {
+        let pool_id = pool.pool_id.clone();
+        let (engine, engine_version, models_available) = (None, None, Vec::new());
+        return PoolBeat {
+            pool_id,
+            engine,
+            engine_version,
+            models_available,
+            replicas: Some(Vec::new()),
+            ..*pool
+        };
+    }
     PoolBeat {
         pool_id: pool.pool_id.clone(),
         engine: pool.engine.as_deref().map(cut),
         engine_version: pool.engine_version.as_deref().map(cut),
         models_available: pool.models_available.clone(),
-        replicas: pool.replicas.as_ref().map(|_| Vec::new()),
+        replicas: None,
         ..*pool
     }
 }
@@ -335,10 +353,11 @@ fn without_replicas(pool: &PoolBeat) -> PoolBeat {
 fn same_pool(old: &PoolBeat, new: &PoolBeat) -> bool {
     old.pool_id == new.pool_id
         && (old.ready, old.draining, old.slots_total) == (new.ready, new.draining, new.slots_total)
-        && old.engine == new.engine
-        && old.engine_version == new.engine_version
-        && old.models_available == new.models_available
         && old.replicas.is_some() == new.replicas.is_some()
+        && (old.replicas.is_some()
+            || (old.engine == new.engine
+                && old.engine_version == new.engine_version
+                && old.models_available == new.models_available))
 }
 
 /// A replica of a status answer, as a heartbeat would have listed it.
@@ -364,6 +383,13 @@ fn asked(status: &ReplicaStatus) -> ReplicaBeat {
 pub(super) fn cut(text: &str) -> String {
     let end = (0..=TEXT_BYTES_MAX.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
     text[..end].chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+/// As [`set_text`], for texts that many replicas have in common.
+fn set_name(old: &mut Option<Arc<str>>, new: Option<&str>, names: &mut Shared<str>) {
+    if old.as_deref() != new {
+        *old = new.map(|new| names.keep(&cut(new)));
+    }
 }
 
 /// Sets a text that seldom changes, without allocating where it does not.
