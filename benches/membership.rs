@@ -127,6 +127,7 @@ fn memory() {
     drop(registry);
     let control = Control::start(60);
     let before = control.memory();
+    assert_eq!(swarm::affordable(NODES), NODES, "too few descriptors for as many connections");
     let swarm = Swarm::start(NODES, control.port, 60_000, 8_000);
     control.until_online(NODES);
     let with_connections = control.memory();
@@ -141,7 +142,8 @@ fn memory() {
 
 #[allow(clippy::print_stdout, reason = "its figures are what a benchmark is for")]
 fn load() {
-    for (nodes, interval_s) in [(1_000, 1), (5_000, 5), (9_900, 10)] {
+    for (nodes, interval_s) in [(1_000, 1), (5_000, 5), (NODES, 10)] {
+        let nodes = swarm::affordable(nodes);
         let control = Control::start(interval_s);
         let swarm = Swarm::start(nodes, control.port, interval_s * 1000, interval_s * 1000);
         control.until_online(nodes);

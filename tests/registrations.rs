@@ -234,6 +234,24 @@ fn no_request_goes_where_no_engine_can_be() {
     }
 }
 
+#[test]
+fn a_name_that_leads_an_agent_to_itself_is_no_engine() {
+    let host = machine::host_name();
+    if !(host.as_str(), 0).to_socket_addrs().is_ok_and(|mut found| found.next().is_some()) {
+        return; // A machine that does not know its own name.
+    }
+    let cloud =
+        [("POOL_MANAGERD_CLOUD_PROFILE", "false"), ("POOL_MANAGERD_ALLOW_ENGINE_HOSTS", host.as_str())];
+    let node = Node::bare("n", free_port(), &cloud);
+    let text = format!(r#"{{"pool_id":"pool-0","replica_id":"r0","url":"http://{host}:{}"}}"#, node.port);
+    hand_over(&node.directory.path().join(".runtime/engines"), "a.json", &text);
+    until("the reason", || {
+        let status = get(node.port, "/v2/pools/pool-0/status").filter(|answer| answer.status == 200)?.json();
+        let reason = status["replicas"][0]["reason"].as_str()?.to_string();
+        reason.contains("in a circle").then_some(())
+    });
+}
+
 /// A connection from another loopback address, as another peer would have it.
 fn connect_from(peer: u8, port: u16) -> TcpStream {
     let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).expect("a socket");

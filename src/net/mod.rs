@@ -276,7 +276,16 @@ pub struct Progress {
 }
 
 /// Says why an address must not be dialled for a URL, where that is so.
-pub struct DialRule(pub Box<dyn Fn(&BaseUrl, IpAddr) -> Result<(), String> + Send>);
+pub struct DialRule(Box<Verdict>);
+
+type Verdict = dyn Fn(&BaseUrl, IpAddr) -> Result<(), String> + Send;
+
+impl DialRule {
+    /// A rule.
+    pub fn new(verdict: impl Fn(&BaseUrl, IpAddr) -> Result<(), String> + Send + 'static) -> DialRule {
+        DialRule(Box::new(verdict))
+    }
+}
 
 impl fmt::Debug for DialRule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -103,7 +103,7 @@ impl Daemon {
         let Shell { reactor, registry, signals, mut net, bound, .. } =
             Shell::start(config.addr, "ORCHESTRATORD_ADDR")?;
         let rules = address_rules(bound);
-        net.set_dial_rule(DialRule(Box::new(move |url, ip| rules.check_address(url, ip))));
+        net.set_dial_rule(DialRule::new(move |url, ip| rules.check_address(url, ip)));
         let at = now();
         let core = Core::new(options(&config, bound)?, at);
         let watch = (!config.cloud).then(|| {

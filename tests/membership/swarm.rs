@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use llama_orch::pool_managerd::membership::{Answer, Call, Plane, PlaneState};
 use llama_orch::reactor::now;
+use llama_orch::service::machine;
 use llama_orch::time::{Mono, Now};
 use llama_orch::wire::id::NodeId;
 use llama_orch::wire::node::{
@@ -25,6 +26,8 @@ use mio::{Events, Interest, Poll, Token};
 
 /// Pools of each node.
 pub(crate) const POOLS: usize = 4;
+/// Descriptors for everything but the nodes' connections.
+const DESCRIPTORS_RESERVED: usize = 128;
 /// Longest time for which the thread does not look whether it is to stop, in milliseconds.
 const STOP_LATENCY_MS: u64 = 20;
 
@@ -89,6 +92,12 @@ impl Drop for Swarm {
             assert!(ended.is_ok() || thread::panicking(), "the swarm panicked");
         }
     }
+}
+
+/// So many nodes, or as many as this process may open connections for.
+pub(crate) fn affordable(nodes: usize) -> usize {
+    let descriptors = machine::raise_descriptor_limit().unwrap_or(u64::MAX);
+    nodes.min(usize::try_from(descriptors).unwrap_or(usize::MAX).saturating_sub(DESCRIPTORS_RESERVED))
 }
 
 /// The name of a node.

@@ -129,6 +129,10 @@ impl ServiceRegistry {
                     old.slots_free = pool.slots_free;
                     old.vram_free_bytes = pool.vram_free_bytes;
                 }
+                Some(old) if old.pool_id == pool.pool_id => {
+                    let pool_id = old.pool_id.clone();
+                    *old = PoolBeat { pool_id, ..without_replicas(pool) };
+                }
                 Some(old) => *old = without_replicas(pool),
                 None => shown.push(without_replicas(pool)),
             }
@@ -254,6 +258,10 @@ impl ServiceRegistry {
         changes: &mut Vec<Change>,
     ) -> ReplicaRef {
         let node = &mut self.nodes[index];
+        // One copy of the pool's name serves all that is kept of it.
+        let named = node.pools.iter().map(|known| &known.pool_id).find(|known| **known == key.pool);
+        let pool = named.unwrap_or(&key.pool).clone();
+        let key = ReplicaKey { pool, ..key };
         let replica = Replica {
             node: node.id.clone(),
             key: key.clone(),
