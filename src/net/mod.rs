@@ -16,8 +16,9 @@
 //! where a request goes or what a failure means for an engine; that is the cores' business.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use crate::http::head::RequestHead;
@@ -239,7 +240,9 @@ pub enum FaultKind {
     Connect,
     /// This process could not even try: too many exchanges, no descriptor. The peer has no part in it.
     Local,
-    /// No connection, no first byte or no next byte in time.
+    /// No connection in time: nothing was sent. The peer's machine may be gone, or its queue full.
+    Unreached,
+    /// No first byte or no next byte in time.
     Timeout,
     /// The connection broke.
     Reset,
@@ -272,6 +275,24 @@ pub struct Progress {
     pub last_byte: Option<Mono>,
 }
 
+/// Says why an address must not be dialled for a URL, where that is so.
+pub struct DialRule(Box<Verdict>);
+
+type Verdict = dyn Fn(&BaseUrl, IpAddr) -> Result<(), String> + Send;
+
+impl DialRule {
+    /// A rule.
+    pub fn new(verdict: impl Fn(&BaseUrl, IpAddr) -> Result<(), String> + Send + 'static) -> DialRule {
+        DialRule(Box::new(verdict))
+    }
+}
+
+impl fmt::Debug for DialRule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("DialRule")
+    }
+}
+
 /// Both sides and what is between them.
 #[derive(Debug)]
 pub struct Net {
@@ -281,6 +302,7 @@ pub struct Net {
     server: Server,
     upstreams: Upstreams,
     resolver: Resolver,
+    dial_rule: Option<DialRule>,
     events: VecDeque<NetEvent>,
     scratch: Vec<u8>,
     limits: Limits,
@@ -302,10 +324,17 @@ impl Net {
             server: Server::new(),
             upstreams: Upstreams::new(),
             resolver: Resolver::new(waker),
+            dial_rule: None,
             events: VecDeque::new(),
             scratch: vec![0; SCRATCH_BYTES],
             limits,
         }
+    }
+
+    /// Dials only what `rule` allows from now on; it is asked with every address that a URL names or was
+    /// resolved to.
+    pub fn set_dial_rule(&mut self, rule: DialRule) {
+        self.dial_rule = Some(rule);
     }
 
     /// Listens on `address`; port 0 takes a free one. Returns the bound address.

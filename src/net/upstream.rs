@@ -20,7 +20,7 @@ use super::buffer::HIGH_WATER_BYTES;
 use super::relay::{Forward, Relay, Step};
 use super::resolve::Resolved;
 use super::server::ClientNext;
-use super::{Fault, FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Progress, Sink, Timing};
+use super::{DialRule, Fault, FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Progress, Sink, Timing};
 
 /// Bodies up to this size are sent in one write with their head.
 const JOINED_BODY_BYTES_MAX: usize = 64 * 1024;
@@ -208,6 +208,11 @@ impl Net {
                 return self.fail_exchange(exchange, FaultKind::Connect, &reason, now);
             }
         };
+        if let Some(DialRule(check)) = &self.dial_rule
+            && let Err(why) = check(&session.to, address.ip())
+        {
+            return self.fail_exchange(exchange, FaultKind::Connect, &why, now);
+        }
         while !retried && let Some(idle) = self.upstreams.take_idle(address) {
             let latch = self.upstreams.connections.get(idle).map(|line| line.stream.latch());
             if latch.is_some_and(|latch| !latch.readable) {
@@ -508,6 +513,7 @@ impl Net {
             }
             return;
         }
+        let is_connected = line.is_some_and(|line| line.connected);
         let reason = if session.received && matches!(session.sink, SinkState::Collect { .. }) {
             format!("no whole answer within {} ms", patience.first_byte_ms)
         } else if session.received {
@@ -517,7 +523,8 @@ impl Net {
         } else {
             format!("no connection within {} ms", patience.connect_ms)
         };
-        self.fail_exchange(exchange, FaultKind::Timeout, &reason, now);
+        let kind = if is_connected { FaultKind::Timeout } else { FaultKind::Unreached };
+        self.fail_exchange(exchange, kind, &reason, now);
     }
 
     /// The engine failed: try a fresh connection if only a kept one was stale, else end the exchange.

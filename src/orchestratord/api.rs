@@ -12,6 +12,7 @@ use crate::service::auth::Tokens;
 use crate::service::lag::LoopLag;
 use crate::time::Now;
 use crate::wire::id::{NodeId, PoolId};
+use crate::wire::json_place;
 use crate::wire::node::{Heartbeat, RegisterRequest};
 
 use super::core::{Asked, Core};
@@ -19,7 +20,7 @@ use super::messages::PoolReady;
 use super::openai;
 use super::poller::{POLL_OUTCOMES, POLL_STATES};
 use super::refusal::Refusal;
-use super::service_registry::{Confirmation, Node, NodeStatus, Replica, ServiceRegistry};
+use super::service_registry::{Confirmation, Fenced, Node, NodeStatus, Replica, ServiceRegistry};
 use super::tasks::{self, NewTask};
 
 /// Largest body of a node's message, in bytes: a heartbeat of the largest node is below it.
@@ -215,9 +216,10 @@ fn read_notice(body: &[u8]) -> Result<PoolReady, Refusal> {
 
 fn read_body<T: DeserializeOwned>(body: &[u8]) -> Result<Box<T>, Refusal> {
     if body.len() > NODE_BODY_BYTES_MAX {
-        return Err(Refusal::Invalid(format!("the body is larger than {NODE_BODY_BYTES_MAX} bytes")));
+        let (what, limit) = ("bytes in a node's message", NODE_BODY_BYTES_MAX);
+        return Err(Refusal::Fenced(Fenced::TooLarge { what, limit }));
     }
-    serde_json::from_slice(body).map(Box::new).map_err(|error| Refusal::Invalid(format!("the body: {error}")))
+    json_place::read(body).map(Box::new).map_err(|error| Refusal::Invalid(format!("the body: {error}")))
 }
 
 fn node_view(registry: &ServiceRegistry, node: &Node, now: Now) -> Value {

@@ -28,7 +28,7 @@ use super::placement::{Ask, Choice, Strategy, StrategyState, choose, fits};
 use super::poller::Poller;
 use super::refusal::{RETRY_MS_DEFAULT, Refusal};
 use super::report::happening;
-use super::service_registry::{Change, Fenced, Grant, Replica, ReplicaRef, ServiceRegistry};
+use super::service_registry::{Change, Fenced, Grant, Replica, ReplicaRef, ServiceRegistry, Target};
 
 mod keeping;
 mod polling;
@@ -103,9 +103,13 @@ impl Core {
             replicas.set_hang_limit(options.hang_suspect_ms);
             Local { node, replicas, shown_revision: 0 }
         });
+        let mut registry = ServiceRegistry::new(options.limits, now.wall.unix_ms());
+        if let Some(rules) = options.addresses {
+            registry.set_address_rules(rules);
+        }
         Core {
             poller: Poller::new(&options.polled, options.limits.poll_interval_ms, options.seed, now),
-            registry: ServiceRegistry::new(options.limits, now.wall.unix_ms()),
+            registry,
             admission: Admission::new(options.admission_capacity),
             requests: BTreeMap::new(),
             local,
@@ -189,7 +193,7 @@ impl Core {
             self.send_polls(now, effects);
         }
         self.end_shutdown(now, effects);
-        self.keep(now, effects);
+        self.keep(tick, now, effects);
     }
 
     /// When [`Input::Tick`] is wanted next.
@@ -544,9 +548,13 @@ impl Core {
     ) {
         let Some(known) = self.registry.replica(replica) else { return };
         let (key, generation) = (known.key.clone(), known.generation);
+        let relayed = matches!(known.target, Target::Relay { .. });
         // Slow is not broken: a long prompt must not take an engine out of rotation.
         if !timeout {
             self.registry.data_path_failed(replica, reason, now, changes);
+        }
+        if connect && relayed {
+            self.registry.agent_failed(replica, reason, now, changes);
         }
         let fault = if connect { Fault::ConnectFailed } else { Fault::Broken };
         self.with_local(now, effects, |local, now, found| {

@@ -8,11 +8,11 @@ use std::sync::Arc;
 use crate::http::head::RequestHead;
 use crate::http::server::{Request, Response};
 use crate::net::buffer::HIGH_WATER_BYTES;
-use crate::net::{FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Sink, forwardable};
+use crate::net::{DialRule, FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Sink, forwardable};
 use crate::reactor::signal::Signals;
 use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Reactor, Registry, Waker, now};
-use crate::replicas::{Activity, EnginePolicy, ProbeOrder, Processes, Watch, probe};
+use crate::replicas::{Activity, AllowList, EnginePolicy, ProbeOrder, Processes, Watch, probe};
 use crate::service::auth::{self, Tokens};
 use crate::service::lag::LoopLag;
 use crate::service::shell::Shell;
@@ -105,8 +105,10 @@ impl Daemon {
         for note in &config.notes {
             log::warn!("{note}");
         }
-        let Shell { reactor, registry, waker, signals, net, bound } =
+        let Shell { reactor, registry, waker, signals, mut net, bound } =
             Shell::start(config.addr, "ORCHESTRATORD_ADDR")?;
+        let rules = address_rules(bound);
+        net.set_dial_rule(DialRule::new(move |url, ip| rules.check_address(url, ip)));
         let at = now();
         let core = Core::new(options(&config, bound)?, at);
         let watch = config.watches().then(|| {
@@ -195,7 +197,8 @@ impl Daemon {
             for request in self.tasks.expire(now.mono) {
                 self.withdraw(request, now);
             }
-            let caught_up = !self.net.busy() && !self.reactor.has_more();
+            let has_seen_all = !self.reactor.has_more() && !self.reactor.was_held_up();
+            let caught_up = !self.net.busy() && has_seen_all;
             turns_behind = if caught_up { 0 } else { turns_behind + 1 };
             if caught_up || turns_behind >= TURNS_BEHIND_MAX {
                 self.core.handle(Input::Tick, now, &mut self.effects);
@@ -394,7 +397,7 @@ impl Daemon {
                 let target = format!("/v2/pools/{pool}/replicas/{replica}/engine{path}");
                 (agent.clone(), target, HOLD_BACK_FROM_AGENT)
             }
-            Target::AskNode => return self.undeliverable(request, now),
+            Target::AskNode | Target::Forbidden(_) => return self.undeliverable(request, now),
         };
         let bearer = match &dispatch.target {
             Target::Relay { .. } => self.tokens.bearer(),
@@ -490,7 +493,7 @@ impl Daemon {
                     let code = if timeout { "DECODE_TIMEOUT" } else { "WORKER_RESET" };
                     self.tasks.failed(request, code, &fault.reason, Some(super::refusal::RETRY_MS_DEFAULT));
                 }
-                let connect = fault.kind == FaultKind::Connect;
+                let connect = matches!(fault.kind, FaultKind::Connect | FaultKind::Unreached);
                 let answered = fault.answered;
                 (Ending::Failed { reason: fault.reason, connect, timeout, answered }, answered)
             }
@@ -619,6 +622,11 @@ impl Daemon {
     }
 }
 
+/// What nodes and name servers must not make this process dial.
+fn address_rules(bound: SocketAddr) -> EnginePolicy {
+    EnginePolicy::new(machine::own_addresses(), Some(bound.port()), AllowList::default(), "")
+}
+
 fn options(config: &Config, bound: SocketAddr) -> Result<Options, Exit> {
     let local = if !config.watches() {
         None
@@ -634,6 +642,7 @@ fn options(config: &Config, bound: SocketAddr) -> Result<Options, Exit> {
     };
     Ok(Options {
         limits: config.registry,
+        addresses: config.cloud.then(|| address_rules(bound)),
         strategy: config.strategy,
         admission_capacity: config.admission_capacity,
         admission_timeout_ms: config.admission_timeout_ms,

@@ -19,7 +19,7 @@ use super::admission::Priority;
 use super::placement::{Ask, Strategy};
 use super::poller::{PollId, PollOrder};
 use super::refusal::Refusal;
-use super::saved::Saved;
+use super::saved::{Piece, Saved};
 use super::service_registry::{Limits, Target};
 
 /// Names a request, or a call of a node, until it is answered.
@@ -213,8 +213,9 @@ pub enum Effect {
         /// The agent.
         agent: BaseUrl,
     },
-    /// Encode and write this, elsewhere than on the loop; [`Input::Saved`] is the answer.
-    Save(Saved),
+    /// Encode this, elsewhere than on the loop, and write it all with the last piece; [`Input::Saved`] is
+    /// the answer.
+    Save(Piece),
     /// Tell the log.
     Log(Arc<dyn Tell>),
     /// Everything has been finished or given up: end the process.
@@ -257,6 +258,8 @@ pub struct Options {
     pub local: Option<(NodeId, EnginePolicy)>,
     /// Agents that are polled, every [`Limits::poll_interval_ms`].
     pub polled: Vec<BaseUrl>,
+    /// In the CLOUD profile: the rules for addresses that nodes name.
+    pub addresses: Option<EnginePolicy>,
     /// Decides the random strategy and the jitter of polls.
     pub seed: u64,
 }

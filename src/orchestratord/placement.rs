@@ -325,7 +325,7 @@ fn has_room(hot: &Hot, ask: &Ask) -> bool {
 fn passes_pins(replica: &Replica, ask: &Ask) -> bool {
     ask.node.as_ref().is_none_or(|node| *node == replica.node)
         && ask.pool.as_ref().is_none_or(|pool| *pool == replica.key.pool)
-        && ask.device_mask.as_ref().is_none_or(|mask| replica.device_mask.as_ref() == Some(mask))
+        && ask.device_mask.as_ref().is_none_or(|mask| replica.device_mask.as_deref() == Some(mask))
         && !ask.avoid_pools.contains(&replica.key.pool)
 }
 

@@ -141,6 +141,7 @@ impl Refusal {
             Refusal::CloudDisabled => row(503, "CLOUD_DISABLED", AWAY, None, "cloud_disabled"),
             Refusal::Fenced(Fenced::UnknownNode) => row(404, "NODE_UNKNOWN", BAD, None, "fenced"),
             Refusal::Fenced(Fenced::TooMany { .. }) => row(503, "TOO_MANY", AWAY, soon, "fenced"),
+            Refusal::Fenced(Fenced::Address(_)) => row(400, "INVALID_PARAMS", BAD, None, "fenced"),
             Refusal::Fenced(Fenced::TooLarge { .. }) => row(413, "TOO_LARGE", BAD, None, "fenced"),
             Refusal::Fenced(_) => row(409, "NODE_CONFLICT", BAD, None, "fenced"),
             Refusal::Conflict(_) => row(409, "CONFLICT", BAD, None, "conflict"),

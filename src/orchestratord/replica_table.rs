@@ -79,6 +79,8 @@ impl Grant {
 pub enum Target {
     /// Its node did not say. The node's pool status does.
     AskNode,
+    /// Nowhere: the engine would be at an address that must not be dialled.
+    Forbidden(BaseUrl),
     /// Straight to the engine.
     Direct(BaseUrl),
     /// To the node's agent, which relays: the engine listens on the node's loopback.
@@ -96,8 +98,14 @@ impl Target {
     pub fn engine(&self) -> Option<&BaseUrl> {
         match self {
             Target::AskNode => None,
-            Target::Direct(engine) | Target::Relay { engine, .. } => Some(engine),
+            Target::Forbidden(engine) | Target::Direct(engine) | Target::Relay { engine, .. } => Some(engine),
         }
+    }
+
+    /// Whether requests can be sent there.
+    #[must_use]
+    pub fn is_known(&self) -> bool {
+        matches!(self, Target::Direct(_) | Target::Relay { .. })
     }
 }
 
@@ -168,11 +176,11 @@ pub struct Replica {
     /// Models that it serves; empty where not known.
     pub models: Arc<[String]>,
     /// Kind of engine.
-    pub engine: Option<String>,
+    pub engine: Option<Arc<str>>,
     /// Its version.
-    pub engine_version: Option<String>,
+    pub engine_version: Option<Arc<str>>,
     /// GPUs that it uses.
-    pub device_mask: Option<String>,
+    pub device_mask: Option<Arc<str>>,
     /// Free GPU memory of its pool, 0 where unknown.
     pub vram_free_bytes: u64,
     /// Why its node says it is not ready.
@@ -196,6 +204,8 @@ pub enum Obstacle {
     Unconfirmed,
     /// The engine's address is being asked from its node.
     AddressUnknown,
+    /// The engine's address is one that no engine has.
+    AddressForbidden,
     /// It drains.
     Draining,
     /// Its node says that it is not ready, and perhaps why.
@@ -218,6 +228,9 @@ impl fmt::Display for Obstacle {
                 f.write_str("the node's agent has not reported the replica since a restart")
             }
             Obstacle::AddressUnknown => f.write_str("the engine's address is being asked from its node"),
+            Obstacle::AddressForbidden => {
+                f.write_str("the engine's address is link-local, multicast or this control plane's own")
+            }
             Obstacle::Draining => f.write_str("draining"),
             Obstacle::NotReady(None) => f.write_str("its node reports it as not ready"),
             Obstacle::NotReady(Some(reason)) => write!(f, "its node reports it as not ready: {reason}"),
@@ -261,8 +274,10 @@ impl Replica {
         if !self.ready {
             return Some(Obstacle::NotReady(self.reason.clone()));
         }
-        if self.target == Target::AskNode {
-            return Some(Obstacle::AddressUnknown);
+        match self.target {
+            Target::AskNode => return Some(Obstacle::AddressUnknown),
+            Target::Forbidden(_) => return Some(Obstacle::AddressForbidden),
+            Target::Direct(_) | Target::Relay { .. } => {}
         }
         if self.slots_total == 0 {
             return Some(Obstacle::NoSlots);
@@ -281,7 +296,7 @@ impl Replica {
             && self.confirmation != Confirmation::Doubted
             && self.ready
             && !self.draining
-            && self.target != Target::AskNode
+            && self.target.is_known()
             && self.slots_total > 0
             && matches!(self.circuit, Circuit::Closed | Circuit::HalfOpen { trying: false, .. })
     }

@@ -39,6 +39,7 @@ use std::sync::Arc;
 
 use slab::Slab;
 
+use crate::replicas::EnginePolicy;
 use crate::time::{Mono, Now, Wall, earliest};
 use crate::wire::id::{NodeId, ReplicaKey};
 use crate::wire::node::{
@@ -46,29 +47,36 @@ use crate::wire::node::{
 };
 use crate::wire::url::BaseUrl;
 
+mod addresses;
 mod change;
 mod departed;
+mod newcomers;
 mod polled;
 mod restore;
+mod shared;
 mod snapshot;
 #[cfg(test)]
 mod tests;
+mod together;
 
+use self::addresses::Addresses;
 pub use self::change::{Change, Fenced};
 use self::departed::Departed;
 pub use self::departed::{DEPARTED_MAX, DEPARTED_MS};
+pub use self::newcomers::NEWCOMERS_PER_PEER_MAX;
+use self::newcomers::{Newcomers, Ticket};
 pub use self::polled::{Polled, Via};
 pub use self::restore::TRUST_MS;
 use self::restore::standing;
+use self::shared::{Shared, SortedList};
 pub use self::snapshot::{
     MODEL_BYTES_MAX, MODELS_MAX, NODE_REPLICAS_MAX, REPLICAS_TOTAL_MAX, TEXT_BYTES_MAX,
 };
-use self::snapshot::{announced, cut, target_of, too_large};
+use self::snapshot::{announced, cut, too_large};
 use super::replica_table::{BACKOFF_FIRST_MS, BACKOFF_MAX_MS};
 pub use super::replica_table::{
     Circuit, Confirmation, Grant, Obstacle, Replica, ReplicaRef, ReplicaTable, Target,
 };
-use super::saved::NodeRecord;
 
 /// Longest time for which leases are kept from ending because most nodes are silent at once: longer
 /// than a switch needs to restart, shorter than an operator needs to be called.
@@ -172,8 +180,8 @@ pub struct Node {
     pub address: Option<BaseUrl>,
     /// Version of its agent.
     pub version: Option<String>,
-    /// What its machine has.
-    pub capabilities: Capabilities,
+    /// What its machine has; machines that have the same share it.
+    pub capabilities: Arc<Capabilities>,
     /// Where its last message came from.
     pub peer: String,
     /// Start of its agent; `None` from older agents.
@@ -194,9 +202,7 @@ pub struct Node {
     pub pools: Vec<PoolBeat>,
     /// An earlier start of the control plane knew it, and this one has not heard of it yet.
     pub restored: bool,
-    /// What is saved of it; `None` for this machine itself.
-    record: Option<Arc<NodeRecord>>,
-    /// The record may be outdated.
+    /// Something in it that is saved has changed.
     touched: bool,
     seq: Option<u64>,
     /// It has registered, with this incarnation.
@@ -210,8 +216,10 @@ pub struct Node {
     last_contact: Mono,
     /// When its status changes if it stays silent; `None` for this machine itself.
     due: Option<Mono>,
-    replicas: BTreeMap<ReplicaKey, ReplicaRef>,
+    replicas: SortedList<ReplicaKey, ReplicaRef>,
     twins: Vec<String>,
+    /// Until its first heartbeat.
+    newcomer: Option<Ticket>,
 }
 
 impl Node {
@@ -220,6 +228,12 @@ impl Node {
     pub fn lease_left_ms(&self, now: Now) -> Option<u64> {
         let due = self.due?;
         Some(if self.status.leased() { due.ms_since(now.mono) } else { 0 })
+    }
+
+    /// Whether it holds a lease, and its silence says something about the others: not before it has beaten
+    /// once.
+    fn counts(&self) -> bool {
+        self.status.leased() && self.newcomer.is_none()
     }
 }
 
@@ -230,14 +244,20 @@ pub struct ServiceRegistry {
     epoch: u64,
     nodes: Slab<Node>,
     by_id: BTreeMap<NodeId, usize>,
-    /// Ends of leases: exactly the nodes that hold one.
+    /// Ends of leases: exactly the nodes that beat. Those whose first heartbeat is awaited do not count
+    /// when most are silent, or names that nobody stands behind would keep the dead alive.
     leases: BTreeSet<(Mono, usize)>,
-    /// Nodes without a lease, by the time at which they turn Offline or are forgotten.
+    /// All others, by the time at which they turn Suspect or Offline, or are forgotten.
     lapsed: BTreeSet<(Mono, usize)>,
     /// Ends of backoffs.
     retries: BTreeSet<(Mono, ReplicaRef)>,
     table: ReplicaTable,
     departed: Departed,
+    newcomers: Newcomers,
+    addresses: Addresses,
+    /// Names of engines, versions and devices: most replicas have the same.
+    names: Shared<str>,
+    machines: Shared<Capabilities>,
     hold: Option<Hold>,
     /// See [`ServiceRegistry::revision`].
     revision: u64,
@@ -264,9 +284,18 @@ impl ServiceRegistry {
             retries: BTreeSet::new(),
             table: ReplicaTable::default(),
             departed: Departed::default(),
+            newcomers: Newcomers::default(),
+            addresses: Addresses::default(),
+            names: Shared::default(),
+            machines: Shared::default(),
             hold: None,
             revision: 0,
         }
+    }
+
+    /// Refuses agents and engines at addresses that [`EnginePolicy::check_address`] forbids.
+    pub fn set_address_rules(&mut self, rules: EnginePolicy) {
+        self.addresses.0 = Some(rules);
     }
 
     /// Registers a node, or registers it again. The same incarnation twice is one registration whose
@@ -285,15 +314,16 @@ impl ServiceRegistry {
     ) -> Result<RegisterReply, Fenced> {
         too_large("pools", request.pools.len(), POOLS_MAX)?;
         too_large("GPUs", request.capabilities.gpus.len(), GPUS_MAX)?;
+        self.addresses.check(&request.address).map_err(Fenced::Address)?;
         if request.incarnation.is_some_and(|i| self.departed.includes(&request.node_id, i, now.mono)) {
             return Err(Fenced::Departed);
         }
         let known = self.by_id.get(&request.node_id).copied();
         let fresh = match known {
-            None if self.nodes.len() >= self.limits.nodes_max => {
-                return Err(Fenced::TooMany { what: "nodes", limit: self.limits.nodes_max });
+            None => {
+                self.make_room(peer, changes)?;
+                true
             }
-            None => true,
             Some(index) => {
                 self.fence_twin(index, request, peer, now, changes)?;
                 let node = &self.nodes[index];
@@ -301,6 +331,7 @@ impl ServiceRegistry {
                     && new < known
                     && node.status.leased()
                 {
+                    self.note_older_twin(index, request, new, changes);
                     return Err(Fenced::OldIncarnation { known });
                 }
                 request.incarnation != node.incarnation
@@ -308,12 +339,16 @@ impl ServiceRegistry {
         };
         let index = match known {
             Some(index) => index,
-            None => self.add_node(&request.node_id, now),
+            None => {
+                let index = self.add_node(&request.node_id, now);
+                self.nodes[index].newcomer = Some(self.newcomers.add(index, peer));
+                index
+            }
         };
         let node = &mut self.nodes[index];
         node.machine_id = cut(request.machine_id.as_deref().unwrap_or(request.node_id.as_str()));
         node.version = request.version.as_deref().map(cut);
-        node.capabilities = shown(&request.capabilities);
+        node.capabilities = self.machines.keep_whole(shown(&request.capabilities));
         node.incarnation = request.incarnation;
         let boot_id = request.boot_id.as_deref().map(cut);
         if node.boot_id != boot_id {
@@ -335,13 +370,14 @@ impl ServiceRegistry {
             incarnation: request.incarnation,
             again: known.is_some(),
         });
-        for replica in self.refs_of(index) {
+        let addresses = &self.addresses;
+        for replica in refs_of(&self.nodes[index]) {
             self.table.update(replica, now, changes, |r| {
                 if fresh {
                     r.confirmation = Confirmation::Doubted;
                 }
                 if moved && let Some(engine) = r.target.engine() {
-                    r.target = target_of(engine, Some(&request.address));
+                    r.target = addresses.target_of(engine, Some(&request.address));
                 }
             });
         }
@@ -356,7 +392,7 @@ impl ServiceRegistry {
                 changes,
             );
         }
-        self.record(index);
+        self.revision += 1;
         Ok(RegisterReply {
             success: true,
             message: "registered".into(),
@@ -407,6 +443,9 @@ impl ServiceRegistry {
         known.seq = beat.seq.or(known.seq);
         known.last_heartbeat_at = Some(now.wall);
         (known.told_at, known.polled) = (Some(now.mono), None);
+        if let Some(ticket) = known.newcomer.take() {
+            self.newcomers.remove(ticket);
+        }
         self.contact(index, peer, now);
         // Replicas first: when the node turns Online, they are already what it says they are.
         self.take_snapshot(index, &beat.pools, now, changes);
@@ -416,7 +455,7 @@ impl ServiceRegistry {
             (NodeStatus::Online, "it sends heartbeats")
         };
         self.set_status(index, status, reason, now, changes);
-        self.record_if_changed(index);
+        self.note_changes(index);
         Ok(HeartbeatReply { success: true, next_heartbeat_ms: Some(self.limits.heartbeat_interval_ms) })
     }
 
@@ -471,7 +510,6 @@ impl ServiceRegistry {
         self.unschedule(index);
         let known = &mut self.nodes[index];
         known.address = None;
-        known.record = None;
         known.restored = false;
         known.last_heartbeat_at = Some(now.wall);
         known.last_contact = now.mono;
@@ -505,10 +543,10 @@ impl ServiceRegistry {
             && due <= now.mono
         {
             let reason = self.nodes[index].silence(now);
-            if self.nodes[index].status == NodeStatus::Suspect {
-                self.set_status(index, NodeStatus::Offline, &reason, now, changes);
-            } else {
-                self.drop_node(index, &reason, changes);
+            match self.nodes[index].status {
+                NodeStatus::Suspect => self.set_status(index, NodeStatus::Offline, &reason, now, changes),
+                NodeStatus::Offline => self.drop_node(index, &reason, changes),
+                _ => self.set_status(index, NodeStatus::Suspect, &reason, now, changes),
             }
         }
     }
@@ -640,18 +678,15 @@ impl ServiceRegistry {
             let node = &self.nodes[index];
             assert_eq!(&node.id, id, "a node under another name");
             assert_eq!(node.due.is_none(), node.address.is_none(), "{id}: exactly local nodes have no lease");
-            self.check_record(node);
             if let Some(due) = node.due {
-                let leased = node.status.leased();
-                assert_eq!(self.leases.contains(&(due, index)), leased, "{id}: lease while {}", node.status);
-                assert_eq!(
-                    self.lapsed.contains(&(due, index)),
-                    !leased,
-                    "{id}: lapsed while {}",
-                    node.status
-                );
+                let beats = node.counts();
+                assert_eq!(self.leases.contains(&(due, index)), beats, "{id}: lease while {}", node.status);
+                assert_eq!(self.lapsed.contains(&(due, index)), !beats, "{id}: lapsed while {}", node.status);
             }
-            for (key, replica) in &node.replicas {
+            if let Some(ticket) = node.newcomer {
+                assert_eq!(self.newcomers.holder(ticket), Some(index), "{id}: a lost newcomer");
+            }
+            for (key, replica) in node.replicas.iter() {
                 let known = self.table.get(*replica).expect("a node's replica exists");
                 assert_eq!((&known.node, &known.key), (id, key), "a replica of another node");
                 assert_eq!(known.node_status, node.status, "{id} {key}: outdated status");
@@ -667,6 +702,8 @@ impl ServiceRegistry {
             replicas += node.replicas.len();
         }
         assert_eq!(replicas, self.table.len(), "a replica without a node");
+        let newcomers = self.nodes.iter().filter(|(_, node)| node.newcomer.is_some()).count();
+        assert_eq!(newcomers, self.newcomers.len(), "a newcomer that is none");
         let timers = self.leases.len() + self.lapsed.len();
         assert_eq!(timers, self.nodes.iter().filter(|(_, n)| n.due.is_some()).count(), "a stray timer");
         assert!(self.retries.iter().all(|(_, r)| self.table.get(*r).is_some()), "a stray retry");
@@ -752,7 +789,7 @@ impl ServiceRegistry {
             machine_id: id.to_string(),
             address: None,
             version: None,
-            capabilities: Capabilities::default(),
+            capabilities: Arc::default(),
             peer: String::new(),
             incarnation: None,
             boot_id: None,
@@ -763,7 +800,6 @@ impl ServiceRegistry {
             last_heartbeat_at: None,
             pools: Vec::new(),
             restored: false,
-            record: None,
             touched: false,
             seq: None,
             registered: false,
@@ -772,8 +808,9 @@ impl ServiceRegistry {
             beats: 0,
             last_contact: now.mono,
             due: None,
-            replicas: BTreeMap::new(),
+            replicas: SortedList::default(),
             twins: Vec::new(),
+            newcomer: None,
         });
         self.by_id.insert(id.clone(), index);
         index
@@ -786,13 +823,12 @@ impl ServiceRegistry {
             self.drop_replica(index, &key, replica, reason, changes);
         }
         let node = self.nodes.remove(index);
-        self.revision += u64::from(node.record.is_some());
+        self.revision += u64::from(node.registered);
         self.by_id.remove(&node.id);
+        if let Some(ticket) = node.newcomer {
+            self.newcomers.remove(ticket);
+        }
         changes.push(Change::NodeGone { node: node.id, reason: reason.to_string() });
-    }
-
-    fn refs_of(&self, index: usize) -> Vec<ReplicaRef> {
-        self.nodes[index].replicas.values().copied().collect()
     }
 
     /// A sign of life: a node that holds a lease has it renewed.
@@ -823,7 +859,7 @@ impl ServiceRegistry {
             return;
         }
         let from = std::mem::replace(&mut node.status, status);
-        self.revision += u64::from(node.record.is_some() && standing(from) != standing(status));
+        self.revision += u64::from(node.registered && standing(from) != standing(status));
         node.since = now.wall;
         node.reason = reason.to_string();
         changes.push(Change::NodeStatus {
@@ -838,7 +874,7 @@ impl ServiceRegistry {
             _ => self.lease_ms(index),
         };
         self.schedule(index, now.mono.plus_ms(silence_ms));
-        for replica in self.refs_of(index) {
+        for replica in refs_of(&self.nodes[index]) {
             self.table.update(replica, now, changes, |r| r.node_status = status);
         }
     }
@@ -850,7 +886,7 @@ impl ServiceRegistry {
             return;
         }
         node.due = Some(due);
-        let timers = if node.status.leased() { &mut self.leases } else { &mut self.lapsed };
+        let timers = if node.counts() { &mut self.leases } else { &mut self.lapsed };
         timers.insert((due, index));
     }
 
@@ -870,6 +906,10 @@ fn shown(capabilities: &Capabilities) -> Capabilities {
         gpu.compute_capability = cut(&gpu.compute_capability);
     }
     capabilities
+}
+
+fn refs_of(node: &Node) -> Vec<ReplicaRef> {
+    node.replicas.values().copied().collect()
 }
 
 /// A model and how many replicas serve it.

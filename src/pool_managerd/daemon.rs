@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::http::server::Request;
-use crate::net::{self, FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Sink, forwardable};
+use crate::net::{self, DialRule, FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Sink, forwardable};
 use crate::reactor::kmsg::KernelLog;
 use crate::reactor::offload::Offload;
 use crate::reactor::signal::Signals;
@@ -88,8 +88,9 @@ impl Daemon {
         for note in &config.notes {
             log::warn!("{note}");
         }
-        let Shell { reactor, registry, waker, signals, net, bound } =
+        let Shell { reactor, registry, waker, signals, mut net, bound } =
             Shell::start(config.addr, "POOL_MANAGERD_ADDR")?;
+        net.set_dial_rule(dial_rule(&config, bound.port()));
         let mut core = make_core(&config, bound.port());
         let policy = callback_policy(&config, bound.port());
         let mut effects = Vec::new();
@@ -487,7 +488,8 @@ impl Daemon {
                     Outcome::Failed(fault) => {
                         if !fault.answered {
                             let message = format!("{}: {}", lease.key, fault.reason);
-                            let status = if fault.kind == FaultKind::Timeout { 504 } else { 502 };
+                            let late = matches!(fault.kind, FaultKind::Timeout | FaultKind::Unreached);
+                            let status = if late { 504 } else { 502 };
                             let response =
                                 api::error(status, "POOL_UNAVAILABLE", &message, Some(FULL_RETRY_MS));
                             self.net.respond(client, &response, now.mono);
@@ -522,7 +524,8 @@ fn fault_of(fault: &net::Fault) -> Option<(Fault, String)> {
     let kind = match fault.kind {
         FaultKind::Local => return None,
         FaultKind::Connect => Fault::ConnectFailed,
-        FaultKind::Timeout
+        FaultKind::Unreached
+        | FaultKind::Timeout
         | FaultKind::Reset
         | FaultKind::Protocol
         | FaultKind::Status(_)
@@ -570,6 +573,14 @@ fn make_core(config: &Config, own_port: u16) -> Core {
         hang_suspect_ms: config.hang_suspect_ms,
     };
     Core::new(identity, policy, &options, fastrand::u64(..), at)
+}
+
+/// Names of engines are judged again when they have been resolved. Control planes are where the operator
+/// says.
+fn dial_rule(config: &Config, own_port: u16) -> DialRule {
+    let rules = EnginePolicy::new(machine::own_addresses(), Some(own_port), AllowList::default(), "");
+    let planes = config.cloud.as_ref().map_or(Vec::new(), |cloud| cloud.control_planes.clone());
+    DialRule::new(move |url, ip| if planes.contains(url) { Ok(()) } else { rules.check_address(url, ip) })
 }
 
 fn callback_policy(config: &Config, own_port: u16) -> callbacks::Policy {

@@ -44,7 +44,7 @@ pub struct RegisterRequest {
 }
 
 /// What a node's machine has.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Capabilities {
     /// GPUs; empty where none was found.
     #[serde(default)]
@@ -58,7 +58,7 @@ pub struct Capabilities {
 }
 
 /// One GPU of a node.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct GpuInfo {
     /// Index, as in a device mask.
     #[serde(default)]

@@ -7,7 +7,7 @@ use llama_orch::orchestratord::core::{self as control_core, Asked, Dispatch, End
 use llama_orch::orchestratord::placement::Strategy;
 use llama_orch::orchestratord::poller::PollId;
 use llama_orch::orchestratord::refusal::Refusal;
-use llama_orch::orchestratord::saved::Saved as Registered;
+use llama_orch::orchestratord::saved::{Saved as Registered, Writer};
 use llama_orch::orchestratord::service_registry::{Limits, Target};
 use llama_orch::pool_managerd::core::{self as agent_core, CallBody, Identity};
 use llama_orch::pool_managerd::membership::{Answer, Call};
@@ -222,6 +222,8 @@ pub(crate) struct Agent {
 /// A running control plane.
 pub(crate) struct Control {
     pub(crate) core: control_core::Core,
+    /// Makes the state file.
+    writer: Writer,
     pub(crate) life: u64,
     pub(crate) calls: BTreeMap<u64, PendingCall>,
     pub(crate) exchanges: BTreeMap<u64, Exchange>,
@@ -637,9 +639,11 @@ impl World {
             hang_suspect_ms: 60_000,
             local: None,
             polled: self.polled_agents(),
+            addresses: None,
             seed,
         };
         self.control = Some(Control {
+            writer: Writer::default(),
             core: control_core::Core::new(options, self.now),
             life,
             calls: BTreeMap::new(),
@@ -794,10 +798,13 @@ impl World {
                 }
             }
             Effect::Waiting { .. } => self.totals.waited += 1,
-            Effect::Save(saved) => {
+            Effect::Save(piece) => {
+                let Some(text) = self.control.as_mut().and_then(|control| control.writer.add(&piece)) else {
+                    return;
+                };
                 let fails = self.chance(20);
                 if !fails {
-                    self.registered = Some(saved.text());
+                    self.registered = Some(text);
                 }
                 let result = if fails { Err("no space".into()) } else { Ok(()) };
                 self.control_handle(control_core::Input::Saved(result));
@@ -892,7 +899,7 @@ impl World {
                     Err(_) => return self.exchange_failed(id, false, false),
                 }
             }
-            Target::AskNode => panic!("sent to an unknown address"),
+            Target::AskNode | Target::Forbidden(_) => panic!("sent to an unknown address"),
         };
         let port = engine.port();
         match self.nodes[node].engines.get_mut(&port).map(|engine| (engine.phase, engine)) {
