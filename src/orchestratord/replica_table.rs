@@ -57,7 +57,8 @@ pub struct ReplicaRef {
 pub struct Grant {
     replica: ReplicaRef,
     slots: u32,
-    trial: bool,
+    /// Which trial of the replica it is, if it is one.
+    trial: Option<u64>,
 }
 
 impl Grant {
@@ -172,6 +173,8 @@ pub struct Replica {
     pub circuit: Circuit,
     /// A request of ours ran at some time since the last report.
     pub(super) ours_since_report: bool,
+    /// Trials of a data path in doubt so far.
+    pub(super) trials: u64,
     /// The node's count of heartbeats when this replica was last in one.
     pub(super) seen_in_beat: u64,
 }
@@ -450,9 +453,11 @@ impl ReplicaTable {
         }
         cold.in_flight += slots;
         cold.ours_since_report = true;
-        let trial = matches!(cold.circuit, Circuit::HalfOpen { .. });
+        let mut trial = None;
         if let Circuit::HalfOpen { trying, .. } = &mut cold.circuit {
             *trying = true;
+            cold.trials += 1;
+            trial = Some(cold.trials);
         }
         self.refresh_quietly(index);
         Some(Grant { replica, slots, trial })
@@ -463,8 +468,9 @@ impl ReplicaTable {
         let Some(index) = self.index(grant.replica) else { return };
         let Some(cold) = self.cold[index].as_mut() else { return };
         cold.in_flight = cold.in_flight.saturating_sub(grant.slots);
-        // A trial that ended without a verdict (its client left) makes room for another one.
-        if grant.trial
+        // A trial that ended without a verdict (its client left) makes room for another one, unless the data
+        // path failed again since and a later one is under way.
+        if grant.trial == Some(cold.trials)
             && let Circuit::HalfOpen { trying, .. } = &mut cold.circuit
         {
             *trying = false;
@@ -670,6 +676,7 @@ mod tests {
             since: Wall(0),
             circuit: Circuit::Closed,
             ours_since_report: false,
+            trials: 0,
             seen_in_beat: 0,
         }
     }
