@@ -312,8 +312,10 @@ impl ServiceRegistry {
             });
         }
         self.contact(index, peer, now);
-        // A registration does not make a node Online, but must not hide one that is.
-        if fresh || !self.nodes[index].status.leased() {
+        // A registration does not make a node Online, but must not hide one that is. One that only
+        // repeats itself has not heard the answer: before it can, its status would flap with every attempt.
+        let is_told_apart = request.incarnation.is_some();
+        if fresh || (!is_told_apart && !self.nodes[index].status.leased()) {
             self.set_status(
                 index,
                 NodeStatus::Registering,

@@ -59,6 +59,7 @@ pub(crate) struct Agent {
     pub(crate) exit_by: Option<Mono>,
     /// Its process does not run; what arrives waits.
     pub(crate) stalled: bool,
+    pub(crate) resumes_at: Mono,
     pub(crate) inbox: Vec<Input>,
     pub(crate) watcher: Watcher,
 }
@@ -121,6 +122,7 @@ impl World {
             calls: vec![None; planes],
             exit_by: None,
             stalled: false,
+            resumes_at: Mono(0),
             inbox: Vec::new(),
             watcher: Watcher::default(),
         });
@@ -137,12 +139,14 @@ impl World {
 
     /// It is asked to end; not always only once.
     pub(crate) fn stop_agent(&mut self, node: usize) {
-        let exit_by = self.now.mono.plus_ms(AGENT_EXIT_MS);
+        let now = self.now.mono;
         let Some(agent) = self.nodes[node].agent.as_mut() else { return };
         if agent.exit_by.is_some() {
             self.totals.count("agents stopped twice");
         }
-        agent.exit_by.get_or_insert(exit_by);
+        // While it does not run it does not know.
+        let told_at = if agent.stalled { agent.resumes_at } else { now };
+        agent.exit_by.get_or_insert(told_at.plus_ms(AGENT_EXIT_MS));
         self.note(&format!("n{node} agent is to stop"));
         self.agent_told(node, Input::Shutdown);
     }
@@ -296,8 +300,10 @@ impl World {
 
     /// The agent's process does not run for a while.
     pub(crate) fn stall_agent(&mut self, node: usize, stall_ms: u64) {
+        let resumes_at = self.now.mono.plus_ms(stall_ms);
         let Some(agent) = self.nodes[node].agent.as_mut().filter(|agent| !agent.stalled) else { return };
         agent.stalled = true;
+        agent.resumes_at = resumes_at;
         agent.exit_by = agent.exit_by.map(|at| at.plus_ms(stall_ms));
         let life = agent.life;
         self.note(&format!("n{node} agent stalls for {stall_ms} ms"));

@@ -30,8 +30,8 @@ pub(crate) struct Members {
     nodes: BTreeMap<NodeId, Member>,
     /// The last incarnation of each node that deregistered, and when.
     left: BTreeMap<NodeId, (u64, Mono)>,
-    /// The last heartbeat that was taken of each incarnation.
-    seqs: BTreeMap<(NodeId, u64), u64>,
+    /// The last heartbeat that was taken of each incarnation; twins may have the same one.
+    seqs: BTreeMap<(String, u64), u64>,
     /// Since when leases that are over are kept because most nodes are silent.
     hold_since: Option<Mono>,
     /// Holds that lasted as long as they may.
@@ -147,7 +147,11 @@ impl Members {
                 );
             }
             member.transitions = known.transitions;
-            if incarnation == known.incarnation && !is_other_machine {
+            // Of the oldest agents nothing tells one start from another.
+            let is_same = incarnation == known.incarnation && !is_other_machine;
+            // It only repeats itself, and brings nothing back before it has been heard to beat.
+            member.lapsed = is_same && incarnation.is_some() && known.lapsed;
+            if is_same || (incarnation.is_none() && known.incarnation.is_none()) {
                 member.snapshot = known.snapshot;
             }
         }
@@ -160,7 +164,7 @@ impl Members {
         if let (Some(incarnation), Some(seq)) = (beat.incarnation, beat.seq) {
             assert_eq!(member.incarnation, Some(incarnation), "{node}: an incarnation that did not register");
             assert_eq!(member.boot_id, call.boot_id, "{node}: a heartbeat of a machine that did not register");
-            let last = self.seqs.insert((node.clone(), incarnation), seq);
+            let last = self.seqs.insert((call.boot_id.clone(), incarnation), seq);
             assert!(last.is_none_or(|last| seq > last), "{node}: heartbeat {seq} after {last:?}");
         }
         member.contact = now;

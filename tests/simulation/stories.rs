@@ -238,7 +238,7 @@ impl World {
         let up = self.random.bool();
         self.note(&format!("n{node} is cut off in one direction, up {up}"));
         self.totals.count("steady one-way partitions");
-        let until = self.now.mono.plus_ms(3 * STEADY_MS);
+        let until = self.now.mono.plus_ms(5 * STEADY_MS);
         for link in &mut self.links[node] {
             let cut = if up { &mut link.up_cut_until } else { &mut link.down_cut_until };
             *cut = until;
@@ -251,7 +251,9 @@ impl World {
         };
         let before = transitions(self);
         self.run_until(until);
-        assert_eq!(before, transitions(self), "{id} flaps while one direction is cut (up {up})");
+        // Whose registrations go on arriving loses its lease, and its place, once.
+        let steady = before.iter().zip(transitions(self)).all(|(before, after)| after - before <= 2);
+        assert!(steady, "{id} flaps while one direction is cut (up {up})");
     }
 
     /// Waits, and looks.
