@@ -496,7 +496,10 @@ impl ReplicaTable {
                 let reason = cold.obstacle().map(|o| o.to_string()).unwrap_or_default();
                 changes.push(Change::ReplicaNotReady { replica, reason });
             }
-            (true, true) if free(&after) > free(&before) => changes.push(Change::ReplicaCapacity(replica)),
+            // Who wants more slots than there are is given all: with fewer in total that may be enough.
+            (true, true) if free(&after) > free(&before) || after.slots_total < before.slots_total => {
+                changes.push(Change::ReplicaCapacity(replica));
+            }
             _ => {}
         }
     }

@@ -279,6 +279,9 @@ impl World {
         if thorough {
             control.core.check_invariants();
         }
+        if tick {
+            control.ledger.ticked(now.mono);
+        }
         // In their order: what one effect takes for granted, an earlier one may have brought about.
         for effect in &effects {
             control.check_effect(effect, now.mono);

@@ -61,6 +61,8 @@ enum State {
 /// A replica whose data path failed and has not worked since.
 struct Doubt {
     until: Mono,
+    /// Time has not ended its pause yet.
+    is_out: bool,
     failures: u32,
     trying: Option<u64>,
 }
@@ -145,15 +147,20 @@ impl Ledger {
         if matches!(ending, Ending::Failed { timeout: false, .. }) {
             let failures = match self.doubts.get(&replica) {
                 // While it is out of the rotation failures count once.
-                Some(doubt) if doubt.until >= now => return,
+                Some(doubt) if doubt.is_out => return,
                 doubt => doubt.map_or(1, |doubt| doubt.failures + 1),
             };
             let until = now.plus_ms((CIRCUIT_MS << (failures - 1).min(16)).min(CIRCUIT_MS_MAX));
-            self.doubts.insert(replica, Doubt { until, failures, trying: None });
+            self.doubts.insert(replica, Doubt { until, is_out: true, failures, trying: None });
         }
     }
 
-    fn dispatch(&mut self, request: u64, dispatch: &Dispatch, replica: ReplicaRef, total: u32, now: Mono) {
+    /// Time may have ended pauses.
+    pub(crate) fn ticked(&mut self, now: Mono) {
+        self.doubts.values_mut().for_each(|doubt| doubt.is_out &= doubt.until > now);
+    }
+
+    fn dispatch(&mut self, request: u64, dispatch: &Dispatch, replica: ReplicaRef, total: u32) {
         let Dispatch { node, key, generation, slots, .. } = dispatch;
         let name = format!("request {request} goes to {node} {key}");
         let place = (node.clone(), key.clone(), *generation);
@@ -161,7 +168,7 @@ impl Ledger {
         *in_use += slots;
         assert!(*in_use <= total, "{name}: {in_use} of {total} slots");
         if let Some(doubt) = self.doubts.get_mut(&replica) {
-            assert!(doubt.until <= now, "{name}, which has failed and is out until {:?}", doubt.until);
+            assert!(!doubt.is_out, "{name}, which has failed and is out until {:?}", doubt.until);
             assert_eq!(doubt.trying, None, "{name}, which one request is trying");
             doubt.trying = Some(request);
         }
@@ -178,7 +185,7 @@ impl Control {
     pub(crate) fn check_effect(&mut self, effect: &Effect, now: Mono) {
         self.check_member_effect(effect, now);
         match effect {
-            Effect::Dispatch(request, dispatch) => self.check_dispatch(*request, dispatch, now),
+            Effect::Dispatch(request, dispatch) => self.check_dispatch(*request, dispatch),
             Effect::Refuse(id, refusal) if !self.calls.contains_key(id) => {
                 let was = self.ledger.become_(*id, State::Done("refused"));
                 assert_eq!(was, State::Pending, "request {id} refused: {}", refusal.message());
@@ -191,14 +198,14 @@ impl Control {
         }
     }
 
-    fn check_dispatch(&mut self, request: u64, dispatch: &Dispatch, now: Mono) {
+    fn check_dispatch(&mut self, request: u64, dispatch: &Dispatch) {
         let registry = self.core.registry();
         let node = registry.node(&dispatch.node).expect("a known node");
         let is_it = |replica: &ReplicaRef| registry.replica(*replica).is_some_and(|r| r.key == dispatch.key);
         let replica = registry.replicas_of(node).find(is_it).expect("a known replica");
         let known = registry.replica(replica).expect("just found").slots_total;
         let told = self.check_told(request, dispatch).unwrap_or(known);
-        self.ledger.dispatch(request, dispatch, replica, told, now);
+        self.ledger.dispatch(request, dispatch, replica, told);
     }
 
     /// After every input: nothing is forgotten, and the queue is within its limit.
