@@ -18,12 +18,16 @@ mod agents;
 mod chaos;
 #[path = "simulation/control.rs"]
 mod control;
+#[path = "simulation/directory.rs"]
+mod directory;
 #[path = "simulation/files.rs"]
 mod files;
 #[path = "simulation/links.rs"]
 mod links;
 #[path = "simulation/members.rs"]
 mod members;
+#[path = "simulation/mutants.rs"]
+mod mutants;
 #[path = "simulation/rules.rs"]
 mod rules;
 #[path = "simulation/stories.rs"]
@@ -105,6 +109,13 @@ fn wall_clocks_decide_nothing() {
         let (set, right) = (World::tell_with_clocks(seed, true), World::tell_with_clocks(seed, false));
         assert_eq!(set.membership_hash, right.membership_hash, "seed {seed}");
     }
+}
+
+/// The watcher misses nothing for longer than its interval.
+#[test]
+fn after_quiet_what_is_known_is_what_the_directory_says() {
+    let overflows = directory::tell(0..40);
+    assert!(overflows > 0 || !std::path::Path::new("/proc/sys/fs/inotify").exists(), "no event was lost");
 }
 
 /// Runs one seed to its end; a rule that breaks is told together with how to see it again.
