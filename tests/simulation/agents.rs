@@ -5,9 +5,7 @@ use std::collections::BTreeMap;
 use llama_orch::pool_managerd::core::{self as agent_core, Identity, Input};
 use llama_orch::pool_managerd::membership::{Answer, Call, PlaneState};
 use llama_orch::pool_managerd::saved::Saved;
-use llama_orch::replicas::{
-    AllowList, EnginePolicy, Facts, ProbeKind, ProbeOrder, ProbeOutcome,
-};
+use llama_orch::replicas::{AllowList, EnginePolicy, Facts, ProbeKind, ProbeOrder, ProbeOutcome};
 use llama_orch::time::Mono;
 use llama_orch::wire::drain::Scope;
 use llama_orch::wire::id::{NodeId, PoolId};
@@ -237,6 +235,8 @@ impl World {
             agent_core::Effect::Cut(_) => {}
             agent_core::Effect::Deliver(_) => panic!("nobody registered a callback"),
             agent_core::Effect::Exit => {
+                let in_time = agent.exit_by.is_some_and(|at| self.now.mono <= at);
+                assert!(in_time, "n{node}: its agent outlives its shutdown");
                 self.note(&format!("n{node} agent exits"));
                 self.totals.count("agents exited");
                 self.agent_dies(node);

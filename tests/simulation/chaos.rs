@@ -72,8 +72,7 @@ impl World {
             17..22 => self.stop_agent(node),
             22..24 => {
                 self.stop_agent(node);
-                let pause_ms = self.random.u64(0..3_000);
-                self.run_later_stop(node, plane, pause_ms);
+                self.meanwhile(node, plane);
             }
             24..27 => self.control_crashes(plane),
             27..29 => self.stop_control(plane),
@@ -148,13 +147,14 @@ impl World {
         self.agent_crashes(node);
     }
 
-    /// While an agent stops: it is asked again, or the control plane is away.
-    fn run_later_stop(&mut self, node: usize, plane: usize, pause_ms: u64) {
-        if self.random.bool() {
-            self.stop_agent(node);
+    /// While an agent stops: it is asked again, or the control plane goes away.
+    fn meanwhile(&mut self, node: usize, plane: usize) {
+        let Some(life) = self.nodes[node].agent.as_ref().map(|agent| agent.life) else { return };
+        if self.chance(70) {
+            let pause_ms = self.random.u64(0..10_000);
+            self.after(pause_ms, Event::StopAgent { node, life });
         } else {
-            self.control_dies(plane);
-            self.after(pause_ms, Event::StartControl { plane });
+            self.control_crashes(plane);
         }
     }
 

@@ -397,7 +397,8 @@ impl World {
         let cut = self.is_cut(node, plane);
         let Some(control) = &mut self.planes[plane].control else { return };
         control.ledger.dispatched(request, id, &dispatch);
-        let exchange = Exchange { plane, request, dispatch, node, engine: None, lease: None, answered: false };
+        let exchange =
+            Exchange { plane, request, dispatch, node, engine: None, lease: None, answered: false };
         self.exchanges.insert(id, exchange);
         if cut {
             self.after(CONNECT_TIMEOUT_MS, Event::ExchangeFails { id, connect: true, timeout: false });

@@ -23,6 +23,8 @@ const QUIET_MS: u64 = INTERVAL_MS + 250 + 50 + 2 * STEP_MS;
 /// Operations between two looks.
 const BURST_MAX: usize = 12;
 const ROUNDS: usize = 6;
+/// More turns at one moment than any piece of work needs.
+const TURNS_MAX: u32 = 10_000;
 /// Beyond that a queue is not filled for a test.
 const QUEUE_MAX: usize = 50_000;
 
@@ -83,7 +85,8 @@ impl Story {
 
     /// Turns of the loop, as many as there is something to do.
     fn turns(&mut self) {
-        loop {
+        for turn in 0.. {
+            assert!(turn < TURNS_MAX, "the watcher's deadline does not move: its daemon would spin");
             self.reactor.wait(None, true).expect("a poll");
             let signalled = self.reactor.events().any(|(token, _)| token.kind() == Kind::DirWatch);
             let is_due = self.watch.deadline() <= self.now.mono;
@@ -192,7 +195,8 @@ impl Story {
     fn files(&self) -> Vec<(PathBuf, Vec<u8>)> {
         let entries = fs::read_dir(&self.directory).expect("it is there");
         let paths = entries.map(|entry| entry.expect("an entry").path());
-        let mut paths: Vec<PathBuf> = paths.filter(|path| path.extension().is_some_and(|e| e == "json")).collect();
+        let mut paths: Vec<PathBuf> =
+            paths.filter(|path| path.extension().is_some_and(|e| e == "json")).collect();
         paths.sort();
         paths.into_iter().map(|path| (path.clone(), fs::read(path).expect("read"))).collect()
     }

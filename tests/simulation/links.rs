@@ -8,6 +8,7 @@ use llama_orch::orchestratord::refusal::Refusal;
 use llama_orch::pool_managerd::core::CallBody;
 use llama_orch::pool_managerd::membership::{Answer, Call, Order};
 use llama_orch::time::Mono;
+use llama_orch::wire::node::Heartbeat;
 use serde_json::{Value, json};
 
 use crate::control::Arrival;
@@ -31,7 +32,7 @@ pub(crate) enum Dialect {
     Ours,
     /// No incarnation, no sequence, no replicas.
     Old,
-    /// Fields that nobody here knows, everywhere.
+    /// Fields that nobody here knows, everywhere; and a drain of a node or pool is told there alone.
     Newer,
 }
 
@@ -131,12 +132,24 @@ impl World {
                 self.totals.count("newer messages");
                 CallBody::Register(Box::new(told_by_a_newer(&body)))
             }
-            (Dialect::Newer, CallBody::Heartbeat(body)) => {
+            (Dialect::Newer, CallBody::Heartbeat(mut body)) => {
                 self.totals.count("newer messages");
+                tell_drains_once(&mut body);
                 CallBody::Heartbeat(Box::new(told_by_a_newer(&body)))
             }
             (Dialect::Old | Dialect::Newer, body @ CallBody::Deregister { .. }) => body,
         }
+    }
+}
+
+/// A drain is told where it was asked for, and not again for everything below.
+fn tell_drains_once(beat: &mut Heartbeat) {
+    for pool in &mut beat.pools {
+        for replica in pool.replicas.iter_mut().flatten().filter(|_| beat.draining || pool.draining) {
+            replica.ready = true;
+            replica.draining = false;
+        }
+        pool.draining &= !beat.draining;
     }
 }
 

@@ -163,7 +163,10 @@ impl Members {
         let member = self.nodes.get_mut(node).unwrap_or_else(|| panic!("{node} beats and is no member"));
         if let (Some(incarnation), Some(seq)) = (beat.incarnation, beat.seq) {
             assert_eq!(member.incarnation, Some(incarnation), "{node}: an incarnation that did not register");
-            assert_eq!(member.boot_id, call.boot_id, "{node}: a heartbeat of a machine that did not register");
+            assert_eq!(
+                member.boot_id, call.boot_id,
+                "{node}: a heartbeat of a machine that did not register"
+            );
             let last = self.seqs.insert((call.boot_id.clone(), incarnation), seq);
             assert!(last.is_none_or(|last| seq > last), "{node}: heartbeat {seq} after {last:?}");
         }
@@ -236,7 +239,8 @@ impl Control {
     }
 
     fn check_status(&mut self, happening: &Happening, now: Mono) {
-        let Some((_, member)) = self.members.nodes.iter_mut().find(|(id, _)| id.as_str() == happening.subject)
+        let Some((_, member)) =
+            self.members.nodes.iter_mut().find(|(id, _)| id.as_str() == happening.subject)
         else {
             return;
         };
@@ -300,9 +304,11 @@ impl Control {
         let member = self.members.nodes.get(node).unwrap_or_else(|| panic!("{name}, which is no member"));
         assert!(!member.lapsed, "{name}, whose lease has ended");
         let snapshot = member.snapshot.as_ref();
-        let snapshot = snapshot.unwrap_or_else(|| panic!("{name}, which has said nothing since it registered"));
+        let snapshot =
+            snapshot.unwrap_or_else(|| panic!("{name}, which has said nothing since it registered"));
         assert!(!snapshot.draining, "{name}, which drains");
-        let told = snapshot.replicas.get(key).unwrap_or_else(|| panic!("{name}, which its node does not name"));
+        let told =
+            snapshot.replicas.get(key).unwrap_or_else(|| panic!("{name}, which its node does not name"));
         assert!(told.takes_work, "{name}, which is not ready or drains");
         assert_eq!(told.generation, *generation, "{name}, another engine by now");
         assert_eq!(target.engine(), Some(&told.url), "{name}, at another address");

@@ -17,7 +17,7 @@ pub(crate) struct Mutant {
     pub(crate) file: &'static str,
     /// Occurs once there.
     pub(crate) text: &'static str,
-    /// What stands there instead; `OFF` is true where the rule is missing.
+    /// What stands there instead; `$off` is true where the rule is missing.
     pub(crate) replacement: &'static str,
 }
 
@@ -50,7 +50,7 @@ fn every_rule_of_the_table_is_in_the_sources_once() {
     for Mutant { name, file, text, replacement } in MUTANTS {
         let source = fs::read_to_string(package().join("src").join(file)).expect(file);
         assert_eq!(source.matches(text).count(), 1, "{name}: {text:?} in {file}");
-        assert!(replacement.contains("OFF"), "{name} is never missing");
+        assert!(replacement.contains("$off"), "{name} is never missing");
     }
 }
 
@@ -63,7 +63,7 @@ fn whichever_rule_is_missing_is_noticed() {
     let simulation = build();
     let run = |missing: &str, seeds: &str| {
         let output = Command::new(&simulation)
-            .args(["--skip", "rule", "--skip", "the_same_seed"])
+            .args(["--skip", "mutants::", "--skip", "the_same_seed"])
             .env(SWITCH, missing)
             .env("SIM_SEEDS", seeds)
             .env_remove("SIM_SEED")
@@ -81,7 +81,7 @@ fn whichever_rule_is_missing_is_noticed() {
         let (passes, text) = run(name, SEEDS);
         let why = text.lines().find(|line| line.starts_with("seed ") || line.contains("directory seed"));
         let why = why.or_else(|| text.lines().find(|line| line.contains("seed ")));
-        println!("{name:32} {}", if passes { "SURVIVES" } else { why.unwrap_or("another test") });
+        println!("{name:36} {}", if passes { "SURVIVES" } else { why.unwrap_or("another test") });
         if passes {
             survivors.push(name);
         }
@@ -107,7 +107,7 @@ fn build() -> PathBuf {
         let source = fs::read_to_string(&path).expect(file);
         assert_eq!(source.matches(text).count(), 1, "{name}: another rule changed {text:?} in {file}");
         let off = format!("crate::mutant::is({name:?})");
-        fs::write(path, source.replace(text, &replacement.replace("OFF", &off))).expect("written");
+        fs::write(path, source.replace(text, &replacement.replace("$off", &off))).expect("written");
     }
     let root = copy.join("src/lib.rs");
     let source = fs::read_to_string(&root).expect("the root");
@@ -115,13 +115,20 @@ fn build() -> PathBuf {
     fs::remove_dir_all(copy.join("src/bin")).expect("it has programs");
     fs::write(copy.join("Cargo.toml"), manifest()).expect("written");
     let output = Command::new(env!("CARGO"))
-        .args(["test", "--offline", "--test", "simulation", "--no-run", "--message-format=json"])
+        .args([
+            "test",
+            "--offline",
+            "--test",
+            "simulation",
+            "--no-run",
+            "--message-format=json-render-diagnostics",
+        ])
         .current_dir(&copy)
         .env("CARGO_TARGET_DIR", copy.join("target"))
         .output()
         .expect("cargo runs");
     let text = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "{}{text}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let messages = text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
     let built = messages.filter(|message| message["target"]["name"] == "simulation");
     let path = built.filter_map(|message| message["executable"].as_str().map(PathBuf::from)).last();
@@ -170,240 +177,234 @@ const MUTANTS: &[Mutant] = &[
         name: "seq",
         file: REGISTRY,
         text: "                && seq <= last\n",
-        replacement: "                && seq <= last && !OFF\n",
+        replacement: "                && seq <= last && !$off\n",
     },
     Mutant {
         name: "heartbeat of an old incarnation",
         file: REGISTRY,
         text: "            if new < old {",
-        replacement: "            if new < old && !OFF {",
+        replacement: "            if new < old && !$off {",
     },
     Mutant {
         name: "heartbeat of a new incarnation",
         file: REGISTRY,
         text: "            if new > old {",
-        replacement: "            if new > old && !OFF {",
+        replacement: "            if new > old && !$off {",
     },
     Mutant {
         name: "registration of an old incarnation",
         file: REGISTRY,
         text: "                    && new < known\n                    && node.status.leased()",
-        replacement: "                    && new < known && !OFF\n                    && node.status.leased()",
+        replacement: "                    && new < known && !$off\n                    && node.status.leased()",
     },
     Mutant {
         name: "goodbye of an old incarnation",
         file: REGISTRY,
         text: "            && new < known\n        {",
-        replacement: "            && new < known && !OFF\n        {",
+        replacement: "            && new < known && !$off\n        {",
     },
     Mutant {
         name: "twin fence",
         file: REGISTRY,
         text: "if theirs == *ours || ",
-        replacement: "if OFF || theirs == *ours || ",
+        replacement: "if $off || theirs == *ours || ",
     },
     Mutant {
         name: "departed",
         file: REGISTRY,
         text: "self.departed.includes(&request.node_id, i, now.mono)",
-        replacement: "!OFF && self.departed.includes(&request.node_id, i, now.mono)",
+        replacement: "!$off && self.departed.includes(&request.node_id, i, now.mono)",
     },
     Mutant {
         name: "confirmed by a heartbeat",
         file: REGISTRY,
         text: "r.confirmed &= !fresh;",
-        replacement: "r.confirmed &= !fresh || OFF;",
+        replacement: "r.confirmed &= !fresh || $off;",
     },
     Mutant {
         name: "one-way partition",
         file: REGISTRY,
         text: "if fresh || (!is_told_apart && ",
-        replacement: "if fresh || ((!is_told_apart || OFF) && ",
+        replacement: "if fresh || ((!is_told_apart || $off) && ",
     },
     Mutant {
         name: "lease by arrival",
         file: REGISTRY,
         text: "        if node.status.leased() {\n            self.schedule(",
-        replacement: "        if node.status.leased() && !OFF {\n            self.schedule(",
+        replacement: "        if node.status.leased() && !$off {\n            self.schedule(",
     },
     Mutant {
         name: "mass expiry is held",
         file: REGISTRY,
         text: "let mass = of >= EXPIRY_HOLD_NODES_MIN && ",
-        replacement: "let mass = !OFF && of >= EXPIRY_HOLD_NODES_MIN && ",
+        replacement: "let mass = !$off && of >= EXPIRY_HOLD_NODES_MIN && ",
     },
     Mutant {
         name: "bound of the hold",
         file: REGISTRY,
         text: "(Some(hold), true) if now.mono < hold.until => {",
-        replacement: "(Some(hold), true) if now.mono < hold.until || OFF => {",
+        replacement: "(Some(hold), true) if now.mono < hold.until || $off => {",
     },
     Mutant {
         name: "nodes that drain take no work",
         file: REGISTRY,
         text: "matches!(self, NodeStatus::Online | NodeStatus::Registering)\n",
-        replacement: "matches!(self, NodeStatus::Online | NodeStatus::Registering) || (OFF && self == NodeStatus::Draining)\n",
+        replacement: "matches!(self, NodeStatus::Online | NodeStatus::Registering) || ($off && self == NodeStatus::Draining)\n",
     },
     Mutant {
         name: "nodes without a lease take no work",
         file: REGISTRY,
         text: "            self.table.update(replica, now, changes, |r| r.node_status = status);",
-        replacement: "            self.table.update(replica, now, changes, |r| if !OFF || status.takes_work() { r.node_status = status });",
+        replacement: "            self.table.update(replica, now, changes, |r| if !$off || status.takes_work() { r.node_status = status });",
     },
     Mutant {
         name: "replicas that drain take no work",
         file: SNAPSHOT,
         text: "r.draining = beat.draining || pool.draining;",
-        replacement: "r.draining = (beat.draining || pool.draining) && !OFF;",
+        replacement: "r.draining = (beat.draining || pool.draining) && !$off;",
     },
     Mutant {
         name: "replicas that are not named go",
         file: SNAPSHOT,
         text: ".filter(|(_, r)| table.get(**r).is_none_or(|r| r.seen_in_beat != beats))",
-        replacement: ".filter(|(_, r)| table.get(**r).is_none_or(|r| r.seen_in_beat != beats) && !OFF)",
+        replacement: ".filter(|(_, r)| table.get(**r).is_none_or(|r| r.seen_in_beat != beats) && !$off)",
     },
     Mutant {
         name: "generation in a snapshot",
         file: SNAPSHOT,
         text: "if old.generation != beat.generation || ",
-        replacement: "if (old.generation != beat.generation && !OFF) || ",
+        replacement: "if (old.generation != beat.generation && !$off) || ",
     },
     Mutant {
         name: "generation at the relay",
         file: REPLICAS,
         text: "if generation.is_some_and(|generation| generation != replica.serial) {",
-        replacement: "if !OFF && generation.is_some_and(|generation| generation != replica.serial) {",
+        replacement: "if !$off && generation.is_some_and(|generation| generation != replica.serial) {",
     },
     Mutant {
         name: "time only after what arrived",
         file: CONTROL,
         text: "        if tick {\n            self.registry.expire(",
-        replacement: "        if tick || OFF {\n            self.registry.expire(",
+        replacement: "        if tick || $off {\n            self.registry.expire(",
     },
     Mutant {
         name: "circuit",
         file: CONTROL,
         text: "        if !timeout {\n",
-        replacement: "        if !timeout && !OFF {\n",
+        replacement: "        if !timeout && !$off {\n",
     },
     Mutant {
         name: "one trial at a time",
         file: TABLE,
         text: "            *trying = true;\n",
-        replacement: "            *trying = !OFF;\n",
+        replacement: "            *trying = !$off;\n",
     },
     Mutant {
         name: "a trial ends itself only",
         file: TABLE,
         text: "        if grant.trial == Some(cold.trials)\n",
-        replacement: "        if (grant.trial == Some(cold.trials) || (OFF && grant.trial.is_some()))\n",
+        replacement: "        if (grant.trial == Some(cold.trials) || ($off && grant.trial.is_some()))\n",
     },
     Mutant {
         name: "slots are given back",
         file: TABLE,
         text: "cold.in_flight.saturating_sub(grant.slots);",
-        replacement: "cold.in_flight.saturating_sub(if OFF { 0 } else { grant.slots });",
+        replacement: "cold.in_flight.saturating_sub(if $off { 0 } else { grant.slots });",
     },
     Mutant {
         name: "fewer slots may fit",
         file: TABLE,
         text: "|| after.slots_total < before.slots_total => {",
-        replacement: "|| (after.slots_total < before.slots_total && !OFF) => {",
+        replacement: "|| (after.slots_total < before.slots_total && !$off) => {",
     },
     Mutant {
         name: "no second try after the first byte",
         file: CONTROL,
         text: "                if answered {\n",
-        replacement: "                if answered && !OFF {\n",
+        replacement: "                if answered && !$off {\n",
     },
     Mutant {
         name: "attempts",
         file: CONTROL,
         text: "} else if timeout || attempts >= ATTEMPTS_MAX {",
-        replacement: "} else if timeout || (attempts >= ATTEMPTS_MAX && !OFF) {",
+        replacement: "} else if timeout || (attempts >= ATTEMPTS_MAX && !$off) {",
     },
     Mutant {
         name: "who waits is served",
         file: CONTROL,
         text: "                    self.serve_waiters(replica, now, effects);\n                }\n                Change::AskNode",
-        replacement: "                    if !OFF { self.serve_waiters(replica, now, effects); }\n                }\n                Change::AskNode",
+        replacement: "                    if !$off { self.serve_waiters(replica, now, effects); }\n                }\n                Change::AskNode",
     },
     Mutant {
         name: "length of the queue",
         file: QUEUE,
         text: "if self.waiters.len() >= self.capacity {",
-        replacement: "if self.waiters.len() >= self.capacity && !OFF {",
+        replacement: "if self.waiters.len() >= self.capacity && !$off {",
     },
     Mutant {
         name: "limit of a wait",
         file: CONTROL,
         text: "deadline: request.since.plus_ms(wait_ms),",
-        replacement: "deadline: request.since.plus_ms(if OFF { u64::MAX } else { wait_ms }),",
+        replacement: "deadline: request.since.plus_ms(if $off { u64::MAX } else { wait_ms }),",
     },
     Mutant {
         name: "change at once",
         file: MEMBERSHIP,
         text: "        if is_news && self.failures == 0 && ",
-        replacement: "        if !OFF && is_news && self.failures == 0 && ",
+        replacement: "        if !$off && is_news && self.failures == 0 && ",
     },
     Mutant {
         name: "404 registers again",
         file: MEMBERSHIP,
         text: "Answer::UnknownNode => Trouble::Unknown,",
-        replacement: "Answer::UnknownNode => if OFF { Trouble::Failing } else { Trouble::Unknown },",
+        replacement: "Answer::UnknownNode => if $off { Trouble::Failing } else { Trouble::Unknown },",
     },
     Mutant {
         name: "longest backoff",
         file: MEMBERSHIP,
         text: "doubled(BACKOFF_MS_MIN, self.failures, BACKOFF_MS_MAX)",
-        replacement: "doubled(BACKOFF_MS_MIN, self.failures, if OFF { u64::MAX / 4 } else { BACKOFF_MS_MAX })",
+        replacement: "doubled(BACKOFF_MS_MIN, self.failures, if $off { u64::MAX / 4 } else { BACKOFF_MS_MAX })",
     },
     Mutant {
         name: "backoff of a member",
         file: MEMBERSHIP,
         text: "pause_ms = pause_ms.min(self.interval_ms);",
-        replacement: "pause_ms = if OFF { pause_ms } else { pause_ms.min(self.interval_ms) };",
+        replacement: "pause_ms = if $off { pause_ms } else { pause_ms.min(self.interval_ms) };",
     },
     Mutant {
         name: "jitter",
         file: MEMBERSHIP,
         text: "let spread_ms = self.interval_ms * JITTER_PERCENT / 100;",
-        replacement: "let spread_ms = self.interval_ms * if OFF { 90 } else { JITTER_PERCENT } / 100;",
+        replacement: "let spread_ms = self.interval_ms * if $off { 90 } else { JITTER_PERCENT } / 100;",
     },
     Mutant {
         name: "no wall clock",
         file: MEMBERSHIP,
         text: "self.due_at = sent.sent_at.plus_ms(pause_ms).max(now.mono);",
-        replacement: "self.due_at = sent.sent_at.plus_ms(if OFF { pause_ms - now.wall.unix_ms() % 7 } else { pause_ms }).max(now.mono);",
+        replacement: "self.due_at = sent.sent_at.plus_ms(if $off { pause_ms - now.wall.unix_ms() % 7 } else { pause_ms }).max(now.mono);",
     },
     Mutant {
         name: "a second signal changes nothing",
         file: AGENT,
         text: "        if self.shutdown == Shutdown::No {\n            self.shutdown = Shutdown::Draining",
-        replacement: "        if self.shutdown == Shutdown::No || OFF {\n            self.shutdown = Shutdown::Draining",
+        replacement: "        if self.shutdown == Shutdown::No || $off {\n            self.shutdown = Shutdown::Draining",
     },
     Mutant {
         name: "files that are gone",
         file: "replicas/directory.rs",
         text: "for name in self.missing(listing) {",
-        replacement: "for name in self.missing(listing).into_iter().filter(|_| !OFF) {",
+        replacement: "for name in self.missing(listing).into_iter().filter(|_| !$off) {",
     },
     Mutant {
         name: "relist after overflow",
         file: "replicas/watch.rs",
         text: "            if hint.dirty || hint.lost {\n                self.due_at = now;",
-        replacement: "            if (hint.dirty || hint.lost) && !OFF {\n                self.due_at = now;",
-    },
-    Mutant {
-        name: "a directory that moved",
-        file: "replicas/watch.rs",
-        text: "            if hint.lost {\n",
-        replacement: "            if hint.lost && !OFF {\n",
+        replacement: "            if (hint.dirty || hint.lost) && !$off {\n                self.due_at = now;",
     },
     Mutant {
         name: "half a file",
         file: "replicas/scan.rs",
         text: "self.hints.extend(due.collect::<Vec<_>>());",
-        replacement: "if !OFF { self.hints.extend(due.collect::<Vec<_>>()); }",
+        replacement: "if !$off { self.hints.extend(due.collect::<Vec<_>>()); }",
     },
 ];

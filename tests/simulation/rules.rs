@@ -303,8 +303,11 @@ impl World {
         let control = self.planes[plane].control.as_ref().expect("it was started");
         let registry = control.core.registry();
         let node = &self.nodes[index];
-        let served: BTreeSet<_> =
-            self.announced(index).into_iter().filter_map(|(handoff, serves)| serves.then_some(handoff.pool_id)).collect();
+        let served: BTreeSet<_> = self
+            .announced(index)
+            .into_iter()
+            .filter_map(|(handoff, serves)| serves.then_some(handoff.pool_id))
+            .collect();
         for pool in served {
             let of_pool = || registry.replicas().filter(|(_, r)| r.node == node.id && r.key.pool == pool);
             let obstacles: Vec<_> = of_pool().map(|(_, replica)| replica.obstacle()).collect();

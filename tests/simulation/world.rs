@@ -22,36 +22,109 @@ const NS_PER_MS: u64 = 1_000_000;
 #[derive(Debug)]
 pub(crate) enum Event {
     /// An agent's call reaches a control plane.
-    CallArrives { from: Caller, call: Call, body: CallBody },
+    CallArrives {
+        from: Caller,
+        call: Call,
+        body: CallBody,
+    },
     /// The call's end reaches the agent.
-    CallEnds { from: Caller, call: Call, answer: Answer },
+    CallEnds {
+        from: Caller,
+        call: Call,
+        answer: Answer,
+    },
     /// A control plane's question about a pool reaches the agent, and its answer the control plane.
-    AgentAsked { plane: usize, life: u64, node: usize, pool: PoolId },
-    AgentSays { plane: usize, life: u64, node: NodeId, pool: PoolId, text: String },
-    ProbeEnds { node: usize, life: u64, id: ProbeId, outcome: ProbeOutcome },
+    AgentAsked {
+        plane: usize,
+        life: u64,
+        node: usize,
+        pool: PoolId,
+    },
+    AgentSays {
+        plane: usize,
+        life: u64,
+        node: NodeId,
+        pool: PoolId,
+        text: String,
+    },
+    ProbeEnds {
+        node: usize,
+        life: u64,
+        id: ProbeId,
+        outcome: ProbeOutcome,
+    },
     /// The agent's state file is on the disk, or could not be written.
-    Saved { node: usize, life: u64, text: Option<String> },
+    Saved {
+        node: usize,
+        life: u64,
+        text: Option<String>,
+    },
     /// The agent's watcher has something to do.
-    Watch { node: usize, life: u64 },
+    Watch {
+        node: usize,
+        life: u64,
+    },
     /// It is time to look at every name, whatever was told.
-    Relist { node: usize, life: u64 },
+    Relist {
+        node: usize,
+        life: u64,
+    },
     /// A writer goes on with a file: the rest of its bytes, or none if it died.
-    WriteGoesOn { node: usize, name: String, bytes: Vec<u8>, version: u64 },
-    DirectoryReturns { node: usize },
+    WriteGoesOn {
+        node: usize,
+        name: String,
+        bytes: Vec<u8>,
+        version: u64,
+    },
+    DirectoryReturns {
+        node: usize,
+    },
     ExchangeArrives(u64),
     ExchangeAnswers(u64),
     ExchangeEnds(u64),
-    ExchangeFails { id: u64, connect: bool, timeout: bool },
+    ExchangeFails {
+        id: u64,
+        connect: bool,
+        timeout: bool,
+    },
     /// The agent notices that a relayed request's caller is gone.
-    RelayEnds { node: usize, life: u64, lease: LeaseBox },
-    EngineBecomes { node: usize, port: u16, birth: u64, phase: EnginePhase },
-    ControlResumes { plane: usize, life: u64 },
-    AgentResumes { node: usize, life: u64 },
-    StartAgent { node: usize },
-    StartControl { plane: usize },
+    RelayEnds {
+        node: usize,
+        life: u64,
+        lease: LeaseBox,
+    },
+    EngineBecomes {
+        node: usize,
+        port: u16,
+        birth: u64,
+        phase: EnginePhase,
+    },
+    ControlResumes {
+        plane: usize,
+        life: u64,
+    },
+    AgentResumes {
+        node: usize,
+        life: u64,
+    },
+    StartAgent {
+        node: usize,
+    },
+    /// It is asked to stop again.
+    StopAgent {
+        node: usize,
+        life: u64,
+    },
+    StartControl {
+        plane: usize,
+    },
     Fault,
     Ask,
-    ClientLeaves { plane: usize, request: u64, life: u64 },
+    ClientLeaves {
+        plane: usize,
+        request: u64,
+        life: u64,
+    },
 }
 
 /// Which call of which process, and to whom.
@@ -296,6 +369,11 @@ impl World {
             Event::ControlResumes { plane, life } => self.control_resumes(plane, life),
             Event::AgentResumes { node, life } => self.agent_resumes(node, life),
             Event::StartAgent { node } => self.start_agent(node),
+            Event::StopAgent { node, life } => {
+                if self.agent(node, life).is_some() {
+                    self.stop_agent(node);
+                }
+            }
             Event::StartControl { plane } => self.start_control(plane),
             Event::Fault => self.fault(),
             Event::Ask => self.ask(),
