@@ -269,6 +269,7 @@ impl ServiceRegistry {
                     return Err(Fenced::OldIncarnation { known });
                 }
                 request.incarnation != node.incarnation
+                    || is_other_boot(request.boot_id.as_deref(), node.boot_id.as_deref())
             }
         };
         let index = match known {
@@ -356,6 +357,10 @@ impl ServiceRegistry {
                 return Err(Fenced::OldIncarnation { known: old });
             }
             if new > old {
+                return Err(Fenced::UnknownNode);
+            }
+            // A clone that counted to the same number: whose name it is, a registration settles.
+            if is_other_boot(beat.boot_id.as_deref(), known.boot_id.as_deref()) {
                 return Err(Fenced::UnknownNode);
             }
             if let (Some(seq), Some(last)) = (beat.seq, known.seq)
@@ -799,6 +804,11 @@ impl ServiceRegistry {
             self.lapsed.remove(&(due, index));
         }
     }
+}
+
+/// Whether two boots are known, and differ.
+fn is_other_boot(theirs: Option<&str>, ours: Option<&str>) -> bool {
+    theirs.zip(ours).is_some_and(|(theirs, ours)| theirs != ours && cut(theirs) != ours)
 }
 
 /// A model and how many replicas serve it.

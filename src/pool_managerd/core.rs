@@ -732,6 +732,7 @@ impl Core {
                 timestamp: Some(now.wall.rfc3339()),
                 pools: self.pool_beats(),
                 incarnation: Some(identity.incarnation),
+                boot_id: identity.boot_id.clone(),
                 seq: Some(seq),
                 draining: self.shutdown != Shutdown::No || self.replicas.drain_status(&Scope::Node).is_some(),
             })),

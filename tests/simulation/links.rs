@@ -121,6 +121,7 @@ impl World {
             }
             (Dialect::Old, CallBody::Heartbeat(mut body)) => {
                 body.incarnation = None;
+                body.boot_id = None;
                 body.seq = None;
                 body.draining = false;
                 for pool in &mut body.pools {

@@ -210,6 +210,18 @@ const MUTANTS: &[Mutant] = &[
         replacement: "if $off || theirs == *ours || ",
     },
     Mutant {
+        name: "registration of a clone",
+        file: REGISTRY,
+        text: "                    || is_other_boot(request.boot_id",
+        replacement: "                    || !$off && is_other_boot(request.boot_id",
+    },
+    Mutant {
+        name: "heartbeat of a clone",
+        file: REGISTRY,
+        text: "            if is_other_boot(beat.boot_id",
+        replacement: "            if !$off && is_other_boot(beat.boot_id",
+    },
+    Mutant {
         name: "departed",
         file: REGISTRY,
         text: "self.departed.includes(&request.node_id, i, now.mono)",

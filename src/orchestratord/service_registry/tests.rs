@@ -233,6 +233,22 @@ fn a_registration_whose_answer_is_always_lost_flaps_nothing() {
 }
 
 #[test]
+fn a_clone_that_counted_to_the_same_number_is_another_node() {
+    let mut world = World::online(1);
+    let replica = world.only_replica(0);
+    let mut of_clone = beat(Some(1), Some(9), &[]);
+    of_clone.boot_id = Some("clone".into());
+    assert_eq!(world.beat(0, &of_clone), Err(Fenced::UnknownNode));
+    assert!(world.takes_work(replica));
+    world.pass(15_000);
+    world.register(0, Some(1), Some("clone")).expect("the first one is silent");
+    assert!(!world.takes_work(replica), "it is the first one's");
+    let mut of_first = beat(Some(1), Some(10), &[]);
+    of_first.boot_id = Some("boot".into());
+    assert_eq!(world.beat(0, &of_first), Err(Fenced::UnknownNode));
+}
+
+#[test]
 fn a_restarted_agent_keeps_the_ledger_of_engines_that_are_still_the_same() {
     for (same, url) in [(true, "http://127.0.0.1:8080"), (false, "http://127.0.0.1:9999")] {
         let mut world = World::online(1);
