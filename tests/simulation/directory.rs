@@ -59,6 +59,8 @@ pub(crate) fn tell(seeds: std::ops::Range<u64>) -> u64 {
     overflows
 }
 
+/// What decides between files of one replica: generation, then time.
+type Rank = (u64, std::time::SystemTime);
 /// Where each replica's engine is, and its slots.
 type Replicas = BTreeMap<String, (String, u32)>;
 
@@ -204,7 +206,7 @@ impl Story {
     /// What the directory says: of files that name one replica the highest generation counts, then the
     /// newest, then the first by name.
     fn told(&self) -> Replicas {
-        let mut best: BTreeMap<String, ((u64, std::time::SystemTime), (String, u32))> = BTreeMap::new();
+        let mut best: BTreeMap<String, (Rank, (String, u32))> = BTreeMap::new();
         for (path, bytes) in self.files() {
             let Ok(HandoffFile::Engine(handoff)) = parse(&bytes) else { continue };
             let modified = fs::metadata(path).and_then(|file| file.modified()).expect("its times");

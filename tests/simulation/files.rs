@@ -40,6 +40,8 @@ pub(crate) struct SimFile {
     version: u64,
 }
 
+type Pass = (BTreeSet<Arc<str>>, Bound<Arc<str>>);
+
 /// What an agent has seen of its directory.
 #[derive(Default)]
 pub(crate) struct Watcher {
@@ -47,7 +49,8 @@ pub(crate) struct Watcher {
     armed: Option<u64>,
     hints: BTreeSet<Arc<str>>,
     again: bool,
-    pass: Option<(BTreeSet<Arc<str>>, Bound<Arc<str>>)>,
+    /// Names that are still to be looked at, and from where on.
+    pass: Option<Pass>,
     known: BTreeMap<Arc<str>, (u64, Option<ListedFile>)>,
     /// Files that end too early, and when that counts.
     unfinished: BTreeMap<Arc<str>, Mono>,

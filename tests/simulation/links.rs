@@ -30,6 +30,8 @@ pub(crate) struct Link {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Dialect {
     Ours,
+    /// Heartbeats do not tell the boot.
+    Previous,
     /// No incarnation, no sequence, no replicas.
     Old,
     /// Fields that nobody here knows, everywhere; and a drain of a node or pool is told there alone.
@@ -113,6 +115,11 @@ impl World {
     fn in_its_dialect(&mut self, node: usize, body: CallBody) -> CallBody {
         match (self.nodes[node].dialect, body) {
             (Dialect::Ours, body) => body,
+            (Dialect::Previous, CallBody::Heartbeat(mut body)) => {
+                body.boot_id = None;
+                CallBody::Heartbeat(body)
+            }
+            (Dialect::Previous, body) => body,
             (Dialect::Old, CallBody::Register(mut body)) => {
                 body.incarnation = None;
                 body.boot_id = None;

@@ -131,8 +131,8 @@ fn build() -> PathBuf {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let messages = text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
     let built = messages.filter(|message| message["target"]["name"] == "simulation");
-    let path = built.filter_map(|message| message["executable"].as_str().map(PathBuf::from)).last();
-    path.expect("cargo says what it built")
+    let mut paths = built.filter_map(|message| message["executable"].as_str().map(PathBuf::from));
+    paths.next_back().expect("cargo says what it built")
 }
 
 /// The package's manifest without programs and benchmarks, a workspace of its own.

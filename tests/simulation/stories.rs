@@ -102,6 +102,7 @@ impl World {
             let dialect = match world.random.u64(0..100) {
                 0..8 => Dialect::Old,
                 8..16 => Dialect::Newer,
+                16..32 => Dialect::Previous,
                 _ => Dialect::Ours,
             };
             world.nodes.push(Node::new(index, dialect));
