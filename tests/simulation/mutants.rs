@@ -168,7 +168,6 @@ const TABLE: &str = "orchestratord/replica_table.rs";
 const CONTROL: &str = "orchestratord/core.rs";
 const QUEUE: &str = "orchestratord/admission.rs";
 const MEMBERSHIP: &str = "pool_managerd/membership.rs";
-const AGENT: &str = "pool_managerd/core.rs";
 const REPLICAS: &str = "replicas/registry.rs";
 
 /// The rules.
@@ -184,12 +183,6 @@ const MUTANTS: &[Mutant] = &[
         file: REGISTRY,
         text: "            if new < old {",
         replacement: "            if new < old && !$off {",
-    },
-    Mutant {
-        name: "heartbeat of a new incarnation",
-        file: REGISTRY,
-        text: "            if new > old {",
-        replacement: "            if new > old && !$off {",
     },
     Mutant {
         name: "registration of an old incarnation",
@@ -208,12 +201,6 @@ const MUTANTS: &[Mutant] = &[
         file: REGISTRY,
         text: "if theirs == *ours || ",
         replacement: "if $off || theirs == *ours || ",
-    },
-    Mutant {
-        name: "registration of a clone",
-        file: REGISTRY,
-        text: "                    || is_other_boot(request.boot_id",
-        replacement: "                    || !$off && is_other_boot(request.boot_id",
     },
     Mutant {
         name: "heartbeat of a clone",
@@ -394,12 +381,6 @@ const MUTANTS: &[Mutant] = &[
         file: MEMBERSHIP,
         text: "self.due_at = sent.sent_at.plus_ms(pause_ms).max(now.mono);",
         replacement: "self.due_at = sent.sent_at.plus_ms(if $off { pause_ms - now.wall.unix_ms() % 7 } else { pause_ms }).max(now.mono);",
-    },
-    Mutant {
-        name: "a second signal changes nothing",
-        file: AGENT,
-        text: "        if self.shutdown == Shutdown::No {\n            self.shutdown = Shutdown::Draining",
-        replacement: "        if self.shutdown == Shutdown::No || $off {\n            self.shutdown = Shutdown::Draining",
     },
     Mutant {
         name: "files that are gone",
