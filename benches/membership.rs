@@ -107,6 +107,7 @@ fn registry_of(nodes: usize) -> ServiceRegistry {
             timestamp: None,
             pools: swarm::pools(),
             incarnation: Some(1),
+            boot_id: None,
             seq: Some(1),
             draining: false,
         };

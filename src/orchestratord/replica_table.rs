@@ -57,7 +57,8 @@ pub struct ReplicaRef {
 pub struct Grant {
     replica: ReplicaRef,
     slots: u32,
-    trial: bool,
+    /// Which trial of the replica it is, if it is one.
+    trial: Option<u64>,
 }
 
 impl Grant {
@@ -191,6 +192,8 @@ pub struct Replica {
     pub circuit: Circuit,
     /// A request of ours ran at some time since the last report.
     pub(super) ours_since_report: bool,
+    /// Trials of a data path in doubt so far.
+    pub(super) trials: u64,
     /// The node's count of heartbeats when this replica was last in one.
     pub(super) seen_in_beat: u64,
 }
@@ -511,9 +514,11 @@ impl ReplicaTable {
         }
         cold.in_flight += slots;
         cold.ours_since_report = true;
-        let trial = matches!(cold.circuit, Circuit::HalfOpen { .. });
+        let mut trial = None;
         if let Circuit::HalfOpen { trying, .. } = &mut cold.circuit {
             *trying = true;
+            cold.trials += 1;
+            trial = Some(cold.trials);
         }
         self.refresh_quietly(index);
         Some(Grant { replica, slots, trial })
@@ -524,8 +529,9 @@ impl ReplicaTable {
         let Some(index) = self.index(grant.replica) else { return };
         let Some(cold) = self.cold[index].as_mut() else { return };
         cold.in_flight = cold.in_flight.saturating_sub(grant.slots);
-        // A trial that ended without a verdict (its client left) makes room for another one.
-        if grant.trial
+        // A trial that ended without a verdict (its client left) makes room for another one, unless the data
+        // path failed again since and a later one is under way.
+        if grant.trial == Some(cold.trials)
             && let Circuit::HalfOpen { trying, .. } = &mut cold.circuit
         {
             *trying = false;
@@ -551,7 +557,10 @@ impl ReplicaTable {
                 let reason = cold.obstacle().map(|o| o.to_string()).unwrap_or_default();
                 changes.push(Change::ReplicaNotReady { replica, reason });
             }
-            (true, true) if free(&after) > free(&before) => changes.push(Change::ReplicaCapacity(replica)),
+            // Who wants more slots than there are is given all: with fewer in total that may be enough.
+            (true, true) if free(&after) > free(&before) || after.slots_total < before.slots_total => {
+                changes.push(Change::ReplicaCapacity(replica));
+            }
             _ => {}
         }
     }
@@ -731,6 +740,7 @@ mod tests {
             since: Wall(0),
             circuit: Circuit::Closed,
             ours_since_report: false,
+            trials: 0,
             seen_in_beat: 0,
         }
     }

@@ -40,7 +40,7 @@ use std::sync::Arc;
 use slab::Slab;
 
 use crate::replicas::EnginePolicy;
-use crate::time::{Mono, Now, Wall, earliest};
+use crate::time::{Mono, Now, Wall};
 use crate::wire::id::{NodeId, ReplicaKey};
 use crate::wire::node::{
     Capabilities, Heartbeat, HeartbeatReply, POOLS_MAX, PoolBeat, RegisterReply, RegisterRequest,
@@ -50,6 +50,7 @@ use crate::wire::url::BaseUrl;
 mod addresses;
 mod change;
 mod departed;
+mod expiry;
 mod newcomers;
 mod polled;
 mod restore;
@@ -63,6 +64,8 @@ use self::addresses::Addresses;
 pub use self::change::{Change, Fenced};
 use self::departed::Departed;
 pub use self::departed::{DEPARTED_MAX, DEPARTED_MS};
+use self::expiry::Hold;
+pub use self::expiry::{EXPIRY_HOLD_MS, EXPIRY_HOLD_NODES_MIN, EXPIRY_HOLD_RECHECK_MS};
 pub use self::newcomers::NEWCOMERS_PER_PEER_MAX;
 use self::newcomers::{Newcomers, Ticket};
 pub use self::polled::{Polled, Via};
@@ -78,13 +81,6 @@ pub use super::replica_table::{
     Circuit, Confirmation, Grant, Obstacle, Replica, ReplicaRef, ReplicaTable, Target,
 };
 
-/// Longest time for which leases are kept from ending because most nodes are silent at once: longer
-/// than a switch needs to restart, shorter than an operator needs to be called.
-pub const EXPIRY_HOLD_MS: u64 = 300_000;
-/// How often a held expiry looks again.
-pub const EXPIRY_HOLD_RECHECK_MS: u64 = 1_000;
-/// Fewest nodes of which a silent majority is taken for a fault of our own.
-pub const EXPIRY_HOLD_NODES_MIN: usize = 3;
 /// Most GPUs of a node; machines have up to 16, partitioned ones seven times as many.
 pub const GPUS_MAX: usize = 256;
 /// Foreign boot ids remembered per node, so that each is reported once.
@@ -263,13 +259,6 @@ pub struct ServiceRegistry {
     revision: u64,
 }
 
-/// A mass expiry in progress.
-#[derive(Clone, Copy, Debug)]
-struct Hold {
-    until: Mono,
-    recheck: Mono,
-}
-
 impl ServiceRegistry {
     /// An empty registry. `epoch` differs after every start of the control plane.
     #[must_use]
@@ -335,6 +324,7 @@ impl ServiceRegistry {
                     return Err(Fenced::OldIncarnation { known });
                 }
                 request.incarnation != node.incarnation
+                    || is_other_boot(request.boot_id.as_deref(), node.boot_id.as_deref())
             }
         };
         let index = match known {
@@ -382,8 +372,10 @@ impl ServiceRegistry {
             });
         }
         self.contact(index, peer, now);
-        // A registration does not make a node Online, but must not hide one that is.
-        if fresh || !self.nodes[index].status.leased() {
+        // A registration does not make a node Online, but must not hide one that is. One that only
+        // repeats itself has not heard the answer: before it can, its status would flap with every attempt.
+        let is_told_apart = request.incarnation.is_some();
+        if fresh || (!is_told_apart && !self.nodes[index].status.leased()) {
             self.set_status(
                 index,
                 NodeStatus::Registering,
@@ -425,6 +417,10 @@ impl ServiceRegistry {
                 return Err(Fenced::OldIncarnation { known: old });
             }
             if new > old {
+                return Err(Fenced::UnknownNode);
+            }
+            // A clone that counted to the same number: whose name it is, a registration settles.
+            if is_other_boot(beat.boot_id.as_deref(), known.boot_id.as_deref()) {
                 return Err(Fenced::UnknownNode);
             }
             if let (Some(seq), Some(last)) = (beat.seq, known.seq)
@@ -516,51 +512,6 @@ impl ServiceRegistry {
         self.take_snapshot(index, pools, now, changes);
         self.set_status(index, NodeStatus::Online, "on this machine", now, changes);
         Ok(())
-    }
-
-    /// Ends leases, grace periods and backoffs that are due.
-    pub fn expire(&mut self, now: Now, changes: &mut Vec<Change>) {
-        while let Some(&(due, replica)) = self.retries.first()
-            && due <= now.mono
-        {
-            self.retries.pop_first();
-            self.table.update(replica, now, changes, |r| {
-                if let Circuit::Open { failures, reason, .. } = &r.circuit {
-                    let (failures, reason) = (*failures, reason.clone());
-                    r.circuit = Circuit::HalfOpen { failures, reason, trying: false };
-                }
-            });
-        }
-        if self.leases_may_end(now, changes) {
-            while let Some(&(due, index)) = self.leases.first()
-                && due <= now.mono
-            {
-                let reason = self.nodes[index].silence(now);
-                self.set_status(index, NodeStatus::Suspect, &reason, now, changes);
-            }
-        }
-        while let Some(&(due, index)) = self.lapsed.first()
-            && due <= now.mono
-        {
-            let reason = self.nodes[index].silence(now);
-            match self.nodes[index].status {
-                NodeStatus::Suspect => self.set_status(index, NodeStatus::Offline, &reason, now, changes),
-                NodeStatus::Offline => self.drop_node(index, &reason, changes),
-                _ => self.set_status(index, NodeStatus::Suspect, &reason, now, changes),
-            }
-        }
-    }
-
-    /// When [`ServiceRegistry::expire`] is wanted next.
-    #[must_use]
-    pub fn deadline(&self) -> Option<Mono> {
-        let lease = match self.hold {
-            Some(hold) => Some(hold.recheck.min(hold.until)),
-            None => self.leases.first().map(|(due, _)| *due),
-        };
-        let lapsed = self.lapsed.first().map(|(due, _)| *due);
-        let retry = self.retries.first().map(|(due, _)| *due);
-        earliest(lease, earliest(lapsed, retry))
     }
 
     /// Takes `slots` of a replica for a request; `None` if it does not take work or has fewer.
@@ -747,42 +698,6 @@ impl ServiceRegistry {
         Err(Fenced::Twin { holder })
     }
 
-    /// Whether leases may end now: not while most nodes are silent at once, unless for too long.
-    fn leases_may_end(&mut self, now: Now, changes: &mut Vec<Change>) -> bool {
-        let is_due = self.leases.first().is_some_and(|(due, _)| *due <= now.mono);
-        if !is_due {
-            if self.hold.take().is_some() {
-                changes.push(Change::ExpiryResumed);
-            }
-            return false;
-        }
-        // Late is who missed a heartbeat: the others of a common fault follow within one interval.
-        let timeout_ms = self.limits.node_timeout_ms;
-        let late_ms = (self.limits.heartbeat_interval_ms.saturating_mul(3) / 2).min(timeout_ms);
-        let horizon = now.mono.plus_ms(timeout_ms - late_ms);
-        let of = self.leases.len();
-        let late = self.leases.iter().take_while(|(due, _)| *due <= horizon).take(of / 2 + 1).count();
-        let mass = of >= EXPIRY_HOLD_NODES_MIN && late > of / 2;
-        match (&mut self.hold, mass) {
-            (None, false) => true,
-            (None, true) => {
-                let recheck = now.mono.plus_ms(EXPIRY_HOLD_RECHECK_MS);
-                self.hold = Some(Hold { until: now.mono.plus_ms(EXPIRY_HOLD_MS), recheck });
-                changes.push(Change::ExpiryHeld { late, of });
-                false
-            }
-            (Some(hold), true) if now.mono < hold.until => {
-                hold.recheck = now.mono.plus_ms(EXPIRY_HOLD_RECHECK_MS);
-                false
-            }
-            (Some(_), _) => {
-                self.hold = None;
-                changes.push(Change::ExpiryResumed);
-                true
-            }
-        }
-    }
-
     fn add_node(&mut self, id: &NodeId, now: Now) -> usize {
         let index = self.nodes.insert(Node {
             id: id.clone(),
@@ -910,6 +825,11 @@ fn shown(capabilities: &Capabilities) -> Capabilities {
 
 fn refs_of(node: &Node) -> Vec<ReplicaRef> {
     node.replicas.values().copied().collect()
+}
+
+/// Whether two boots are known, and differ.
+fn is_other_boot(theirs: Option<&str>, ours: Option<&str>) -> bool {
+    theirs.zip(ours).is_some_and(|(theirs, ours)| theirs != ours && cut(theirs) != ours)
 }
 
 /// A model and how many replicas serve it.

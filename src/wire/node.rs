@@ -107,6 +107,9 @@ pub struct Heartbeat {
     /// As in the registration.
     #[serde(default)]
     pub incarnation: Option<u64>,
+    /// As in the registration: machines with one disk's copies may have the same incarnation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot_id: Option<String>,
     /// Grows by one with every heartbeat of an incarnation.
     #[serde(default)]
     pub seq: Option<u64>,

@@ -137,6 +137,10 @@ fn capabilities() -> Capabilities {
     }
 }
 
+fn boot_id(node: usize) -> String {
+    format!("00000000-0000-0000-0000-{node:012}")
+}
+
 /// What a node says when it registers.
 pub(crate) fn registration(node: usize) -> RegisterRequest {
     let id = NodeId::new(&name(node)).expect("an id");
@@ -147,7 +151,7 @@ pub(crate) fn registration(node: usize) -> RegisterRequest {
         capabilities: capabilities(),
         version: Some("0.1.0".into()),
         incarnation: Some(1),
-        boot_id: Some(format!("00000000-0000-0000-0000-{node:012}")),
+        boot_id: Some(boot_id(node)),
         node_id: id,
     }
 }
@@ -181,6 +185,7 @@ impl Hive {
             timestamp: Some(at.wall.rfc3339()),
             pools: pools(),
             incarnation: Some(1),
+            boot_id: None,
             seq: None,
             draining: false,
         };
@@ -260,6 +265,7 @@ impl Hive {
             Call::Register => ("/v2/nodes/register", node.registration.clone()),
             Call::Heartbeat { seq } => {
                 self.beat.seq = Some(seq);
+                self.beat.boot_id = Some(boot_id(index));
                 for pool in &mut self.beat.pools {
                     pool.slots_free = (seq % 5) as u32;
                     pool.replicas.iter_mut().flatten().for_each(|r| r.slots_free = (seq % 5) as u32);

@@ -337,6 +337,7 @@ impl ServiceRegistry {
             since: now.wall,
             circuit: Circuit::Closed,
             ours_since_report: false,
+            trials: 0,
             seen_in_beat: 0,
         };
         let reference = self.table.insert(replica, now, changes);

@@ -217,6 +217,41 @@ fn registering_again_with_the_same_incarnation_hides_nothing() {
 }
 
 #[test]
+fn a_registration_whose_answer_is_always_lost_flaps_nothing() {
+    let mut world = World::online(1);
+    world.pass(30_000);
+    assert_eq!(world.status(0), Some(NodeStatus::Suspect));
+    world.changes.clear();
+    for _ in 0..5 {
+        world.register(0, Some(1), Some("boot")).expect("its answer is lost");
+        world.pass(35_000);
+    }
+    let became = world.changes.iter().filter_map(|change| match change {
+        Change::NodeStatus { to, .. } => Some(*to),
+        _ => None,
+    });
+    assert_eq!(became.collect::<Vec<_>>(), [NodeStatus::Offline], "once, and for good");
+    world.beat(0, &beat(Some(1), Some(99), &[])).expect("it has heard the answer");
+    assert_eq!(world.status(0), Some(NodeStatus::Online));
+}
+
+#[test]
+fn a_clone_that_counted_to_the_same_number_is_another_node() {
+    let mut world = World::online(1);
+    let replica = world.only_replica(0);
+    let mut of_clone = beat(Some(1), Some(9), &[]);
+    of_clone.boot_id = Some("clone".into());
+    assert_eq!(world.beat(0, &of_clone), Err(Fenced::UnknownNode));
+    assert!(world.takes_work(replica));
+    world.pass(15_000);
+    world.register(0, Some(1), Some("clone")).expect("the first one is silent");
+    assert!(!world.takes_work(replica), "it is the first one's");
+    let mut of_first = beat(Some(1), Some(10), &[]);
+    of_first.boot_id = Some("boot".into());
+    assert_eq!(world.beat(0, &of_first), Err(Fenced::UnknownNode));
+}
+
+#[test]
 fn a_restarted_agent_keeps_the_ledger_of_engines_that_are_still_the_same() {
     for (same, url) in [(true, "http://127.0.0.1:8080"), (false, "http://127.0.0.1:9999")] {
         let mut world = World::online(1);
@@ -354,6 +389,34 @@ fn a_failing_data_path_backs_off_and_tries_one_request() {
     assert!(world.takes_work(r));
     world.registry.release(trial);
     world.registry.check_invariants();
+}
+
+#[test]
+fn a_trial_that_ends_late_makes_no_room_beside_a_later_one() {
+    let mut world = World::online(1);
+    let r = world.only_replica(0);
+    world.registry.data_path_failed(r, "refused", world.now, &mut world.changes);
+    world.pass(250);
+    let first = world.registry.acquire(r, 1).expect("one may try");
+    world.registry.data_path_failed(r, "so did an earlier request", world.now, &mut world.changes);
+    world.pass(500);
+    let second = world.registry.acquire(r, 1).expect("one may try again");
+    world.registry.release(first);
+    assert!(world.registry.acquire(r, 1).is_none(), "a second one tried");
+    world.registry.release(second);
+}
+
+#[test]
+fn fewer_slots_may_be_enough_for_who_wants_all_of_them() {
+    let mut world = World::online(1);
+    let r = world.only_replica(0);
+    let mut shrinking = idle();
+    shrinking["slots_free"] = 1.into();
+    world.beat(0, &beat(Some(1), Some(2), &[shrinking.clone()])).expect("accepted");
+    world.changes.clear();
+    shrinking["slots_total"] = 1.into();
+    world.beat(0, &beat(Some(1), Some(3), &[shrinking])).expect("accepted");
+    assert_eq!(world.changes, [Change::ReplicaCapacity(r)], "one of one slot is free, as one of four was");
 }
 
 #[test]
