@@ -236,7 +236,9 @@ impl Control {
         let replica = registry.replicas_of(node).find(is_it).expect("a known replica");
         let known = registry.replica(replica).expect("just found");
         let is_untried = known.is_untried();
-        let told = self.check_told(request, dispatch).unwrap_or(known.slots_total);
+        // Of the oldest agents nobody learns that a replica was away for a moment while requests ran on it:
+        // the core counts anew, and the agent refuses what is too much.
+        let told = self.check_told(request, dispatch).unwrap_or(u32::MAX);
         self.ledger.dispatch(request, dispatch, replica, told, is_untried);
     }
 
