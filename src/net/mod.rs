@@ -276,14 +276,15 @@ pub struct Progress {
 }
 
 /// Says why an address must not be dialled for a URL, where that is so.
-pub struct DialRule(Box<Verdict>);
+#[derive(Clone)]
+pub struct DialRule(Arc<Verdict>);
 
-type Verdict = dyn Fn(&BaseUrl, IpAddr) -> Result<(), String> + Send;
+type Verdict = dyn Fn(&BaseUrl, IpAddr) -> Result<(), String> + Send + Sync;
 
 impl DialRule {
     /// A rule.
-    pub fn new(verdict: impl Fn(&BaseUrl, IpAddr) -> Result<(), String> + Send + 'static) -> DialRule {
-        DialRule(Box::new(verdict))
+    pub fn new(verdict: impl Fn(&BaseUrl, IpAddr) -> Result<(), String> + Send + Sync + 'static) -> DialRule {
+        DialRule(Arc::new(verdict))
     }
 }
 
@@ -447,6 +448,11 @@ impl Net {
 
     /// Starts an exchange. It ends with [`NetEvent::Finished`], also when it fails at once.
     pub fn start(&mut self, outbound: Outbound, now: Mono) -> Token {
+        self.start_judged(outbound, None, now)
+    }
+
+    /// The same under a rule of its own, in the place of the one for all.
+    pub fn start_judged(&mut self, outbound: Outbound, rule: Option<DialRule>, now: Mono) -> Token {
         let forward = match &outbound.sink {
             Sink::Client { client, hold_back, fields } => {
                 self.server.clients.get_mut(*client).map(|session| {
@@ -461,7 +467,7 @@ impl Net {
             Sink::Client { client, .. } => Some(client),
             _ => None,
         };
-        let exchange = self.upstreams.begin(outbound, forward, now);
+        let exchange = self.upstreams.begin(outbound, forward, rule, now);
         if let Some(session) = client.and_then(|client| self.server.clients.get_mut(client)) {
             session.next = ClientNext::Relay(exchange);
         } else if client.is_some() {

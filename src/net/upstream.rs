@@ -29,6 +29,8 @@ const JOINED_BODY_BYTES_MAX: usize = 64 * 1024;
 pub(super) struct Exchange {
     pub(super) deadline: Deadline,
     to: BaseUrl,
+    /// Where it may go, if not where everything may.
+    rule: Option<DialRule>,
     /// Head, and the body too where it is small.
     head: Vec<u8>,
     body: Arc<Vec<u8>>,
@@ -83,7 +85,13 @@ impl Upstreams {
         }
     }
 
-    pub(super) fn begin(&mut self, outbound: Outbound, forward: Option<Forward>, now: Mono) -> Token {
+    pub(super) fn begin(
+        &mut self,
+        outbound: Outbound,
+        forward: Option<Forward>,
+        rule: Option<DialRule>,
+        now: Mono,
+    ) -> Token {
         let mut head = Vec::with_capacity(512 + outbound.body.len().min(JOINED_BODY_BYTES_MAX));
         let target = format!("{}{}", outbound.to.path(), outbound.target);
         let fields = outbound.fields.iter().map(|(name, value)| (name.as_str(), value.as_slice()));
@@ -97,6 +105,7 @@ impl Upstreams {
         self.exchanges.insert(Exchange {
             deadline: Deadline::default(),
             to: outbound.to,
+            rule,
             head,
             body,
             sent: 0,
@@ -208,7 +217,7 @@ impl Net {
                 return self.fail_exchange(exchange, FaultKind::Connect, &reason, now);
             }
         };
-        if let Some(DialRule(check)) = &self.dial_rule
+        if let Some(DialRule(check)) = session.rule.as_ref().or(self.dial_rule.as_ref())
             && let Err(why) = check(&session.to, address.ip())
         {
             return self.fail_exchange(exchange, FaultKind::Connect, &why, now);

@@ -25,7 +25,7 @@ use crate::time::{Now, earliest};
 use crate::wire::id::ReplicaKey;
 
 use super::api::{self, Action};
-use super::callback_client::CallbackClient;
+use super::callback_client;
 use super::callbacks;
 use super::config::Config;
 use super::control_client;
@@ -58,7 +58,8 @@ pub struct Daemon {
     encoder: Option<Encoder>,
     waker: Waker,
     saver: Option<Saver>,
-    callbacks: CallbackClient,
+    /// Where callbacks may go.
+    callback_rule: DialRule,
     lag: LoopLag,
     exchanges: BTreeMap<Token, Running>,
     tokens: Tokens,
@@ -77,6 +78,7 @@ enum Running {
     Probe(Box<ProbeOrder>),
     Relay { client: Token, lease: ReplicaLease },
     Call { plane: usize, call: Call },
+    Callback { callback: u64, event: u64 },
 }
 
 impl Daemon {
@@ -116,9 +118,9 @@ impl Daemon {
             net,
             core,
             encoder: None,
-            waker: waker.clone(),
+            waker,
             saver: None,
-            callbacks: CallbackClient::new(policy, waker),
+            callback_rule: callback_client::dial_rule(policy),
             lag: LoopLag::default(),
             exchanges: BTreeMap::new(),
             tokens: config.tokens.clone(),
@@ -306,7 +308,6 @@ impl Daemon {
         while let Some(result) = self.saver.as_ref().and_then(Offload::take) {
             self.core.handle(Input::Saved(result), now, &mut self.effects);
         }
-        self.take_deliveries(now);
     }
 
     fn respond_with_pool(&mut self, client: Token, status: u16, pool: &crate::wire::id::PoolId, now: Now) {
@@ -350,7 +351,7 @@ impl Daemon {
                     Effect::Save(text) => self.save(text, now),
                     Effect::DeleteFile(name, content) => self.watch.delete(&name, &content),
                     Effect::Cut(leases) => self.cut(&leases, now),
-                    Effect::Deliver(delivery) => self.deliver(delivery, now),
+                    Effect::Deliver(delivery) => self.deliver(&delivery, now),
                     Effect::Log(what) => logging::tell(&*what),
                     Effect::Exit => self.over = true,
                 }
@@ -503,6 +504,10 @@ impl Daemon {
             Some(Running::Call { plane, call }) => {
                 let answer = control_client::answer(call, outcome);
                 self.core.handle(Input::Told { plane, call, answer }, now, &mut self.effects);
+            }
+            Some(Running::Callback { callback, event }) => {
+                let outcome = callback_client::outcome(outcome);
+                self.core.handle(Input::Delivered(callback, event, outcome), now, &mut self.effects);
             }
             None => {}
         }
