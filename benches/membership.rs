@@ -32,14 +32,19 @@ const LOAD_S: u64 = 20;
 struct Control {
     process: Process,
     port: u16,
+    _state: tempfile::TempDir,
 }
 
 impl Control {
     fn start(interval_s: u64) -> Control {
         let port = free_port();
         let (addr, interval) = (format!("127.0.0.1:{port}"), interval_s.to_string());
+        let state = tempfile::tempdir().expect("a directory");
+        let state_dir = state.path().display().to_string();
         let args = [
             "--cloud-profile",
+            "--state-dir",
+            &state_dir,
             "--addr",
             &addr,
             "--heartbeat-interval-secs",
@@ -51,7 +56,7 @@ impl Control {
         ];
         let process = start(env!("CARGO_BIN_EXE_orchestratord"), &args);
         until("the control plane", || get(port, "/ready"));
-        Control { process, port }
+        Control { process, port, _state: state }
     }
 
     fn metric(&self, name: &str) -> f64 {

@@ -67,30 +67,29 @@ pub struct Piece {
 /// Makes the file's text out of pieces.
 #[derive(Debug, Default)]
 pub struct Writer {
-    text: Vec<u8>,
-    is_first: bool,
+    has_nodes: bool,
 }
 
 impl Writer {
-    /// Adds the next piece. The whole text, if it is the last.
-    pub fn add(&mut self, piece: &Piece) -> Option<Vec<u8>> {
+    /// The text of the next piece.
+    pub fn text(&mut self, piece: &Piece) -> Vec<u8> {
+        let mut text = Vec::new();
         if let Some(at) = piece.begins {
+            self.has_nodes = false;
             let head = format!(r#"{{"version":{VERSION},"written_ms":{},"nodes":["#, at.unix_ms());
-            self.text = head.into_bytes();
-            self.is_first = true;
+            text.extend_from_slice(head.as_bytes());
         }
         for node in &piece.nodes {
-            if !std::mem::take(&mut self.is_first) {
-                self.text.push(b',');
+            if std::mem::replace(&mut self.has_nodes, true) {
+                text.push(b',');
             }
             // Writing into memory does not fail, and neither does any of these values.
-            let _ = serde_json::to_writer(&mut self.text, node);
+            let _ = serde_json::to_writer(&mut text, node);
         }
-        if !piece.ends {
-            return None;
+        if piece.ends {
+            text.extend_from_slice(b"]}\n");
         }
-        self.text.extend_from_slice(b"]}\n");
-        Some(std::mem::take(&mut self.text))
+        text
     }
 }
 

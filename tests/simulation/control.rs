@@ -42,8 +42,8 @@ pub(crate) struct Site {
 /// A running control plane.
 pub(crate) struct Control {
     pub(crate) core: control_core::Core,
-    /// Makes the state file.
-    writer: Writer,
+    /// What makes the state file, and what there is of it so far.
+    file: (Writer, Vec<u8>),
     pub(crate) life: u64,
     pub(crate) calls: BTreeMap<u64, PendingCall>,
     pub(crate) ledger: Ledger,
@@ -133,7 +133,7 @@ impl World {
         let now = self.now_at(self.planes[plane].wall_offset_ms);
         self.planes[plane].control = Some(Control {
             core: control_core::Core::new(options, now),
-            writer: Writer::default(),
+            file: Default::default(),
             life,
             calls: BTreeMap::new(),
             ledger: Ledger::default(),
@@ -391,8 +391,16 @@ impl World {
             }
             Effect::Probe(order) => panic!("a control plane without engines of its own probes {order:?}"),
             Effect::Save(piece) => {
-                let control = self.planes[plane].control.as_mut();
-                let Some(text) = control.and_then(|control| control.writer.add(&piece)) else { return };
+                let Some(control) = &mut self.planes[plane].control else { return };
+                let (writer, written) = &mut control.file;
+                if piece.begins.is_some() {
+                    written.clear();
+                }
+                written.extend(writer.text(&piece));
+                if !piece.ends {
+                    return;
+                }
+                let text = std::mem::take(written);
                 let fails = self.chance(20);
                 if !fails {
                     self.planes[plane].saved = Some(text);

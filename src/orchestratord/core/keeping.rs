@@ -18,9 +18,11 @@ use crate::wire::id::NodeId;
 
 use super::{Core, Effect};
 
-/// Between the beginnings of two saves, in milliseconds: what a crash may cost is a second of changes,
-/// and a fleet that registers at once costs one file a second.
+/// Between the beginnings of two saves, in milliseconds: what a crash may cost is a second of changes.
 pub(super) const SAVE_INTERVAL_MS: u64 = 1_000;
+/// So many nodes make that a second longer: the file has some 2 KB of each, and in a large fleet something
+/// changes all the time.
+pub(super) const NODES_PER_SECOND: usize = 1_000;
 /// How old the file may become without changes, in milliseconds: a small part of
 /// [`TRUST_MS`](crate::orchestratord::service_registry::TRUST_MS), and seldom enough not to be noticed.
 pub(super) const REFRESH_MS: u64 = 600_000;
@@ -153,6 +155,10 @@ impl Core {
             Some((_, last)) if tick => Some(last),
             _ => return,
         };
+        if begins {
+            let more_ms = (self.registry.nodes_len() / NODES_PER_SECOND) as u64 * 1_000;
+            self.keeper.not_before = Some(now.mono.plus_ms(SAVE_INTERVAL_MS + more_ms));
+        }
         let (nodes, ends) = self.registry.saved_after(last, PIECE_NODES);
         let last = nodes.last().map(|saved| saved.node.id.clone()).filter(|_| !ends);
         self.keeper.pieces = last.map(|last| (now.mono, last));

@@ -1,13 +1,14 @@
 //! The shell's part of the state file: what an earlier start saved is taken up, and what is to be saved
 //! is encoded and written by a helper thread.
 
-use std::path::Path;
+use std::io;
+use std::path::PathBuf;
 
 use super::Daemon;
 use crate::orchestratord::core::Input;
 use crate::orchestratord::saved::{FILE_NAME, Piece, Saved, Writer};
 use crate::reactor::offload::Offload;
-use crate::service::durable;
+use crate::service::durable::{self, Replacement};
 use crate::time::Now;
 
 /// Encodes pieces, and writes them all with the last one.
@@ -86,14 +87,42 @@ impl Daemon {
 
     /// A control plane without nodes never saves anything, so the helper is started for the first save.
     fn start_saver(&self) -> Result<Saver, String> {
-        let path = self.config.state_dir.join(FILE_NAME);
-        let mut writer = Writer::default();
-        let work = move |piece: Piece| writer.add(&piece).map(|text| write(&path, &text));
-        Offload::spawn("state", PIECES_MAX, self.waker.clone(), work)
+        let mut file = Keeping::new(self.config.state_dir.join(FILE_NAME));
+        Offload::spawn("state", PIECES_MAX, self.waker.clone(), move |piece: Piece| file.take(&piece))
             .map_err(|error| format!("cannot start a helper thread: {error}"))
     }
 }
 
-fn write(path: &Path, text: &[u8]) -> Result<(), String> {
-    durable::replace_private(path, text).map_err(|error| format!("{}: {error}", path.display()))
+/// The state file as it is being written.
+struct Keeping {
+    path: PathBuf,
+    writer: Writer,
+    /// `Err` from the first failure on, until the next one begins.
+    under_way: Option<Result<Replacement, String>>,
+}
+
+impl Keeping {
+    fn new(path: PathBuf) -> Keeping {
+        Keeping { path, writer: Writer::default(), under_way: None }
+    }
+
+    /// Writes a piece. With the last one it says how all of it went.
+    fn take(&mut self, piece: &Piece) -> Option<Result<(), String>> {
+        let path = self.path.clone();
+        let explain = |error: io::Error| format!("{}: {error}", path.display());
+        let text = self.writer.text(piece);
+        if piece.begins.is_some() {
+            self.under_way = Some(Replacement::private(&self.path).map_err(explain));
+        }
+        if let Some(Ok(replacement)) = &mut self.under_way
+            && let Err(error) = replacement.add(&text)
+        {
+            self.under_way = Some(Err(explain(error)));
+        }
+        if !piece.ends {
+            return None;
+        }
+        let whole = self.under_way.take()?;
+        Some(whole.and_then(|whole| whole.finish().map_err(explain)))
+    }
 }
