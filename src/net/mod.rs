@@ -394,8 +394,14 @@ impl Net {
 
     /// When [`Net::turn`] must run at the latest.
     #[must_use]
-    pub fn deadline(&self) -> Option<Mono> {
-        earliest(self.timers.next(), self.server.accept_again_at())
+    pub fn deadline(&mut self) -> Option<Mono> {
+        let Net { timers, server, upstreams, .. } = self;
+        timers.forget_orphans(|token| match token.kind() {
+            Kind::Client => server.clients.get(token).is_some(),
+            Kind::Upstream => upstreams.connections.get(token).is_some(),
+            _ => upstreams.exchanges.get(token).is_some(),
+        });
+        earliest(timers.next(), server.accept_again_at())
     }
 
     /// Clients that are connected.
