@@ -70,6 +70,7 @@ const PURE_ROOMS: &[(&str, &[&str])] = &[
             "orchestratord/daemon.rs",
             "orchestratord/daemon/agents.rs",
             "orchestratord/daemon/state.rs",
+            "orchestratord/daemon/tasks.rs",
             "orchestratord/mod.rs",
         ],
     ),

@@ -47,10 +47,14 @@ pub enum Action {
     Engine(Box<Asked>),
     /// Admit a task.
     CreateTask(Box<NewTask>),
-    /// Stream a task's events.
-    TaskEvents(String),
+    /// Stream a task's events; `true` with all that happens to it.
+    TaskEvents(String, bool),
     /// Cancel a task.
     CancelTask(String),
+    /// Show a session.
+    ShowSession(String),
+    /// Forget a session.
+    EndSession(String),
 }
 
 /// What the daemon knows beside the core.
@@ -139,8 +143,14 @@ pub fn route(request: &Request, core: &Core, facts: &Facts<'_>, now: Now) -> Act
             Ok(task) => Action::CreateTask(Box::new(task)),
             Err(refusal) => refuse(refusal),
         },
-        ["v2", "tasks", id, "events"] if get => Action::TaskEvents((*id).to_string()),
+        ["v2", "tasks", id, "events"] if get => {
+            let verbose = matches!(head.query("verbose"), Some("true" | "1" | "yes" | ""));
+            Action::TaskEvents((*id).to_string(), verbose)
+        }
         ["v2", "tasks", id, "cancel"] if post => Action::CancelTask((*id).to_string()),
+        ["v2", "sessions", name] if get => Action::ShowSession((*name).to_string()),
+        ["v2", "sessions", name] if head.method() == "DELETE" => Action::EndSession((*name).to_string()),
+        ["v2", "sessions", _] => refuse(Refusal::Method("GET, DELETE")),
         ["health" | "ready" | "metrics"] | ["v2", "events" | "handoffs" | "pools"] => {
             refuse(Refusal::Method("GET"))
         }

@@ -35,6 +35,8 @@ pub struct Ask {
     pub prefer_pools: Vec<PoolId>,
     /// Never these pools.
     pub avoid_pools: Vec<PoolId>,
+    /// Most tokens that it may generate, where that is known. Placement does not look at it.
+    pub tokens_max: Option<u32>,
 }
 
 /// How the best of several fitting replicas is found.
@@ -176,6 +178,13 @@ pub fn fits(registry: &ServiceRegistry, replica: ReplicaRef, ask: &Ask) -> bool 
     let serves =
         wanted(ask).is_none_or(|model| cold.models.is_empty() || cold.models.iter().any(|m| m == model));
     hot.placeable && has_room(hot, ask) && serves && passes_pins(cold, ask)
+}
+
+/// Whether `replica` takes work and could serve `ask`, whatever runs there now.
+#[must_use]
+pub fn could_serve(replica: &Replica, ask: &Ask) -> bool {
+    let serves = |model| replica.models.is_empty() || replica.models.iter().any(|known| known == model);
+    replica.obstacle().is_none() && wanted(ask).is_none_or(serves) && passes_pins(replica, ask)
 }
 
 fn choose_within(
