@@ -502,7 +502,7 @@ impl Daemon {
         if let Some(job) = self.jobs.get_mut(&request) {
             job.exchange = None;
         }
-        let (ending, over) = match outcome {
+        let (ending, over) = match self.task_outcome(request, outcome) {
             Outcome::Complete { .. } => {
                 self.task_answered(request, now);
                 if !is_task {

@@ -228,7 +228,11 @@ impl Refusal {
     /// The answer. `openai`: in OpenAI's dialect.
     #[must_use]
     pub fn response(&self, openai: bool) -> Response {
-        let row = self.row();
+        let mut row = self.row();
+        if let (Refusal::UnknownModel { .. }, false) = (self, openai) {
+            // Tasks say what is missing, not where they looked: the model may come with another node.
+            row.status = 503;
+        }
         let (message, retriable) = (self.message(), row.retry_ms.is_some());
         let mut response = if openai {
             let (kind, code) = row.openai;

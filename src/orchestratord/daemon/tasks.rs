@@ -6,7 +6,7 @@ use serde_json::json;
 
 use crate::http::server::Response;
 use crate::net::buffer::HIGH_WATER_BYTES;
-use crate::net::{Fault, FaultKind};
+use crate::net::{Fault, FaultKind, Outcome};
 use crate::orchestratord::core::{Dispatch, Effect, Ending, Input, RequestId};
 use crate::orchestratord::refusal::Refusal;
 use crate::orchestratord::sessions::{self, Turn};
@@ -121,7 +121,7 @@ impl Daemon {
             return;
         }
         let strategy = self.config.strategy;
-        let to = format!("{}/{}, chosen as {strategy}", dispatch.node, dispatch.key);
+        let to = format!("{}/{}, chosen by {strategy}", dispatch.node, dispatch.key);
         let facts = json!({
             "node_id": dispatch.node,
             "pool_id": dispatch.key.pool,
@@ -151,6 +151,18 @@ impl Daemon {
         self.tasks.answering(request, status);
         self.push_task_events(request, now);
         true
+    }
+
+    /// How the exchange of a request ended, seen by whether its engine took it: a short answer is complete
+    /// before it can be left.
+    pub(super) fn task_outcome(&self, request: RequestId, outcome: Outcome) -> Outcome {
+        match outcome {
+            Outcome::Complete { status, .. } if self.jobs.get(&request).is_some_and(|job| job.held_back) => {
+                let (kind, reason) = (FaultKind::Status(status), format!("the engine answered {status}"));
+                Outcome::Failed(Fault { kind, reason, answered: true, sent: true })
+            }
+            outcome => outcome,
+        }
     }
 
     pub(super) fn data(&mut self, exchange: Token, bytes: &[u8], now: Now) {
