@@ -220,7 +220,11 @@ fn an_engine_that_does_not_take_a_task_is_passed_over() {
 
 #[test]
 fn an_engine_that_never_takes_one_is_unavailable() {
-    let refusing = scripted(|line, _| line.write(b"HTTP/1.1 503 Busy\r\nContent-Length: 2\r\n\r\n{}"));
+    // Its refusal does not even end.
+    let refusing = scripted(|line, _| {
+        line.write(b"HTTP/1.1 503 Busy\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n");
+        line.closed_after_anything();
+    });
     let home = home_with(&[], &[(refusing.address.port(), 1)]);
     assert_eq!(create(&home, "t", &json!({})).status, 202);
     let events = events(&home, "t", "");
@@ -358,6 +362,7 @@ fn a_reader_that_leaves_cancels_and_a_slow_one_slows_the_engine() {
     let left = was_left.recv_timeout(PATIENCE).expect("the engine is left");
     assert!(left - leaves < PROMPTLY, "{:?}", left - leaves);
     until_idle(&home, 1.0);
+    assert_eq!(metric(home.port, "orchestratord_tasks"), Some(0.0), "it is forgotten");
     let late = get(home.port, "/v2/tasks/t/events").expect("an answer");
     assert_eq!((late.status, &late.json()["code"]), (410, &json!("GONE")), "its reader has left");
     let unknown = get(home.port, "/v2/tasks/other/events").expect("an answer");
@@ -561,6 +566,7 @@ fn sessions_tell_what_was_served_where() {
         told["time_budget_remaining_ms"].is_u64() && told.get("tokens_budget_remaining").is_some(),
         "{told}"
     );
+    assert_eq!(metric(home.port, "orchestratord_sessions"), Some(1.0));
     // An OpenAI request of the same session.
     let body = r#"{"messages":[{"role":"user","content":"x"}],"max_tokens":2}"#;
     let mut stream = std::net::TcpStream::connect(("127.0.0.1", home.port)).expect("connected");

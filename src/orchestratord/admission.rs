@@ -418,7 +418,8 @@ mod tests {
                         prop_assert_eq!(queue.remove(number).is_some(), inside.remove(&number));
                         let order: Vec<u64> = queue.in_order().map(|waiter| waiter.id).collect();
                         let (mut all, mut sorted) = (order.clone(), inside.iter().copied().collect::<Vec<_>>());
-                        (all.sort_unstable(), sorted.sort_unstable());
+                        all.sort_unstable();
+                        sorted.sort_unstable();
                         prop_assert_eq!(all, sorted);
                         if inside.len() == 20 {
                             prop_assert_eq!(drain(&mut queue), order);

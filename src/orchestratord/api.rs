@@ -74,6 +74,10 @@ pub struct Facts<'a> {
     pub resident_bytes: Option<u64>,
     /// Connected clients.
     pub clients: usize,
+    /// Tasks that are remembered.
+    pub tasks: usize,
+    /// Sessions that are remembered.
+    pub sessions: usize,
     /// How far the loop lags behind.
     pub lag: &'a LoopLag,
 }
@@ -389,6 +393,8 @@ fn scrape(core: &Core, facts: &Facts<'_>, now: Now) -> Response {
         &[("", core.waiting() as f64)],
     );
     scrape.gauge("orchestratord_client_connections", "Connected clients.", &[("", facts.clients as f64)]);
+    scrape.gauge("orchestratord_tasks", "Tasks that are remembered.", &[("", facts.tasks as f64)]);
+    scrape.gauge("orchestratord_sessions", "Sessions that are remembered.", &[("", facts.sessions as f64)]);
     let outcomes =
         [("answered", counts.answered), ("withdrawn", counts.withdrawn), ("broken", counts.broken)];
     let mut labelled: Vec<(String, u64)> =

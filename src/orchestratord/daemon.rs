@@ -298,6 +298,8 @@ impl Daemon {
             peer: &peer,
             resident_bytes: (request.head.path() == "/metrics").then(machine::resident_bytes).flatten(),
             clients: self.net.clients(),
+            tasks: self.tasks.len(),
+            sessions: self.sessions.len(),
             lag: &self.lag,
         };
         match api::route(&request, &self.core, &facts, now) {

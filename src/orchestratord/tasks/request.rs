@@ -154,7 +154,6 @@ pub fn parse(body: &[u8], client: Arc<str>) -> Result<NewTask, Refusal> {
         prefer_pools: wishes.prefer_pools.unwrap_or_default(),
         avoid_pools: wishes.avoid_pools.unwrap_or_default(),
         tokens_max: Some(tokens_max),
-        ..Ask::default()
     };
     let wait_ms_max = deadline_ms.unwrap_or(u64::MAX);
     Ok(NewTask {
