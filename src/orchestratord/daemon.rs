@@ -505,9 +505,9 @@ impl Daemon {
             job.exchange = None;
         }
         let (ending, over) = match self.task_outcome(request, outcome) {
-            Outcome::Complete { .. } => {
+            Outcome::Complete { status, .. } => {
                 self.task_answered(request, now);
-                if !is_task {
+                if !is_task && status == 200 {
                     self.leave_session(request, Some(Turn::default()), now);
                 }
                 (Ending::Complete, true)

@@ -173,18 +173,18 @@ pub fn choose(
 /// one of many waiters.
 #[must_use]
 pub fn fits(registry: &ServiceRegistry, replica: ReplicaRef, ask: &Ask) -> bool {
-    let Some(cold) = registry.replica(replica) else { return false };
-    let Some(hot) = registry.table().get_hot(replica) else { return false };
-    let serves =
-        wanted(ask).is_none_or(|model| cold.models.is_empty() || cold.models.iter().any(|m| m == model));
-    hot.placeable && has_room(hot, ask) && serves && passes_pins(cold, ask)
+    let hot = registry.table().get_hot(replica);
+    hot.is_some_and(|hot| has_room(hot, ask)) && could_serve(registry, replica, ask)
 }
 
 /// Whether `replica` takes work and could serve `ask`, whatever runs there now.
 #[must_use]
-pub fn could_serve(replica: &Replica, ask: &Ask) -> bool {
-    let serves = |model| replica.models.is_empty() || replica.models.iter().any(|known| known == model);
-    replica.obstacle().is_none() && wanted(ask).is_none_or(serves) && passes_pins(replica, ask)
+pub fn could_serve(registry: &ServiceRegistry, replica: ReplicaRef, ask: &Ask) -> bool {
+    let Some(hot) = registry.table().get_hot(replica) else { return false };
+    let Some(cold) = registry.replica(replica).filter(|_| hot.placeable) else { return false };
+    let serves =
+        wanted(ask).is_none_or(|model| cold.models.is_empty() || cold.models.iter().any(|m| m == model));
+    serves && passes_pins(cold, ask)
 }
 
 fn choose_within(

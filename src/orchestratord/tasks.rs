@@ -47,6 +47,8 @@ pub const UNREAD_MS: u64 = 120_000;
 pub const GONE_MAX: usize = 10_000;
 /// Unread `metrics` events of one task; beyond that the oldest is dropped.
 pub const NARRATION_MAX: usize = 64;
+/// Tasks that are told their place in the queue at a time: each costs a look at the whole queue.
+pub const NARRATED_MAX: usize = 50;
 /// How often a task that waits is told its place in the queue: a person reads no faster.
 pub const NARRATION_MS: u64 = 500;
 
@@ -60,6 +62,8 @@ pub struct Tasks {
     gone_order: VecDeque<(u64, String)>,
     gone_count: u64,
     narrate_at: Option<Mono>,
+    /// The last one that was told its place in the queue.
+    narrated: RequestId,
 }
 
 #[derive(Debug)]
@@ -241,13 +245,20 @@ impl Tasks {
 
     // The queue.
 
-    /// Tasks whose readers want to be told their place in the queue, if it is time to tell them.
+    /// Tasks whose readers want to be told their place in the queue, if it is time to tell them: at most
+    /// [`NARRATED_MAX`], in turn.
     pub fn due_narrations(&mut self, now: Now) -> Vec<RequestId> {
         if self.narrate_at.is_none_or(|at| at > now.mono) {
             return Vec::new();
         }
-        let waits = |task: &&Task| task.verbose && !task.over && task.dispatched.is_none();
-        let due: Vec<RequestId> = self.tasks.values().filter(waits).map(|task| task.request).collect();
+        let waits = |request: &RequestId| {
+            self.get(*request).is_some_and(|task| task.verbose && !task.over && task.dispatched.is_none())
+        };
+        let (first, after) =
+            (self.by_request.range(..=self.narrated), self.by_request.range(self.narrated + 1..));
+        let in_turn = after.chain(first).map(|(request, _)| *request);
+        let due: Vec<RequestId> = in_turn.filter(waits).take(NARRATED_MAX).collect();
+        self.narrated = due.last().copied().unwrap_or_default();
         self.narrate_at = (!due.is_empty()).then(|| now.mono.plus_ms(NARRATION_MS));
         due
     }

@@ -53,11 +53,10 @@ impl Core {
         ask: &Ask,
         now: Now,
     ) -> Option<u64> {
-        let serving = |known: &_| could_serve(known, ask);
         let mut loads: BTreeMap<ReplicaRef, Load> = self
             .registry
             .replicas()
-            .filter(|(_, known)| serving(known))
+            .filter(|(replica, _)| could_serve(&self.registry, *replica, ask))
             .map(|(replica, known)| {
                 let (slots_total, others) = (known.slots_total, known.others);
                 (replica, Load { slots_total, others, running: Vec::new(), speed: self.speeds.of(replica) })

@@ -193,6 +193,27 @@ fn a_reader_who_asks_is_told_what_happens() {
 }
 
 #[test]
+fn many_that_wait_are_told_in_turn() {
+    let mut tasks = Tasks::default();
+    let waits = Standing { position: Some(9), predicted_ms: None, not_ready: None };
+    let count = 2 * NARRATED_MAX as u64 + 20;
+    for request in 1..=count {
+        let id = format!("t{request}");
+        tasks.create(&new_task(&id), request, &waits, Now::default()).expect("a new task");
+        tasks.open(&id, request % 4 != 0, Now::default()).expect("not open yet");
+    }
+    let mut told = Vec::new();
+    for round in 1..=2 {
+        let due = tasks.due_narrations(Now::default().plus_ms(round * NARRATION_MS));
+        assert!(due.len() <= NARRATED_MAX, "{}", due.len());
+        told.extend(due);
+    }
+    let verbose: Vec<u64> = (1..=count).filter(|request| request % 4 != 0).collect();
+    assert_eq!(told[..verbose.len()], verbose, "everybody once, then the first again");
+    assert!(told[verbose.len()..].iter().eq(&verbose[..told.len() - verbose.len()]));
+}
+
+#[test]
 fn narration_that_nobody_reads_is_bounded() {
     let mut tasks = task();
     for _ in 0..10 * NARRATION_MAX {
