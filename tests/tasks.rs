@@ -619,3 +619,12 @@ fn tasks_and_sessions_need_the_token_once_there_is_one() {
         assert_ne!(allowed.status, 401, "{method} {path}");
     }
 }
+
+#[test]
+fn a_control_plane_that_must_have_a_token_does_not_start_without_one() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let env = [("ORCHESTRATORD_REQUIRE_AUTH", "true"), ("ORCHESTRATORD_ADDR", "127.0.0.1:0")];
+    let mut daemon = Process::start(ORCHESTRATORD, &[], &env, directory.path());
+    assert_eq!(daemon.end(), Some(78), "{}", daemon.log());
+    assert!(daemon.log().contains("ORCHESTRATORD_REQUIRE_AUTH"), "{}", daemon.log());
+}
