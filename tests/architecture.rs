@@ -69,6 +69,7 @@ const PURE_ROOMS: &[(&str, &[&str])] = &[
             "orchestratord/daemon.rs",
             "orchestratord/daemon/agents.rs",
             "orchestratord/daemon/state.rs",
+            "orchestratord/daemon/tasks.rs",
             "orchestratord/mod.rs",
         ],
     ),

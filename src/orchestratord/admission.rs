@@ -204,6 +204,24 @@ impl<A> Admission<A> {
         }
     }
 
+    /// Everybody in the order in which they are served if all fit.
+    pub fn in_order(&self) -> impl Iterator<Item = &Waiter<A>> {
+        let mut interactive = self.interactive.in_order().peekable();
+        let mut batch = self.batch.in_order().peekable();
+        let mut run = self.interactive_run;
+        std::iter::from_fn(move || {
+            let batch_next = interactive.peek().is_none() || run >= INTERACTIVE_RUN_MAX;
+            let id = if batch_next && batch.peek().is_some() {
+                run = 0;
+                batch.next()
+            } else {
+                run = if batch.peek().is_some() { run.saturating_add(1) } else { 0 };
+                interactive.next()
+            };
+            self.waiters.get(&id?)
+        })
+    }
+
     /// How many wait.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -396,7 +414,18 @@ mod tests {
                         }
                         next_id += 1;
                     }
-                    2 => prop_assert_eq!(queue.remove(number).is_some(), inside.remove(&number)),
+                    2 => {
+                        prop_assert_eq!(queue.remove(number).is_some(), inside.remove(&number));
+                        let order: Vec<u64> = queue.in_order().map(|waiter| waiter.id).collect();
+                        let (mut all, mut sorted) = (order.clone(), inside.iter().copied().collect::<Vec<_>>());
+                        all.sort_unstable();
+                        sorted.sort_unstable();
+                        prop_assert_eq!(all, sorted);
+                        if inside.len() == 20 {
+                            prop_assert_eq!(drain(&mut queue), order);
+                            inside.clear();
+                        }
+                    }
                     3 => {
                         now = now.plus_ms(number);
                         for waiter in queue.expire(now) {

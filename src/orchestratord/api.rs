@@ -48,10 +48,14 @@ pub enum Action {
     Engine(Box<Asked>),
     /// Admit a task.
     CreateTask(Box<NewTask>),
-    /// Stream a task's events.
-    TaskEvents(String),
+    /// Stream a task's events; `true` with all that happens to it.
+    TaskEvents(String, bool),
     /// Cancel a task.
     CancelTask(String),
+    /// Show a session.
+    ShowSession(String),
+    /// Forget a session.
+    EndSession(String),
 }
 
 /// What the daemon knows beside the core.
@@ -71,6 +75,10 @@ pub struct Facts<'a> {
     pub resident_bytes: Option<u64>,
     /// Connected clients.
     pub clients: usize,
+    /// Tasks that are remembered.
+    pub tasks: usize,
+    /// Sessions that are remembered.
+    pub sessions: usize,
     /// How far the loop lags behind.
     pub lag: &'a LoopLag,
 }
@@ -140,8 +148,14 @@ pub fn route(request: &Request, core: &Core, facts: &Facts<'_>, now: Now) -> Act
             Ok(task) => Action::CreateTask(Box::new(task)),
             Err(refusal) => refuse(refusal),
         },
-        ["v2", "tasks", id, "events"] if get => Action::TaskEvents((*id).to_string()),
+        ["v2", "tasks", id, "events"] if get => {
+            let verbose = matches!(head.query("verbose"), Some("true" | "1" | "yes" | ""));
+            Action::TaskEvents((*id).to_string(), verbose)
+        }
         ["v2", "tasks", id, "cancel"] if post => Action::CancelTask((*id).to_string()),
+        ["v2", "sessions", name] if get => Action::ShowSession((*name).to_string()),
+        ["v2", "sessions", name] if head.method() == "DELETE" => Action::EndSession((*name).to_string()),
+        ["v2", "sessions", _] => refuse(Refusal::Method("GET, DELETE")),
         ["health" | "ready" | "metrics"] | ["v2", "events" | "handoffs" | "pools"] => {
             refuse(Refusal::Method("GET"))
         }
@@ -381,6 +395,8 @@ fn scrape(core: &Core, facts: &Facts<'_>, now: Now) -> Response {
         &[("", core.waiting() as f64)],
     );
     scrape.gauge("orchestratord_client_connections", "Connected clients.", &[("", facts.clients as f64)]);
+    scrape.gauge("orchestratord_tasks", "Tasks that are remembered.", &[("", facts.tasks as f64)]);
+    scrape.gauge("orchestratord_sessions", "Sessions that are remembered.", &[("", facts.sessions as f64)]);
     let outcomes =
         [("answered", counts.answered), ("withdrawn", counts.withdrawn), ("broken", counts.broken)];
     let mut labelled: Vec<(String, u64)> =

@@ -22,7 +22,9 @@ use crate::time::{Mono, Now, earliest};
 use crate::wire::id::NodeId;
 
 use self::keeping::Keeper;
+pub use self::predicting::QueuePlace;
 use super::admission::{Admission, Waiter};
+use super::forecast::Speeds;
 pub use super::messages::{Asked, Counts, Dispatch, Effect, Ending, Input, Options, RequestId};
 use super::placement::{Ask, Choice, Strategy, StrategyState, choose, fits};
 use super::poller::Poller;
@@ -32,6 +34,7 @@ use super::service_registry::{Change, Fenced, Grant, Replica, ReplicaRef, Servic
 
 mod keeping;
 mod polling;
+mod predicting;
 #[cfg(test)]
 mod tests;
 
@@ -41,8 +44,6 @@ pub const ATTEMPTS_MAX: u32 = 3;
 /// are not there any more. Much of a fleet may have died with the control plane, and each of its engines
 /// costs a request two seconds at most; after so many the client should hear of it.
 pub const UNTRIED_ATTEMPTS_MAX: u32 = 16;
-/// Weight of a new duration in the moving average: one in eight.
-const AVERAGE_SHIFT: u32 = 3;
 
 /// A request between its ask and its end.
 #[derive(Debug)]
@@ -54,7 +55,6 @@ struct Request {
     untried: u32,
     tried: Vec<ReplicaRef>,
     running: Option<Run>,
-    predicted_ms: u64,
 }
 
 #[derive(Debug)]
@@ -88,7 +88,7 @@ pub struct Core {
     over: bool,
     events: Events,
     counts: Counts,
-    service_ms_average: u64,
+    speeds: Speeds,
     watch_trouble: Option<Trouble>,
     listed: bool,
     keeper: Keeper,
@@ -121,7 +121,7 @@ impl Core {
             over: false,
             events: Events::default(),
             counts: Counts::default(),
-            service_ms_average: 0,
+            speeds: Speeds::default(),
             watch_trouble: None,
             listed: false,
             keeper: Keeper::new(0, now.mono),
@@ -173,6 +173,9 @@ impl Core {
             Input::PoolReady { reply, notice } => self.pool_ready(reply, &notice, now, effects),
             Input::Ask { request, asked } => self.ask(request, *asked, now, effects),
             Input::Answering(request) => self.answering(request, now, &mut changes),
+            Input::Measured { request, first_token_ms, tokens, decode_ms } => {
+                self.measured(request, first_token_ms, tokens, decode_ms);
+            }
             Input::Ended(request, ending) => self.ended(request, ending, now, &mut changes, effects),
             Input::Withdraw(request) => self.withdraw(request),
             Input::Shutdown => {
@@ -361,15 +364,8 @@ impl Core {
         if self.ends_at.is_some() {
             return self.refuse(id, Refusal::ShuttingDown, effects);
         }
-        let request = Request {
-            asked,
-            since: now.mono,
-            attempts: 0,
-            untried: 0,
-            tried: Vec::new(),
-            running: None,
-            predicted_ms: 0,
-        };
+        let request =
+            Request { asked, since: now.mono, attempts: 0, untried: 0, tried: Vec::new(), running: None };
         self.requests.insert(id, request);
         self.place(id, now, effects);
     }
@@ -387,7 +383,16 @@ impl Core {
                 let known = self.registry.models().into_iter().map(|model| model.name).collect();
                 self.refuse(id, Refusal::UnknownModel { model, known }, effects);
             }
-            Choice::UnknownPin if first => self.refuse(id, Refusal::UnknownPin, effects),
+            Choice::UnknownPin if first => {
+                let gone = request.asked.ask.node.as_ref().filter(|node| self.registry.node(node).is_none());
+                let refusal = match gone {
+                    Some(node) => {
+                        Refusal::Unready { reason: format!("node {node} is not known"), node: true }
+                    }
+                    None => Refusal::UnknownPin,
+                };
+                self.refuse(id, refusal, effects);
+            }
             // One that failed is as good as any once its circuit allows it; `attempts` bounds this.
             _ if tried => {
                 if let Some(request) = self.requests.get_mut(&id) {
@@ -395,17 +400,15 @@ impl Core {
                 }
                 self.place(id, now, effects);
             }
-            Choice::Busy
-            | Choice::NotReady { .. }
-            | Choice::Nothing
-            | Choice::UnknownModel
-            | Choice::UnknownPin => self.wait(id, effects),
+            Choice::NotReady { reason } => self.wait(id, Some(reason), now, effects),
+            Choice::Busy | Choice::Nothing | Choice::UnknownModel | Choice::UnknownPin => {
+                self.wait(id, None, now, effects);
+            }
         }
     }
 
-    fn wait(&mut self, id: RequestId, effects: &mut Vec<Effect>) {
-        let slots: u64 = self.registry.replicas().map(|(_, replica)| u64::from(replica.slots_total)).sum();
-        let Some(request) = self.requests.get_mut(&id) else { return };
+    fn wait(&mut self, id: RequestId, not_ready: Option<String>, now: Now, effects: &mut Vec<Effect>) {
+        let Some(request) = self.requests.get(&id) else { return };
         let wait_ms = self.wait_ms_max.min(request.asked.wait_ms_max);
         let waiter = Waiter {
             id,
@@ -417,15 +420,20 @@ impl Core {
         };
         match self.admission.push(waiter) {
             Ok(position) => {
-                let ahead = position as u64 + 1;
-                request.predicted_ms = ahead.saturating_mul(self.service_ms_average) / slots.max(1);
-                let predicted_ms = request.predicted_ms;
-                effects.push(Effect::Waiting { request: id, position, predicted_ms });
+                let left_ms = request.since.plus_ms(request.asked.wait_ms_max).ms_since(now.mono);
+                let predicted_ms = self.predicted_ms(id, now);
+                match predicted_ms.filter(|ms| *ms > left_ms) {
+                    Some(ms) => {
+                        self.admission.remove(id);
+                        let reason = format!("deadline_ms cannot be met: the start is expected in {ms} ms");
+                        self.refuse(id, Refusal::Deadline(reason), effects);
+                    }
+                    None => effects.push(Effect::Waiting { request: id, position, predicted_ms, not_ready }),
+                }
             }
             Err(_) => {
-                let (capacity, waiting) = (self.admission.len(), self.admission.len() as u64);
-                let drained_ms = waiting.saturating_mul(self.service_ms_average) / slots.max(1);
-                let retry_ms = drained_ms.clamp(RETRY_MS_DEFAULT, 60_000);
+                let retry_ms = self.retry_ms(&request.asked.ask, RETRY_MS_DEFAULT, now);
+                let capacity = self.admission.len();
                 self.refuse(id, Refusal::QueueFull { capacity, retry_ms }, effects);
             }
         }
@@ -440,7 +448,9 @@ impl Core {
         effects: &mut Vec<Effect>,
     ) {
         let Some(request) = self.requests.get_mut(&id) else { return };
-        let Some(grant) = self.registry.acquire(replica, slots) else { return self.wait(id, effects) };
+        let Some(grant) = self.registry.acquire(replica, slots) else {
+            return self.wait(id, None, now, effects);
+        };
         let Some(known) = self.registry.replica(replica) else { return };
         let auth_file =
             self.local.as_ref().and_then(|local| local.replicas.handoff(&known.key)?.auth_file.clone());
@@ -504,7 +514,7 @@ impl Core {
             Ending::Complete => {
                 self.counts.answered += 1;
                 self.counts.duration.observe_ns(now.mono.ns_since(since));
-                self.learn_duration(now.mono.ms_since(run.since));
+                self.learn(replica, now.mono.ms_since(run.since));
                 self.requests.remove(&id);
                 self.release(run.grant, now, effects);
             }
@@ -582,14 +592,6 @@ impl Core {
         effects.push(Effect::Refuse(id, refusal));
     }
 
-    fn learn_duration(&mut self, ms: u64) {
-        let average = self.service_ms_average;
-        self.service_ms_average = match average {
-            0 => ms,
-            _ => average - (average >> AVERAGE_SHIFT) + (ms >> AVERAGE_SHIFT),
-        };
-    }
-
     fn send_probes(&mut self, now: Now, effects: &mut Vec<Effect>) {
         if let Some(local) = &mut self.local {
             effects.extend(local.replicas.take_process_orders().into_iter().map(Effect::Process));
@@ -605,12 +607,23 @@ impl Core {
     fn end_waits(&mut self, now: Now, effects: &mut Vec<Effect>) {
         for waiter in self.admission.expire(now.mono) {
             let placement = choose(&self.registry, &waiter.ask, &[], self.strategy, &mut self.strategy_state);
+            let own = self.requests.get(&waiter.id).map_or(u64::MAX, |request| request.asked.wait_ms_max);
             let (reason, full) = match placement.choice {
                 Choice::Busy | Choice::Replica { .. } => ("every slot was busy".to_string(), true),
+                Choice::NotReady { reason } if own >= self.wait_ms_max => {
+                    let refusal = Refusal::Unready { reason, node: waiter.ask.node.is_some() };
+                    self.refuse(waiter.id, refusal, effects);
+                    continue;
+                }
                 Choice::NotReady { reason } => (reason, false),
                 _ => ("no engine is known that could serve it".to_string(), false),
             };
-            self.refuse(waiter.id, Refusal::Waited { reason, full }, effects);
+            let refusal = if own < self.wait_ms_max {
+                Refusal::Deadline(format!("deadline_ms has passed before a slot became free: {reason}"))
+            } else {
+                Refusal::Waited { reason, full }
+            };
+            self.refuse(waiter.id, refusal, effects);
         }
     }
 

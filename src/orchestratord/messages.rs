@@ -164,6 +164,17 @@ pub enum Input {
     },
     /// The head of an engine's answer came.
     Answering(RequestId),
+    /// A request's answer, which has come but whose exchange has not ended, was read token by token.
+    Measured {
+        /// The request.
+        request: RequestId,
+        /// From dispatch to its first token.
+        first_token_ms: u64,
+        /// Its tokens.
+        tokens: u64,
+        /// From the first to the last one.
+        decode_ms: u64,
+    },
     /// An exchange ended.
     Ended(RequestId, Ending),
     /// A waiting request is no longer wanted.
@@ -195,8 +206,11 @@ pub enum Effect {
         request: RequestId,
         /// So many of its class go first.
         position: usize,
-        /// When it may be its turn, in milliseconds from now.
-        predicted_ms: u64,
+        /// When it may be its turn, in milliseconds from now; `None` where nothing was measured that
+        /// could tell.
+        predicted_ms: Option<u64>,
+        /// Why no replica that could serve it takes work, if that is what it waits for.
+        not_ready: Option<String>,
     },
     /// Send a request to an engine.
     Dispatch(RequestId, Dispatch),

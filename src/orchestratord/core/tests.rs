@@ -51,7 +51,7 @@ pub(super) fn ask(request: RequestId, ask: Ask) -> Input {
 }
 
 /// A control plane with one local engine that answers its probes.
-fn serving(text: &str) -> Core {
+pub(super) fn serving(text: &str) -> Core {
     let mut core = Core::new(options(true), NOW);
     let effects = handle(&mut core, listing(text), NOW);
     let Some(Effect::Probe(order)) = effects.into_iter().next() else { panic!("a probe") };
