@@ -23,13 +23,17 @@ use crate::wire::id::NodeId;
 
 use self::keeping::Keeper;
 use super::admission::{Admission, Waiter};
+use super::affinity::{self, Affinity};
 pub use super::messages::{Asked, Counts, Dispatch, Effect, Ending, Input, Options, RequestId};
 use super::placement::{Ask, Choice, Strategy, StrategyState, choose, fits};
 use super::poller::Poller;
 use super::refusal::{RETRY_MS_DEFAULT, Refusal};
 use super::report::happening;
 use super::service_registry::{Change, Fenced, Grant, Replica, ReplicaRef, ServiceRegistry};
+use super::sessions::{Session, Sessions};
 
+#[cfg(test)]
+mod affinity_tests;
 mod keeping;
 mod polling;
 #[cfg(test)]
@@ -82,6 +86,7 @@ pub struct Core {
     poller: Poller,
     strategy: Strategy,
     strategy_state: StrategyState,
+    sessions: Sessions,
     wait_ms_max: u64,
     drain_timeout_ms: u64,
     ends_at: Option<Mono>,
@@ -103,14 +108,17 @@ impl Core {
             replicas.set_hang_limit(options.hang_suspect_ms);
             Local { node, replicas, shown_revision: 0 }
         });
+        let mut registry = ServiceRegistry::new(options.limits, now.wall.unix_ms());
+        registry.set_placement(options.strategy, options.prefix_affinity);
         Core {
             poller: Poller::new(&options.polled, options.limits.poll_interval_ms, options.seed, now),
-            registry: ServiceRegistry::new(options.limits, now.wall.unix_ms()),
+            registry,
             admission: Admission::new(options.admission_capacity),
             requests: BTreeMap::new(),
             local,
             strategy: options.strategy,
             strategy_state: StrategyState::new(options.seed),
+            sessions: Sessions::default(),
             wait_ms_max: options.admission_timeout_ms,
             drain_timeout_ms: options.drain_timeout_ms,
             ends_at: None,
@@ -218,6 +226,18 @@ impl Core {
         self.local.as_ref().map(|local| &local.replicas)
     }
 
+    /// A session that is remembered: its replica is still there.
+    #[must_use]
+    pub fn session(&self, key: &str, now: Mono) -> Option<&Session> {
+        let session = self.sessions.get(key, now)?;
+        self.registry.replica(session.replica).map(|_| session)
+    }
+
+    /// Forgets a session; its next request goes where a new one's would.
+    pub fn forget_session(&mut self, key: &str) {
+        self.sessions.forget(key);
+    }
+
     /// The last state changes.
     #[must_use]
     pub fn events(&self) -> &Events {
@@ -271,6 +291,7 @@ impl Core {
         self.registry.check_invariants();
         self.admission.check_invariants();
         self.poller.check_invariants();
+        self.sessions.check_invariants();
         if let Some(local) = &self.local {
             local.replicas.check_invariants();
         }
@@ -374,7 +395,9 @@ impl Core {
     fn place(&mut self, id: RequestId, now: Now, effects: &mut Vec<Effect>) {
         let Some(request) = self.requests.get(&id) else { return };
         let (strategy, state) = (self.strategy, &mut self.strategy_state);
-        let placement = choose(&self.registry, &request.asked.ask, &request.tried, strategy, state);
+        let (ask, sessions) = (&request.asked.ask, &self.sessions);
+        let placement =
+            affinity::choose(&self.registry, ask, &request.tried, strategy, state, sessions, now.mono);
         let (first, tried) = (request.attempts == 0, !request.tried.is_empty());
         match placement.choice {
             Choice::Replica { replica, slots } => self.dispatch(id, replica, slots, now, effects),
@@ -384,6 +407,10 @@ impl Core {
                 self.refuse(id, Refusal::UnknownModel { model, known }, effects);
             }
             Choice::UnknownPin if first => self.refuse(id, Refusal::UnknownPin, effects),
+            Choice::ContextTooLong { longest_tokens } if first => {
+                let wanted_tokens = ask.context_tokens.unwrap_or(0);
+                self.refuse(id, Refusal::ContextTooLong { wanted_tokens, longest_tokens }, effects);
+            }
             // One that failed is as good as any once its circuit allows it; `attempts` bounds this.
             _ if tried => {
                 if let Some(request) = self.requests.get_mut(&id) {
@@ -394,13 +421,14 @@ impl Core {
             Choice::Busy
             | Choice::NotReady { .. }
             | Choice::Nothing
+            | Choice::ContextTooLong { .. }
             | Choice::UnknownModel
             | Choice::UnknownPin => self.wait(id, effects),
         }
     }
 
     fn wait(&mut self, id: RequestId, effects: &mut Vec<Effect>) {
-        let slots: u64 = self.registry.replicas().map(|(_, replica)| u64::from(replica.slots_total)).sum();
+        let slots = self.registry.table().slots_total();
         let Some(request) = self.requests.get_mut(&id) else { return };
         let wait_ms = self.wait_ms_max.min(request.asked.wait_ms_max);
         let waiter = Waiter {
@@ -448,6 +476,9 @@ impl Core {
             slots: grant.slots(),
             auth_file,
         };
+        if let Some(Affinity::Session(key)) = &request.asked.ask.affinity {
+            self.sessions.used(key, replica, now.mono);
+        }
         if request.attempts == 0 {
             self.counts.waited.observe_ns(now.mono.ns_since(request.since));
         }

@@ -635,6 +635,7 @@ fn options(config: &Config, bound: SocketAddr) -> Result<Options, Exit> {
     Ok(Options {
         limits: config.registry,
         strategy: config.strategy,
+        prefix_affinity: config.prefix_affinity,
         admission_capacity: config.admission_capacity,
         admission_timeout_ms: config.admission_timeout_ms,
         drain_timeout_ms: config.drain_timeout_ms,

@@ -142,6 +142,7 @@ pub fn parse(body: &[u8], client: std::sync::Arc<str>) -> Result<NewTask, Refusa
         device_mask: wishes.require_device_mask,
         prefer_pools: wishes.prefer_pools,
         avoid_pools: wishes.avoid_pools,
+        ..Ask::default()
     };
     let asked = Asked { ask, priority, client, wait_ms_max };
     Ok(NewTask { id: task.task_id, asked, body: body.to_string().into_bytes() })

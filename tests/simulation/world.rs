@@ -631,6 +631,7 @@ impl World {
         let options = Options {
             limits: Limits::default(),
             strategy: Strategy::ALL[self.random.usize(..Strategy::ALL.len())],
+            prefix_affinity: true,
             admission_capacity: 30,
             admission_timeout_ms: 60_000,
             drain_timeout_ms: 10_000,

@@ -113,7 +113,7 @@ impl ServiceRegistry {
                 replica.url.as_ref().map_or(Target::AskNode, |url| target_of(url, Some(&record.address)));
             let restored =
                 self.add_replica(index, replica.key(), replica.generation, target, now, &mut untold);
-            self.table.set_models(restored, &replica.models, &mut untold);
+            self.table.set_models(restored, &replica.models, replica.context_length, &mut untold);
             self.table.update(restored, now, &mut untold, |r| {
                 r.confirmation =
                     if trusted && !replica.doubted { Confirmation::Restored } else { Confirmation::Doubted };
@@ -278,6 +278,7 @@ impl ReplicaRecord {
             doubted: replica.confirmation == Confirmation::Doubted,
             slots_total: replica.slots_total,
             models: replica.models.clone(),
+            context_length: replica.context_length,
             engine: replica.engine.clone(),
             engine_version: replica.engine_version.clone(),
             device_mask: replica.device_mask.clone(),
@@ -294,6 +295,7 @@ impl ReplicaRecord {
             && self.doubted == (replica.confirmation == Confirmation::Doubted)
             && self.slots_total == replica.slots_total
             && (Arc::ptr_eq(&self.models, &replica.models) || self.models == replica.models)
+            && self.context_length == replica.context_length
             && self.engine == replica.engine
             && self.engine_version == replica.engine_version
             && self.device_mask == replica.device_mask

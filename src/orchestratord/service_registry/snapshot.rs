@@ -212,7 +212,7 @@ impl ServiceRegistry {
         } else {
             &beat.models
         };
-        let mut touched = self.table.set_models(replica, models, changes);
+        let mut touched = self.table.set_models(replica, models, beat.context_length, changes);
         if self.table.get(replica).is_some_and(|known| known.device_mask != beat.device_mask) {
             changes.push(Change::ReplicaCapacity(replica));
         }
@@ -267,7 +267,8 @@ impl ServiceRegistry {
                 || old.confirmation == Confirmation::Restored;
             ask |= pool.ready && doubtful;
             if !pool.models_available.is_empty() && (alone || old.models.is_empty()) {
-                self.table.set_models(replica, &pool.models_available, changes);
+                let context_length = old.context_length;
+                self.table.set_models(replica, &pool.models_available, context_length, changes);
             }
             self.table.update(replica, now, changes, |r| {
                 r.seen_in_beat = beats;
@@ -316,6 +317,7 @@ impl ServiceRegistry {
             in_flight: 0,
             others: 0,
             models: Arc::default(),
+            context_length: None,
             engine: None,
             engine_version: None,
             device_mask: None,
