@@ -440,7 +440,7 @@ impl PlacementIndex {
     ) -> Found {
         let with_room = self.tally(groups).with_room;
         for _ in 0..LOOKS_MAX {
-            let drawn = u128::from(random()) * u128::from(with_room) >> 64;
+            let drawn = (u128::from(random()) * u128::from(with_room)) >> 64;
             let mut rest = drawn as u32;
             for group in groups.iter().filter_map(|group| self.group(*group)) {
                 match rest.checked_sub(group.tally.with_room) {
