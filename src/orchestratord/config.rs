@@ -68,6 +68,14 @@ pub static TABLE: &[Setting] = &[
         help: "least-loaded, round-robin, random or most-vram",
     },
     Setting {
+        flag: "prefix-affinity",
+        env: "ORCHESTRATORD_PREFIX_AFFINITY",
+        aliases: &[],
+        default: Some("true"),
+        value: "BOOL",
+        help: "Send conversations that begin alike to the same replica, which has them in its cache, while it is not more loaded than others",
+    },
+    Setting {
         flag: "admission-capacity",
         env: "ORCHD_ADMISSION_CAPACITY",
         aliases: &[],
@@ -178,6 +186,8 @@ pub struct Config {
     pub registry: Limits,
     /// How replicas are chosen.
     pub strategy: Strategy,
+    /// Whether conversations that begin alike go to the same replica.
+    pub prefix_affinity: bool,
     /// Requests that may wait.
     pub admission_capacity: usize,
     /// How long one waits.
@@ -249,6 +259,7 @@ impl Config {
             cloud,
             registry,
             strategy: settings.need("placement-strategy", str::parse)?,
+            prefix_affinity: settings.need("prefix-affinity", boolean)?,
             admission_capacity: usize::try_from(capacity).unwrap_or(usize::MAX),
             admission_timeout_ms: settings.need("admission-timeout-ms", number(0, 3_600_000))?,
             runtime_dir: settings.need("runtime-dir", |text| Ok(PathBuf::from(text)))?,

@@ -24,14 +24,18 @@ use crate::wire::id::NodeId;
 use self::keeping::Keeper;
 pub use self::predicting::QueuePlace;
 use super::admission::{Admission, Waiter};
+use super::affinity::{self, Affinity};
 use super::forecast::Speeds;
 pub use super::messages::{Asked, Counts, Dispatch, Effect, Ending, Input, Options, RequestId};
 use super::placement::{Ask, Choice, Strategy, StrategyState, choose, fits};
 use super::poller::Poller;
 use super::refusal::{RETRY_MS_DEFAULT, Refusal};
 use super::report::happening;
+use super::served_sessions::{ServedSession, ServedSessions};
 use super::service_registry::{Change, Fenced, Grant, Replica, ReplicaRef, ServiceRegistry, Target};
 
+#[cfg(test)]
+mod affinity_tests;
 mod keeping;
 mod polling;
 mod predicting;
@@ -82,6 +86,7 @@ pub struct Core {
     poller: Poller,
     strategy: Strategy,
     strategy_state: StrategyState,
+    sessions: ServedSessions,
     wait_ms_max: u64,
     drain_timeout_ms: u64,
     ends_at: Option<Mono>,
@@ -107,6 +112,7 @@ impl Core {
         if let Some(rules) = options.addresses {
             registry.set_address_rules(rules);
         }
+        registry.set_placement(options.strategy, options.prefix_affinity);
         Core {
             poller: Poller::new(&options.polled, options.limits.poll_interval_ms, options.seed, now),
             registry,
@@ -115,6 +121,7 @@ impl Core {
             local,
             strategy: options.strategy,
             strategy_state: StrategyState::new(options.seed),
+            sessions: ServedSessions::default(),
             wait_ms_max: options.admission_timeout_ms,
             drain_timeout_ms: options.drain_timeout_ms,
             ends_at: None,
@@ -225,6 +232,18 @@ impl Core {
         self.local.as_ref().map(|local| &local.replicas)
     }
 
+    /// A session that is remembered: its replica is still there.
+    #[must_use]
+    pub fn session(&self, key: &str, now: Mono) -> Option<&ServedSession> {
+        let session = self.sessions.get(key, now)?;
+        self.registry.replica(session.replica).map(|_| session)
+    }
+
+    /// Forgets a session; its next request goes where a new one's would.
+    pub fn forget_session(&mut self, key: &str) {
+        self.sessions.forget(key);
+    }
+
     /// The last state changes.
     #[must_use]
     pub fn events(&self) -> &Events {
@@ -278,6 +297,7 @@ impl Core {
         self.registry.check_invariants();
         self.admission.check_invariants();
         self.poller.check_invariants();
+        self.sessions.check_invariants();
         if let Some(local) = &self.local {
             local.replicas.check_invariants();
         }
@@ -374,7 +394,9 @@ impl Core {
     fn place(&mut self, id: RequestId, now: Now, effects: &mut Vec<Effect>) {
         let Some(request) = self.requests.get(&id) else { return };
         let (strategy, state) = (self.strategy, &mut self.strategy_state);
-        let placement = choose(&self.registry, &request.asked.ask, &request.tried, strategy, state);
+        let (ask, sessions) = (&request.asked.ask, &self.sessions);
+        let placement =
+            affinity::choose(&self.registry, ask, &request.tried, strategy, state, sessions, now.mono);
         let (first, tried) = (request.attempts == 0, !request.tried.is_empty());
         match placement.choice {
             Choice::Replica { replica, slots } => self.dispatch(id, replica, slots, now, effects),
@@ -393,6 +415,10 @@ impl Core {
                 };
                 self.refuse(id, refusal, effects);
             }
+            Choice::ContextTooLong { longest_tokens } if first => {
+                let wanted_tokens = ask.context_tokens.unwrap_or(0);
+                self.refuse(id, Refusal::ContextTooLong { wanted_tokens, longest_tokens }, effects);
+            }
             // One that failed is as good as any once its circuit allows it; `attempts` bounds this.
             _ if tried => {
                 if let Some(request) = self.requests.get_mut(&id) {
@@ -401,7 +427,11 @@ impl Core {
                 self.place(id, now, effects);
             }
             Choice::NotReady { reason } => self.wait(id, Some(reason), now, effects),
-            Choice::Busy | Choice::Nothing | Choice::UnknownModel | Choice::UnknownPin => {
+            Choice::Busy
+            | Choice::Nothing
+            | Choice::ContextTooLong { .. }
+            | Choice::UnknownModel
+            | Choice::UnknownPin => {
                 self.wait(id, None, now, effects);
             }
         }
@@ -462,6 +492,9 @@ impl Core {
             slots: grant.slots(),
             auth_file,
         };
+        if let Some(Affinity::Session(key)) = &request.asked.ask.affinity {
+            self.sessions.used(key, replica, now.mono);
+        }
         if request.attempts == 0 {
             self.counts.waited.observe_ns(now.mono.ns_since(request.since));
         }

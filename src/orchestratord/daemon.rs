@@ -590,6 +590,7 @@ fn options(config: &Config, bound: SocketAddr) -> Result<Options, Exit> {
         limits: config.registry,
         addresses: config.cloud.then(|| address_rules(bound)),
         strategy: config.strategy,
+        prefix_affinity: config.prefix_affinity,
         admission_capacity: config.admission_capacity,
         admission_timeout_ms: config.admission_timeout_ms,
         drain_timeout_ms: config.drain_timeout_ms,

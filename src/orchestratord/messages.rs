@@ -260,6 +260,8 @@ pub struct Options {
     pub limits: Limits,
     /// How replicas are chosen.
     pub strategy: Strategy,
+    /// Whether requests with the same beginning go to the same replica, where that costs no balance.
+    pub prefix_affinity: bool,
     /// Requests that may wait.
     pub admission_capacity: usize,
     /// How long one waits.

@@ -2,28 +2,34 @@
 //! next request?
 //!
 //! [`core`] decides with the help of its pure neighbours: [`service_registry`] (nodes, leases, slots),
-//! [`placement`] (where), [`admission`] (who waits), [`refusal`] (how to say no). Two front doors turn
-//! HTTP into asks: [`openai`] and [`tasks`]. [`forecast`] says when a waiting request may start, and
-//! [`sessions`] records which requests belong together. [`daemon`] does what was decided.
+//! [`placement`] and [`affinity`] (where), [`admission`] (who waits), [`refusal`] (how to say no). Two
+//! front doors turn HTTP into asks: [`openai`] and [`tasks`]. [`forecast`] says when a waiting request may
+//! start, [`sessions`] records which requests belong together, and [`served_sessions`] where the next of
+//! them should go. [`daemon`] does what was decided.
 
 use std::ffi::OsString;
 
 use crate::settings::Exit;
 
 pub mod admission;
+pub mod affinity;
 pub mod api;
 pub mod config;
 pub mod core;
 pub mod daemon;
 pub mod forecast;
 pub mod messages;
+pub mod model_sets;
 pub mod openai;
 pub mod placement;
+pub mod placement_index;
 pub mod poller;
 pub mod refusal;
 pub mod replica_table;
 pub mod report;
+pub mod ring;
 pub mod saved;
+pub mod served_sessions;
 pub mod service_registry;
 pub mod sessions;
 pub mod tasks;

@@ -1,12 +1,21 @@
-//! Where a request goes: one pass over all replicas, from which the best one that fits remains.
+//! Where a request goes.
 //!
-//! A replica fits if it passes the request's pins (node, pool, devices), serves its model and takes
-//! work with enough free slots. Which of the fitting ones is best, the [`Strategy`] says; ties end
-//! with the first by (node, pool, replica), so the same registry and the same ask give the same
-//! answer. The pass also counts why the others do not fit, and a refusal is chosen from that.
+//! A replica fits if it passes the request's pins (node, pool, devices), serves its model, has a context
+//! as long as the request needs (one of unknown length may) and takes work with enough free slots. Which
+//! of the fitting ones is best, the [`Strategy`] says; ties end with the first by (node, pool, replica),
+//! so the same registry and the same ask give the same answer.
 //!
 //! A *ready* replica that names no models is a wildcard: its engine serves what it is asked for. One
 //! that is not ready and names none may turn out to serve anything: its models are not known yet.
+//!
+//! **How it is found.** [`survey`] is the definition: one pass over all replicas, which also counts why
+//! the others do not fit, and chooses a refusal from that. [`choose`] gives the same answer without the
+//! pass wherever it can:
+//!
+//! - Pinned to a node, or to pools of few replicas: the pass is over these alone.
+//! - Otherwise the [index](super::placement_index) names the best one of those that serve the model, the
+//!   next best one if that does not fit, and so on for a few.
+//! - If nobody has a free slot, the sums of the index tell which refusal it is.
 //!
 //! Nothing here takes slots: the caller does, with [`ServiceRegistry::acquire`], in the same turn.
 
@@ -14,8 +23,23 @@ use std::fmt;
 
 use crate::wire::id::{NodeId, PoolId};
 
+use super::affinity::Affinity;
+use super::placement_index::{Found, GroupId, Tally};
 use super::replica_table::{Hot, NO_MODELS, ReplicaTable};
-use super::service_registry::{NodeStatus, Replica, ReplicaRef, ServiceRegistry};
+use super::ring::mix;
+use super::service_registry::{Replica, ReplicaRef, ServiceRegistry};
+
+use self::survey::{Among, pass};
+
+mod survey;
+#[cfg(test)]
+mod tests;
+
+pub use self::survey::survey;
+
+/// Replicas of a node, or of pools, that a pass over them alone is worth: it takes a microsecond. Tests
+/// have few replicas, and want the other way, too.
+const NARROW_MAX: usize = if cfg!(test) { 2 } else { 64 };
 
 /// What a request needs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -37,6 +61,10 @@ pub struct Ask {
     pub avoid_pools: Vec<PoolId>,
     /// Most tokens that it may generate, where that is known. Placement does not look at it.
     pub tokens_max: Option<u32>,
+    /// Longest prompt and answer together, in tokens, where known.
+    pub context_tokens: Option<u64>,
+    /// What it has in common with others that should meet the same cache.
+    pub affinity: Option<Affinity>,
 }
 
 /// How the best of several fitting replicas is found.
@@ -89,18 +117,26 @@ impl std::str::FromStr for Strategy {
 }
 
 /// What strategies remember from one choice to the next, and memory that they reuse.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct StrategyState {
     last: Option<ReplicaRef>,
     random: u64,
     serves: Vec<u64>,
+    groups: Vec<GroupId>,
+    narrow: Vec<u32>,
 }
 
 impl StrategyState {
     /// `seed` decides the sequence of [`Strategy::Random`].
     #[must_use]
     pub fn new(seed: u64) -> Self {
-        StrategyState { last: None, random: mix(seed) | 1, serves: Vec::new() }
+        StrategyState {
+            last: None,
+            random: mix(seed) | 1,
+            serves: Vec::new(),
+            groups: Vec::new(),
+            narrow: Vec::new(),
+        }
     }
 
     /// xorshift64: enough to spread requests, and reproducible.
@@ -133,26 +169,32 @@ pub enum Choice {
     UnknownPin,
     /// No replica within the pins serves the model.
     UnknownModel,
+    /// Replicas within the pins serve the model, but none has a context as long as the request needs.
+    ContextTooLong {
+        /// The longest that there is, in tokens.
+        longest_tokens: u64,
+    },
     /// No replica is known at all.
     Nothing,
 }
 
-/// A [`Choice`] with its reasons.
+/// A [`Choice`] with its reasons. [`survey`] counts exactly; [`choose`] leaves pins, and what the request
+/// has tried in vain, out of account where it could answer from sums.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Placement {
     /// The answer.
     pub choice: Choice,
-    /// Replicas that were looked at.
+    /// Replicas that are known.
     pub considered: u32,
-    /// Of these, passed the pins and serve the model.
+    /// Of these, pass the pins and serve the model.
     pub fitting: u32,
     /// Of these, take work, full ones included.
     pub placeable: u32,
-    /// Of these, have enough free slots.
+    /// Of these, have enough free slots; a free slot, where it comes from sums.
     pub with_room: u32,
 }
 
-/// Chooses a replica. `excluded` are those that this request has tried in vain.
+/// Chooses a replica by strategy. `excluded` are those that this request has tried in vain.
 pub fn choose(
     registry: &ServiceRegistry,
     ask: &Ask,
@@ -160,13 +202,24 @@ pub fn choose(
     strategy: Strategy,
     state: &mut StrategyState,
 ) -> Placement {
+    let choose_within = |state: &mut StrategyState, preferred_only| {
+        let mut groups = std::mem::take(&mut state.groups);
+        let mut narrow = std::mem::take(&mut state.narrow);
+        let search = Search { registry, table: registry.table(), ask, excluded, strategy, preferred_only };
+        let placement = search.run(state, &mut groups, &mut narrow);
+        (state.groups, state.narrow) = (groups, narrow);
+        if let Choice::Replica { replica, .. } = placement.choice {
+            state.last = Some(replica);
+        }
+        placement
+    };
     if !ask.prefer_pools.is_empty() {
-        let preferred = choose_within(registry, ask, excluded, strategy, state, true);
+        let preferred = choose_within(state, true);
         if matches!(preferred.choice, Choice::Replica { .. }) {
             return preferred;
         }
     }
-    choose_within(registry, ask, excluded, strategy, state, false)
+    choose_within(state, false)
 }
 
 /// Whether `replica` can take `ask` now. As [`choose`] would judge it; for handing a freed slot to
@@ -184,110 +237,84 @@ pub fn could_serve(registry: &ServiceRegistry, replica: ReplicaRef, ask: &Ask) -
     let Some(cold) = registry.replica(replica).filter(|_| hot.placeable) else { return false };
     let serves =
         wanted(ask).is_none_or(|model| cold.models.is_empty() || cold.models.iter().any(|m| m == model));
-    serves && passes_pins(cold, ask)
+    serves && context_fits(hot.context_tokens, ask) && passes_pins(cold, ask)
 }
 
-fn choose_within(
-    registry: &ServiceRegistry,
-    ask: &Ask,
-    excluded: &[ReplicaRef],
-    strategy: Strategy,
-    state: &mut StrategyState,
-    preferred_only: bool,
-) -> Placement {
-    let table = registry.table();
-    let salt = if strategy == Strategy::Random { state.next_random() } else { 0 };
-    let last = state.last.and_then(|last| table.get_hot(last)).map_or(0, |hot| hot.order);
-    mark_sets(table, ask, &mut state.serves);
-    let mut scan = Scan { table, ask, excluded, preferred_only, serves: &state.serves };
-    // Each strategy is one comparison; the scan is compiled once for each, with it inlined.
-    let placement = match strategy {
-        Strategy::LeastLoaded => scan.run(|a, b| {
-            (cross_load(a, b), b.vram_free_bytes, a.order).lt(&(cross_load(b, a), a.vram_free_bytes, b.order))
-        }),
-        Strategy::MostVram => scan.run(|a, b| {
-            (b.vram_free_bytes, cross_load(a, b), a.order).lt(&(a.vram_free_bytes, cross_load(b, a), b.order))
-        }),
-        Strategy::RoundRobin => scan.run(|a, b| (a.order <= last, a.order) < (b.order <= last, b.order)),
-        Strategy::Random => scan.run(|a, b| (mix(salt ^ a.order), a.order) < (mix(salt ^ b.order), b.order)),
-    };
-    if let Choice::Replica { replica, .. } = placement.choice {
-        state.last = Some(replica);
-    }
-    placement
-}
-
-/// Stands for `a`'s share of slots in use when compared with `cross_load(b, a)`: no division, no floats.
-fn cross_load(a: &Hot, b: &Hot) -> u64 {
-    u64::from(a.slots_used) * u64::from(b.slots_total)
-}
-
-struct Scan<'a> {
+/// One search for a replica with the help of the index.
+struct Search<'a> {
+    registry: &'a ServiceRegistry,
     table: &'a ReplicaTable,
     ask: &'a Ask,
     excluded: &'a [ReplicaRef],
+    strategy: Strategy,
+    /// Only pools that the ask prefers.
     preferred_only: bool,
-    serves: &'a [u64],
 }
 
-impl Scan<'_> {
-    /// The pass. Whether one replica is better than another, `better` says.
-    fn run(&mut self, better: impl Fn(&Hot, &Hot) -> bool) -> Placement {
+impl Search<'_> {
+    fn run(&self, state: &mut StrategyState, groups: &mut Vec<GroupId>, narrow: &mut Vec<u32>) -> Placement {
+        let index = self.table.placement_index();
+        let few = self.narrowed_len();
+        if few.is_some_and(|few| few <= NARROW_MAX) || self.strategy != index.strategy() {
+            return self.pass(state, narrow, false);
+        }
+        let too_short = list_groups(self.table, self.ask, groups);
+        let last = self.last_order(state);
+        match index.find(groups, self.table.hot(), last, || state.next_random(), |at| self.is_wanted(at)) {
+            Found::Replica(at) => self.placed(at, index.tally(groups)),
+            Found::Nobody => self
+                .refusal(index.tally(groups), groups, too_short)
+                .unwrap_or_else(|| self.pass(state, narrow, true)),
+            Found::GaveUp => self.pass(state, narrow, false),
+        }
+    }
+
+    /// Looks at every replica that the pins leave. `nobody_has_room` if that is known already.
+    fn pass(&self, state: &mut StrategyState, narrow: &mut Vec<u32>, nobody_has_room: bool) -> Placement {
+        narrow.clear();
+        let among = match self.narrowed_len() {
+            Some(_) => {
+                self.narrow_down(narrow);
+                Among::These(narrow)
+            }
+            None => Among::All,
+        };
+        pass(self, state, among, nobody_has_room)
+    }
+
+    /// How many replicas a pin to a node, or to pools, leaves.
+    fn narrowed_len(&self) -> Option<usize> {
+        if let Some(node) = &self.ask.node {
+            return Some(self.registry.node(node).map_or(0, |node| self.registry.replicas_of(node).count()));
+        }
+        let len = |pool: &PoolId| self.table.in_pool(pool).map_or(0, std::collections::BTreeSet::len);
+        match (&self.ask.pool, self.preferred_only) {
+            (Some(pool), _) => Some(len(pool)),
+            (None, true) => Some(self.ask.prefer_pools.iter().map(len).sum()),
+            (None, false) => None,
+        }
+    }
+
+    fn narrow_down(&self, narrow: &mut Vec<u32>) {
+        if let Some(node) = &self.ask.node {
+            let own = self.registry.node(node).into_iter().flat_map(|node| self.registry.replicas_of(node));
+            narrow.extend(own.filter_map(|replica| Some(self.table.index_of(replica)? as u32)));
+            return;
+        }
+        let of_pool = |pool: &PoolId| self.table.in_pool(pool).into_iter().flatten().copied();
+        match &self.ask.pool {
+            Some(pool) => narrow.extend(of_pool(pool)),
+            None => narrow.extend(self.ask.prefer_pools.iter().flat_map(of_pool)),
+        }
+    }
+
+    fn is_pinned(&self) -> bool {
         let ask = self.ask;
-        let pinned = ask.pool.is_some()
+        ask.pool.is_some()
             || ask.node.is_some()
             || ask.device_mask.is_some()
             || !ask.avoid_pools.is_empty()
-            || self.preferred_only;
-        let any_model = wanted(ask).is_none();
-        let (mut considered, mut passed, mut fitting, mut placeable, mut with_room) = (0, 0, 0, 0, 0);
-        let mut best: Option<(usize, Hot)> = None;
-        let mut unready: Option<(usize, &Hot)> = None;
-        for (index, hot) in self.table.hot().iter().enumerate() {
-            if !hot.exists {
-                continue;
-            }
-            considered += 1;
-            if pinned && !self.passes(index) {
-                continue;
-            }
-            passed += 1;
-            let set = hot.model_set as usize;
-            if !any_model && self.serves[set / 64] >> (set % 64) & 1 == 0 {
-                continue;
-            }
-            // Offline nodes are remembered for long; what they never named is not worth waiting for.
-            if !hot.placeable && !any_model && hot.model_set == NO_MODELS && self.is_offline(index) {
-                continue;
-            }
-            fitting += 1;
-            let tried = !self.excluded.is_empty()
-                && self.table.at(index).is_some_and(|(replica, _)| self.excluded.contains(&replica));
-            if !hot.placeable || tried {
-                if unready.is_none_or(|(_, other)| hot.order < other.order) {
-                    unready = Some((index, hot));
-                }
-                continue;
-            }
-            placeable += 1;
-            if !has_room(hot, ask) {
-                continue;
-            }
-            with_room += 1;
-            if best.as_ref().is_none_or(|(_, other)| better(hot, other)) {
-                best = Some((index, *hot));
-            }
-        }
-        let chosen = best.and_then(|(index, hot)| Some((self.table.at(index)?.0, need(&hot, ask))));
-        let choice = match (chosen, unready) {
-            (Some((replica, slots)), _) => Choice::Replica { replica, slots },
-            (None, _) if placeable > 0 => Choice::Busy,
-            (None, Some((index, _))) => Choice::NotReady { reason: self.why_not(index) },
-            (None, None) if considered == 0 => Choice::Nothing,
-            (None, None) if passed == 0 => Choice::UnknownPin,
-            (None, None) => Choice::UnknownModel,
-        };
-        Placement { choice, considered, fitting, placeable, with_room }
+            || self.preferred_only
     }
 
     fn passes(&self, index: usize) -> bool {
@@ -297,33 +324,123 @@ impl Scan<'_> {
         })
     }
 
-    fn is_offline(&self, index: usize) -> bool {
-        self.table.at(index).is_none_or(|(_, replica)| replica.node_status == NodeStatus::Offline)
+    fn was_tried(&self, index: usize) -> bool {
+        !self.excluded.is_empty()
+            && self.table.at(index).is_some_and(|(replica, _)| self.excluded.contains(&replica))
     }
 
-    fn why_not(&self, index: usize) -> String {
-        let Some((_, replica)) = self.table.at(index) else { return String::new() };
-        let obstacle = replica.obstacle();
-        let why = obstacle.map_or("this request failed there already".into(), |o| o.to_string());
-        format!("{}/{}: {why}", replica.node, replica.key)
+    /// Whether a replica that serves the model and has a free slot fits.
+    fn is_wanted(&self, index: usize) -> bool {
+        let hot = &self.table.hot()[index];
+        has_room(hot, self.ask)
+            && context_fits(hot.context_tokens, self.ask)
+            && (!self.is_pinned() || self.passes(index))
+            && !self.was_tried(index)
+    }
+
+    fn last_order(&self, state: &StrategyState) -> u64 {
+        state.last.and_then(|last| self.table.get_hot(last)).map_or(0, |hot| hot.order)
+    }
+
+    fn placed(&self, index: usize, tally: Tally) -> Placement {
+        let choice = match self.table.at(index) {
+            Some((replica, _)) => {
+                Choice::Replica { replica, slots: need(&self.table.hot()[index], self.ask) }
+            }
+            None => Choice::Busy,
+        };
+        self.counted(choice, tally)
+    }
+
+    fn counted(&self, choice: Choice, tally: Tally) -> Placement {
+        let lost = if wanted(self.ask).is_some() { tally.lost } else { 0 };
+        Placement {
+            choice,
+            considered: self.table.len() as u32,
+            fitting: tally.members - lost,
+            placeable: tally.placeable,
+            with_room: tally.with_room,
+        }
+    }
+
+    /// Which refusal it is, where the sums tell. `too_short` is the longest context of the groups that
+    /// were left out for theirs.
+    fn refusal(&self, tally: Tally, groups: &[GroupId], too_short: Option<u32>) -> Option<Placement> {
+        // Nobody asks why there is no preferred one.
+        if self.preferred_only {
+            return Some(self.counted(Choice::Busy, tally));
+        }
+        // Wildcards are in one group whatever their context.
+        let wildcards = self.table.placement_index().tally(&[GroupId::of_set(NO_MODELS)]).members;
+        let by_context = self.ask.context_tokens.is_some() && (wildcards > 0 || wanted(self.ask).is_none());
+        if self.is_pinned() || by_context {
+            return None;
+        }
+        let is_tried = |replica: &&ReplicaRef| {
+            let tried = self.table.get_hot(**replica).filter(|hot| hot.placeable);
+            tried.is_some_and(|hot| {
+                groups == [GroupId::ALL] || groups.contains(&GroupId::of_set(hot.model_set))
+            })
+        };
+        let tried = self.excluded.iter().filter(is_tried).count() as u32;
+        let lost = if wanted(self.ask).is_some() { tally.lost } else { 0 };
+        let choice = if tally.placeable > tried {
+            Choice::Busy
+        } else if tried > 0 {
+            // Which of them is the first by name is not known.
+            return None;
+        } else if tally.members > lost {
+            let first = self.table.placement_index().first_out(groups, self.table.hot())?;
+            Choice::NotReady { reason: why_not(self.table, first) }
+        } else if self.table.is_empty() {
+            Choice::Nothing
+        } else if let Some(longest) = too_short {
+            Choice::ContextTooLong { longest_tokens: u64::from(longest) }
+        } else {
+            Choice::UnknownModel
+        };
+        Some(self.counted(choice, tally))
     }
 }
 
-/// Marks the sets of models that contain the wanted one, and the empty set.
-fn mark_sets(table: &ReplicaTable, ask: &Ask, serves: &mut Vec<u64>) {
-    serves.clear();
-    serves.resize(table.sets_len().div_ceil(64), 0);
-    serves[0] |= 1 << NO_MODELS;
-    for set in wanted(ask).into_iter().flat_map(|model| table.sets_with(model)) {
-        serves[set as usize / 64] |= 1 << (set % 64);
+/// The groups of the index that an ask concerns. They have no members in common.
+pub(super) fn groups_of<'a>(table: &ReplicaTable, ask: &Ask, state: &'a mut StrategyState) -> &'a [GroupId] {
+    list_groups(table, ask, &mut state.groups);
+    &state.groups
+}
+
+/// As [`groups_of`], and the longest context of those that are left out because theirs is too short.
+fn list_groups(table: &ReplicaTable, ask: &Ask, groups: &mut Vec<GroupId>) -> Option<u32> {
+    groups.clear();
+    let Some(model) = wanted(ask) else {
+        groups.push(GroupId::ALL);
+        return None;
+    };
+    groups.push(GroupId::of_set(NO_MODELS));
+    let mut too_short = None;
+    for set in table.sets().with(model) {
+        let context_tokens = table.sets().context_tokens(set);
+        if context_fits(context_tokens, ask) {
+            groups.push(GroupId::of_set(set));
+        } else {
+            too_short = too_short.max(Some(context_tokens));
+        }
     }
+    too_short
+}
+
+fn why_not(table: &ReplicaTable, index: usize) -> String {
+    let Some((_, replica)) = table.at(index) else { return String::new() };
+    let obstacle = replica.obstacle();
+    let why = obstacle.map_or("this request failed there already".into(), |o| o.to_string());
+    format!("{}/{}: {why}", replica.node, replica.key)
 }
 
 fn wanted(ask: &Ask) -> Option<&str> {
     ask.model.as_deref().filter(|model| !model.is_empty())
 }
 
-fn need(hot: &Hot, ask: &Ask) -> u32 {
+pub(super) fn need(hot: &Hot, ask: &Ask) -> u32 {
     ask.slots.max(1).min(hot.slots_total)
 }
 
@@ -331,183 +448,15 @@ fn has_room(hot: &Hot, ask: &Ask) -> bool {
     hot.slots_total.saturating_sub(hot.slots_used) >= need(hot, ask)
 }
 
+/// Whether a context of so many tokens, 0 where unknown, is long enough.
+fn context_fits(context_tokens: u32, ask: &Ask) -> bool {
+    let needed = ask.context_tokens.unwrap_or(0);
+    context_tokens == 0 || context_tokens == u32::MAX || u64::from(context_tokens) >= needed
+}
+
 fn passes_pins(replica: &Replica, ask: &Ask) -> bool {
     ask.node.as_ref().is_none_or(|node| *node == replica.node)
         && ask.pool.as_ref().is_none_or(|pool| *pool == replica.key.pool)
         && ask.device_mask.as_ref().is_none_or(|mask| replica.device_mask.as_deref() == Some(mask))
         && !ask.avoid_pools.contains(&replica.key.pool)
-}
-
-/// The finalizer of splitmix64: spreads any difference over all bits.
-fn mix(mut x: u64) -> u64 {
-    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::orchestratord::service_registry::{Change, Limits};
-    use crate::time::Now;
-    use crate::wire::node::{Heartbeat, RegisterRequest};
-    use serde_json::json;
-    use std::collections::BTreeMap;
-
-    /// One pool with one replica: (pool, models, ready, free slots of 4, free GPU memory).
-    type Spec = (&'static str, &'static [&'static str], bool, u32, u64);
-
-    /// Nodes `n0`, `n1`, ... in the given order.
-    fn registry(nodes: &[&[Spec]]) -> ServiceRegistry {
-        let mut registry = ServiceRegistry::new(Limits::default(), 1);
-        let mut changes: Vec<Change> = Vec::new();
-        // The last is registered first: order by name must not be order of arrival.
-        for (n, specs) in nodes.iter().enumerate().rev() {
-            let name = format!("n{n}");
-            let body = json!({"node_id": name, "address": format!("http://{name}:9200")});
-            let request: RegisterRequest = serde_json::from_value(body).expect("a registration");
-            registry.register(&request, "peer", Now::default(), &mut changes).expect("registered");
-            let pools: Vec<_> = specs
-                .iter()
-                .map(|(pool, models, ready, free, vram)| {
-                    let replica = json!({"replica_id": "r0", "url": "http://127.0.0.1:1", "ready": ready,
-                        "slots_free": free, "slots_total": 4, "models": models, "device_mask": pool});
-                    json!({"pool_id": pool, "vram_free_bytes": vram, "replicas": [replica]})
-                })
-                .collect();
-            let beat: Heartbeat = serde_json::from_value(json!({"pools": pools})).expect("a heartbeat");
-            let node = NodeId::new(&name).expect("an id");
-            registry.heartbeat(&node, &beat, "peer", Now::default(), &mut changes).expect("accepted");
-        }
-        registry.check_invariants();
-        registry
-    }
-
-    fn ask(model: &str) -> Ask {
-        Ask { model: Some(model.into()), slots: 1, ..Ask::default() }
-    }
-
-    fn pool(name: &str) -> PoolId {
-        PoolId::new(name).expect("an id")
-    }
-
-    /// `node/pool` of the choice, or its refusal.
-    fn chosen(
-        registry: &ServiceRegistry,
-        ask: &Ask,
-        strategy: Strategy,
-        state: &mut StrategyState,
-    ) -> String {
-        match choose(registry, ask, &[], strategy, state).choice {
-            Choice::Replica { replica, .. } => {
-                assert!(fits(registry, replica, ask), "chosen, but does not fit");
-                let found = registry.replica(replica).expect("it exists");
-                format!("{}/{}", found.node, found.key.pool)
-            }
-            Choice::NotReady { .. } => "NotReady".into(),
-            refusal => format!("{refusal:?}"),
-        }
-    }
-
-    fn first(registry: &ServiceRegistry, ask: &Ask) -> String {
-        chosen(registry, ask, Strategy::LeastLoaded, &mut StrategyState::new(1))
-    }
-
-    #[test]
-    fn least_loaded_goes_by_share_then_memory_then_name() {
-        let m: &[&str] = &["m"];
-        let by_share = registry(&[&[("a", m, true, 2, 9)], &[("b", m, true, 3, 0)]]);
-        assert_eq!(first(&by_share, &ask("m")), "n1/b");
-        let by_memory = registry(&[&[("a", m, true, 3, 1)], &[("b", m, true, 3, 2)]]);
-        assert_eq!(first(&by_memory, &ask("m")), "n1/b");
-        let by_name = registry(&[&[("b", m, true, 4, 0), ("a", m, true, 4, 0)], &[("a", m, true, 4, 0)]]);
-        assert_eq!(first(&by_name, &ask("m")), "n0/a");
-        let most_vram = registry(&[&[("a", m, true, 4, 1)], &[("b", m, true, 1, 2)]]);
-        let mut state = StrategyState::new(1);
-        assert_eq!(chosen(&most_vram, &ask("m"), Strategy::MostVram, &mut state), "n1/b");
-    }
-
-    #[test]
-    fn round_robin_visits_all_in_turn_and_random_visits_all() {
-        let m: &[&str] = &["m"];
-        let registry = registry(&[
-            &[("a", m, true, 4, 0), ("b", m, true, 4, 5)],
-            &[("a", m, false, 4, 0)],
-            &[("a", m, true, 1, 0)],
-        ]);
-        let mut state = StrategyState::new(1);
-        let turns: Vec<String> =
-            (0..4).map(|_| chosen(&registry, &ask("m"), Strategy::RoundRobin, &mut state)).collect();
-        assert_eq!(turns, ["n0/a", "n0/b", "n2/a", "n0/a"]);
-        let sequence = |seed| -> Vec<String> {
-            let mut state = StrategyState::new(seed);
-            (0..300).map(|_| chosen(&registry, &ask("m"), Strategy::Random, &mut state)).collect()
-        };
-        assert_eq!(sequence(5), sequence(5), "the seed decides");
-        let mut counts: BTreeMap<String, u32> = BTreeMap::new();
-        sequence(5).into_iter().for_each(|name| *counts.entry(name).or_default() += 1);
-        assert!(counts.len() == 3 && counts.values().all(|n| *n > 60), "{counts:?}");
-    }
-
-    #[test]
-    fn refusals_say_which_kind() {
-        let m: &[&str] = &["m"];
-        assert_eq!(first(&registry(&[]), &ask("m")), "Nothing");
-        let known = registry(&[&[("full", m, true, 0, 0), ("down", &["x"], false, 4, 0)]]);
-        assert_eq!(first(&known, &ask("m")), "Busy");
-        assert_eq!(first(&known, &ask("x")), "NotReady");
-        assert_eq!(first(&known, &ask("y")), "UnknownModel");
-        assert_eq!(first(&known, &Ask { pool: Some(pool("elsewhere")), ..ask("m") }), "UnknownPin");
-        assert_eq!(first(&known, &Ask { pool: Some(pool("down")), ..ask("m") }), "UnknownModel");
-        let loading = registry(&[&[("a", m, true, 4, 0), ("b", &[], false, 4, 0)]]);
-        assert_eq!(first(&loading, &ask("y")), "NotReady", "what the second one serves is not known yet");
-        let wildcard = registry(&[&[("a", m, true, 4, 0), ("b", &[], true, 4, 0)]]);
-        assert_eq!(first(&wildcard, &ask("y")), "n0/b");
-        assert_eq!(first(&wildcard, &ask("")), "n0/a");
-    }
-
-    #[test]
-    fn pins_are_kept_and_preferences_are_not_forced() {
-        let m: &[&str] = &["m"];
-        let registry = registry(&[
-            &[("a", m, true, 4, 0), ("b", m, true, 1, 0), ("c", m, true, 0, 0)],
-            &[("a", m, true, 4, 0)],
-        ]);
-        let node = |name: &str| Some(NodeId::new(name).expect("an id"));
-        assert_eq!(first(&registry, &Ask { node: node("n1"), ..ask("m") }), "n1/a");
-        assert_eq!(first(&registry, &Ask { pool: Some(pool("b")), ..ask("m") }), "n0/b");
-        assert_eq!(first(&registry, &Ask { pool: Some(pool("c")), ..ask("m") }), "Busy");
-        assert_eq!(first(&registry, &Ask { device_mask: Some("b".into()), ..ask("m") }), "n0/b");
-        assert_eq!(first(&registry, &Ask { avoid_pools: vec![pool("a")], ..ask("m") }), "n0/b");
-        assert_eq!(first(&registry, &Ask { prefer_pools: vec![pool("b")], ..ask("m") }), "n0/b");
-        assert_eq!(first(&registry, &Ask { prefer_pools: vec![pool("c")], ..ask("m") }), "n0/a");
-    }
-
-    #[test]
-    fn a_large_ask_takes_a_whole_replica_and_a_failed_one_is_not_chosen_again() {
-        let m: &[&str] = &["m"];
-        let registry = registry(&[&[("a", m, true, 3, 0)], &[("a", m, true, 4, 0)]]);
-        let large = Ask { slots: 9, ..ask("m") };
-        let mut state = StrategyState::new(1);
-        let found = choose(&registry, &large, &[], Strategy::LeastLoaded, &mut state);
-        let Choice::Replica { replica, slots: 4 } = found.choice else { panic!("{found:?}") };
-        assert_eq!((found.considered, found.placeable, found.with_room), (2, 2, 1));
-        let again = choose(&registry, &ask("m"), &[replica], Strategy::LeastLoaded, &mut state);
-        assert!(matches!(again.choice, Choice::Replica { replica: other, .. } if other != replica));
-        let all: Vec<ReplicaRef> = registry.replicas().map(|(replica, _)| replica).collect();
-        let none = choose(&registry, &ask("m"), &all, Strategy::LeastLoaded, &mut state);
-        assert_eq!(
-            none.choice,
-            Choice::NotReady { reason: "n0/a/r0: this request failed there already".into() }
-        );
-    }
-
-    #[test]
-    fn strategies_are_read_as_they_are_written() {
-        for strategy in Strategy::ALL {
-            assert_eq!(strategy.to_string().parse(), Ok(strategy));
-        }
-        let error = "fastest".parse::<Strategy>().expect_err("no such strategy");
-        assert!(error.contains("least-loaded, round-robin, random, most-vram"), "{error}");
-    }
 }

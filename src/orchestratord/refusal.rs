@@ -37,6 +37,13 @@ pub enum Refusal {
     },
     /// No replica passes the request's pins.
     UnknownPin,
+    /// No replica takes prompt and answer of this length.
+    ContextTooLong {
+        /// What the request needs, in tokens.
+        wanted_tokens: u64,
+        /// The longest that there is.
+        longest_tokens: u64,
+    },
     /// The deadline cannot be met, and why.
     Deadline(String),
     /// As many requests wait as may.
@@ -125,6 +132,13 @@ impl Refusal {
                 "unknown_model",
             ),
             Refusal::UnknownPin => row(400, "INVALID_PARAMS", BAD, None, "unknown_pin"),
+            Refusal::ContextTooLong { .. } => row(
+                400,
+                "INVALID_PARAMS",
+                ("invalid_request_error", "context_length_exceeded"),
+                None,
+                "context_too_long",
+            ),
             Refusal::Deadline(_) => row(400, "DEADLINE_UNMET", BAD, None, "deadline"),
             Refusal::QueueFull { retry_ms, .. } => row(
                 429,
@@ -212,6 +226,9 @@ impl Refusal {
                 format!("no engine serves the model {model:?}; available: {}", known.join(", "))
             }
             Refusal::UnknownPin => "no replica matches the pool, node or device that the request asks for".into(),
+            Refusal::ContextTooLong { wanted_tokens, longest_tokens } => format!(
+                "the request needs a context of {wanted_tokens} tokens; the longest that serves it has {longest_tokens}"
+            ),
             Refusal::QueueFull { capacity, .. } => format!("{capacity} requests are waiting already"),
             Refusal::Waited { reason, .. } => format!("no slot became free in time: {reason}"),
             Refusal::Unready { reason, .. } => format!("no engine took it in time: {reason}"),

@@ -3,10 +3,13 @@
 //!
 //! The table decides nothing about nodes and leases; the service registry tells it each node's
 //! status. It keeps one verdict per replica up to date, [`Hot::placeable`], so that placement reads
-//! a dense array of small records and touches nothing else. Two more things make that scan cheap:
+//! a dense array of small records and touches nothing else. Three more things make that cheap:
 //!
 //! - **Model sets.** Replicas that serve the same list of models share one interned set. Placement
-//!   turns a model's name into a bit mask over sets once, and tests one bit a replica.
+//!   turns a model's name into a bit mask over sets once, and tests one bit a replica. Replicas that
+//!   differ in their context length differ in their set, too.
+//! - **Index.** Who is best at the moment is known from the [`PlacementIndex`], which is told of every
+//!   change of a hot record, and of nothing else: a report that changes nothing costs nothing.
 //! - **Order labels.** Ties are broken by name (node, pool, replica). Each replica carries a number
 //!   that sorts as its name does, so that a tie costs one comparison of integers.
 //!
@@ -24,9 +27,13 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::time::{Mono, Now, Wall};
-use crate::wire::id::{NodeId, ReplicaKey};
+use crate::wire::id::{NodeId, PoolId, ReplicaKey};
 use crate::wire::url::BaseUrl;
 
+use super::model_sets::ModelSets;
+use super::placement::Strategy;
+use super::placement_index::PlacementIndex;
+use super::ring::stable_hash;
 use super::service_registry::{Change, NodeStatus};
 
 /// First backoff of a replica whose data path failed: long enough for an engine's restart to begin,
@@ -47,6 +54,14 @@ const LABEL_MIDDLE: u64 = 1 << 63;
 pub struct ReplicaRef {
     index: u32,
     serial: u32,
+}
+
+#[cfg(test)]
+impl ReplicaRef {
+    /// A handle of nothing.
+    pub(super) fn for_tests(index: u32, serial: u32) -> ReplicaRef {
+        ReplicaRef { index, serial }
+    }
 }
 
 /// Slots that were taken from a replica; giving it back to
@@ -176,6 +191,8 @@ pub struct Replica {
     pub others: u32,
     /// Models that it serves; empty where not known.
     pub models: Arc<[String]>,
+    /// Longest prompt and answer together, in tokens, where known.
+    pub context_length: Option<u64>,
     /// Kind of engine.
     pub engine: Option<Arc<str>>,
     /// Its version.
@@ -328,7 +345,7 @@ impl Replica {
     }
 }
 
-/// What placement reads of a replica: 48 bytes, nothing behind a pointer.
+/// What placement reads of a replica: 40 bytes, nothing behind a pointer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Hot {
     /// Sorts as `(node, pool, replica)` does.
@@ -341,10 +358,14 @@ pub struct Hot {
     pub slots_used: u32,
     /// Which set of models it serves; [`NO_MODELS`] where none is known.
     pub model_set: u32,
+    /// Longest prompt and answer together, in tokens; 0 where unknown.
+    pub context_tokens: u32,
     /// Tells this replica from an earlier one at the same index.
     serial: u32,
     /// Takes work, free slots aside.
     pub placeable: bool,
+    /// Its node has been silent for longer than the grace.
+    pub offline: bool,
     /// The index is in use.
     pub exists: bool,
 }
@@ -360,7 +381,11 @@ pub struct ReplicaTable {
     hot: Vec<Hot>,
     free: Vec<u32>,
     by_name: BTreeMap<(NodeId, ReplicaKey), u32>,
+    by_pool: BTreeMap<PoolId, BTreeSet<u32>>,
     sets: ModelSets,
+    placement_index: PlacementIndex,
+    /// Slots of all replicas.
+    slots_total: u64,
 }
 
 impl ReplicaTable {
@@ -374,6 +399,24 @@ impl ReplicaTable {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.by_name.is_empty()
+    }
+
+    /// Slots of all replicas, whether they take work or not.
+    #[must_use]
+    pub fn slots_total(&self) -> u64 {
+        self.slots_total
+    }
+
+    /// Who is best at the moment.
+    #[must_use]
+    pub fn placement_index(&self) -> &PlacementIndex {
+        &self.placement_index
+    }
+
+    /// Replicas in pools of this name, on whichever node, by their index in [`ReplicaTable::hot`].
+    #[must_use]
+    pub fn in_pool(&self, pool: &PoolId) -> Option<&BTreeSet<u32>> {
+        self.by_pool.get(pool)
     }
 
     /// What placement scans. An index that is not in use has `exists == false`.
@@ -395,6 +438,12 @@ impl ReplicaTable {
         self.index(replica).and_then(|index| self.cold[index].as_ref())
     }
 
+    /// Its index in [`ReplicaTable::hot`], if the handle is current.
+    #[must_use]
+    pub fn index_of(&self, replica: ReplicaRef) -> Option<usize> {
+        self.index(replica)
+    }
+
     /// Its hot half.
     #[must_use]
     pub fn get_hot(&self, replica: ReplicaRef) -> Option<&Hot> {
@@ -406,26 +455,21 @@ impl ReplicaTable {
         self.by_name.values().filter_map(|index| self.at(*index as usize))
     }
 
-    /// Sets that contain `model`, in ascending order. [`NO_MODELS`] is never among them.
-    pub fn sets_with(&self, model: &str) -> impl Iterator<Item = u32> {
-        self.sets.by_model.get(model).into_iter().flatten().copied()
-    }
-
-    /// Every known model by name, with the sets that contain it.
-    pub fn models(&self) -> impl Iterator<Item = (&str, &BTreeSet<u32>)> {
-        self.sets.by_model.iter().map(|(name, sets)| (name.as_str(), sets))
-    }
-
-    /// One more than the greatest set in use.
+    /// Which sets of models there are.
     #[must_use]
-    pub fn sets_len(&self) -> usize {
-        self.sets.sets.len().max(1)
+    pub fn sets(&self) -> &ModelSets {
+        &self.sets
+    }
+
+    /// Lets the index answer another strategy, with or without rings. Linear.
+    pub(super) fn set_placement(&mut self, strategy: Strategy, with_rings: bool) {
+        self.placement_index.configure(strategy, with_rings, &self.hot);
     }
 
     /// Adds a replica that is not in the table, names it in `changes`, and says whether it takes work.
     pub(super) fn insert(&mut self, mut replica: Replica, now: Now, changes: &mut Vec<Change>) -> ReplicaRef {
         replica.since = now.wall;
-        let models = std::mem::take(&mut replica.models);
+        let (models, context_length) = (std::mem::take(&mut replica.models), replica.context_length.take());
         let name = (replica.node.clone(), replica.key.clone());
         let index = self.free.pop().unwrap_or_else(|| {
             self.cold.push(None);
@@ -436,6 +480,9 @@ impl ReplicaTable {
         let order = self.label_for(&name);
         let slot = &mut self.hot[index as usize];
         *slot = Hot { order, exists: true, serial: slot.serial.wrapping_add(1), ..Hot::default() };
+        let point = stable_hash(format!("{}/{}", replica.node, replica.key).as_bytes());
+        self.placement_index.insert(index as usize, point, &self.hot);
+        self.by_pool.entry(replica.key.pool.clone()).or_default().insert(index);
         changes.push(Change::ReplicaFound {
             replica: self.reference(index),
             node: replica.node.clone(),
@@ -443,7 +490,7 @@ impl ReplicaTable {
         });
         self.cold[index as usize] = Some(replica);
         let reference = self.reference(index);
-        self.set_models(reference, &models, changes);
+        self.set_models(reference, &models, context_length, changes);
         self.refresh(reference, now, changes);
         reference
     }
@@ -452,6 +499,14 @@ impl ReplicaTable {
     pub(super) fn remove(&mut self, replica: ReplicaRef, reason: &str, changes: &mut Vec<Change>) {
         let Some(index) = self.index(replica) else { return };
         let Some(gone) = self.cold[index].take() else { return };
+        self.placement_index.remove(index, &self.hot);
+        self.slots_total -= u64::from(self.hot[index].slots_total);
+        if let Some(pool) = self.by_pool.get_mut(&gone.key.pool) {
+            pool.remove(&replica.index);
+            if pool.is_empty() {
+                self.by_pool.remove(&gone.key.pool);
+            }
+        }
         self.sets.release(self.hot[index].model_set);
         self.by_name.remove(&(gone.node.clone(), gone.key.clone()));
         self.hot[index] = Hot { serial: self.hot[index].serial, ..Hot::default() };
@@ -481,23 +536,29 @@ impl ReplicaTable {
         }
     }
 
-    /// Sets the models of a replica. No verdict depends on them, but other waiters may fit. True if they
-    /// were others before.
+    /// Sets what a replica serves: its models, and how long a prompt and its answer may be. No verdict
+    /// depends on them, but other waiters may fit. True if they were others before.
     pub(super) fn set_models(
         &mut self,
         replica: ReplicaRef,
         models: &[String],
+        context_length: Option<u64>,
         changes: &mut Vec<Change>,
     ) -> bool {
         let Some(index) = self.index(replica) else { return false };
         let Some(cold) = self.cold[index].as_mut() else { return false };
-        if cold.models[..] == *models {
+        if cold.models[..] == *models && cold.context_length == context_length {
             return false;
         }
         let old = self.hot[index].model_set;
-        let (set, list) = self.sets.intern(models);
-        self.hot[index].model_set = set;
+        cold.context_length = context_length;
+        let context_tokens = u32::try_from(context_length.unwrap_or(0)).unwrap_or(u32::MAX);
+        let (set, list) = self.sets.intern(models, context_tokens);
         cold.models = list;
+        self.hot[index].context_tokens = context_tokens;
+        if set != old {
+            self.placement_index.change_set(index, set, &mut self.hot);
+        }
         self.sets.release(old);
         if self.hot[index].placeable {
             changes.push(Change::ReplicaCapacity(replica));
@@ -567,11 +628,21 @@ impl ReplicaTable {
 
     fn refresh_quietly(&mut self, index: usize) {
         let Some(cold) = self.cold[index].as_ref() else { return };
-        let hot = &mut self.hot[index];
-        hot.placeable = cold.placeable();
-        hot.slots_total = cold.slots_total;
-        hot.slots_used = cold.in_flight.saturating_add(cold.others);
-        hot.vram_free_bytes = cold.vram_free_bytes;
+        let before = self.hot[index];
+        let after = Hot {
+            placeable: cold.placeable(),
+            offline: cold.node_status == NodeStatus::Offline,
+            slots_total: cold.slots_total,
+            slots_used: cold.in_flight.saturating_add(cold.others),
+            vram_free_bytes: cold.vram_free_bytes,
+            ..before
+        };
+        if after != before {
+            self.hot[index] = after;
+            self.slots_total =
+                self.slots_total - u64::from(before.slots_total) + u64::from(after.slots_total);
+            self.placement_index.update(index, &before, &self.hot);
+        }
     }
 
     fn index(&self, replica: ReplicaRef) -> Option<usize> {
@@ -608,6 +679,7 @@ impl ReplicaTable {
                 self.hot[*index as usize].order = next;
                 next += LABEL_STEP;
             }
+            self.placement_index.relabel(&self.hot);
             own
         })
     }
@@ -631,82 +703,20 @@ impl ReplicaTable {
             );
             assert!(cold.others <= cold.slots_total, "{node} {key}: more load than slots");
             assert_eq!(hot.model_set == NO_MODELS, cold.models.is_empty(), "{node} {key}: models");
+            let context_tokens = u32::try_from(cold.context_length.unwrap_or(0)).unwrap_or(u32::MAX);
+            assert_eq!(hot.context_tokens, context_tokens, "{node} {key}: context length");
+            assert!(self.by_pool[&key.pool].contains(index), "{node} {key}: not in its pool");
             *references.entry(hot.model_set).or_insert(0u32) += 1;
         }
         assert_eq!(self.cold.iter().flatten().count(), self.by_name.len(), "replicas without a name");
         assert_eq!(self.free.len() + self.by_name.len(), self.cold.len(), "lost indices");
         references.remove(&NO_MODELS);
         self.sets.check_invariants(&references);
-    }
-}
-
-/// Interned lists of models, counted by the replicas that share them.
-#[derive(Debug, Default)]
-struct ModelSets {
-    /// Index 0 is [`NO_MODELS`] and stays empty.
-    sets: Vec<Option<(Arc<[String]>, u32)>>,
-    free: Vec<u32>,
-    by_list: BTreeMap<Arc<[String]>, u32>,
-    by_model: BTreeMap<String, BTreeSet<u32>>,
-}
-
-impl ModelSets {
-    fn intern(&mut self, models: &[String]) -> (u32, Arc<[String]>) {
-        if models.is_empty() {
-            return (NO_MODELS, Arc::default());
-        }
-        if let Some((list, set)) = self.by_list.get_key_value(models) {
-            let (list, set) = (list.clone(), *set);
-            if let Some(Some((_, count))) = self.sets.get_mut(set as usize) {
-                *count += 1;
-            }
-            return (set, list);
-        }
-        if self.sets.is_empty() {
-            self.sets.push(None);
-        }
-        let list: Arc<[String]> = models.into();
-        let set = self.free.pop().unwrap_or_else(|| {
-            self.sets.push(None);
-            u32::try_from(self.sets.len() - 1).unwrap_or(u32::MAX)
-        });
-        self.sets[set as usize] = Some((list.clone(), 1));
-        self.by_list.insert(list.clone(), set);
-        for model in models {
-            self.by_model.entry(model.clone()).or_default().insert(set);
-        }
-        (set, list)
-    }
-
-    fn release(&mut self, set: u32) {
-        let Some(Some((list, count))) = self.sets.get_mut(set as usize) else { return };
-        *count -= 1;
-        if *count > 0 {
-            return;
-        }
-        let list = list.clone();
-        self.sets[set as usize] = None;
-        self.free.push(set);
-        self.by_list.remove(&list);
-        for model in list.iter() {
-            if let Some(sets) = self.by_model.get_mut(model) {
-                sets.remove(&set);
-                if sets.is_empty() {
-                    self.by_model.remove(model);
-                }
-            }
-        }
-    }
-
-    fn check_invariants(&self, references: &BTreeMap<u32, u32>) {
-        let counted: BTreeMap<u32, u32> = self
-            .sets
-            .iter()
-            .enumerate()
-            .filter_map(|(i, set)| set.as_ref().map(|(_, count)| (i as u32, *count)))
-            .collect();
-        assert_eq!(&counted, references, "model sets are counted wrongly");
-        assert!(self.by_model.values().flatten().all(|set| references.contains_key(set)), "a dead set");
+        self.placement_index.check_invariants(&self.hot);
+        let slots = self.hot.iter().map(|hot| u64::from(hot.slots_total)).sum::<u64>();
+        assert_eq!(self.slots_total, slots, "slots are summed wrongly");
+        let in_pools: usize = self.by_pool.values().map(BTreeSet::len).sum();
+        assert_eq!(in_pools, self.by_name.len(), "a stray replica in a pool");
     }
 }
 
@@ -732,6 +742,7 @@ mod tests {
             in_flight: 0,
             others: 0,
             models: vec![format!("m{model}")].into(),
+            context_length: None,
             engine: None,
             engine_version: None,
             device_mask: None,

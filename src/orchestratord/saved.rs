@@ -188,6 +188,9 @@ pub struct ReplicaRecord {
     pub slots_total: u32,
     /// Models that it serves.
     pub models: Arc<[String]>,
+    /// Longest prompt and answer together, in tokens, where known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub context_length: Option<u64>,
     /// Kind of engine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub engine: Option<Arc<str>>,

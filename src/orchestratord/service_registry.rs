@@ -76,6 +76,8 @@ pub use self::snapshot::{
     MODEL_BYTES_MAX, MODELS_MAX, NODE_REPLICAS_MAX, REPLICAS_TOTAL_MAX, TEXT_BYTES_MAX,
 };
 use self::snapshot::{announced, cut, too_large};
+use super::placement;
+use super::placement_index::GroupId;
 use super::replica_table::{BACKOFF_FIRST_MS, BACKOFF_MAX_MS};
 pub use super::replica_table::{
     Circuit, Confirmation, Grant, Obstacle, Replica, ReplicaRef, ReplicaTable, Target,
@@ -601,23 +603,22 @@ impl ServiceRegistry {
         &self.table
     }
 
+    /// Keeps the index of the table for this strategy, with or without rings for affinity. Other
+    /// strategies can be asked for at any time, at the cost of a pass over all replicas.
+    pub fn set_placement(&mut self, strategy: placement::Strategy, with_rings: bool) {
+        self.table.set_placement(strategy, with_rings);
+    }
+
     /// Every known model by name.
     #[must_use]
     pub fn models(&self) -> Vec<ModelSummary> {
-        let mut per_set = vec![(0u32, 0u32); self.table.sets_len()];
-        for hot in self.table.hot().iter().filter(|hot| hot.exists) {
-            let (known, placeable) = &mut per_set[hot.model_set as usize];
-            *known += 1;
-            *placeable += u32::from(hot.placeable);
-        }
-        self.table
-            .models()
-            .map(|(name, sets)| {
-                let count =
-                    |pick: fn((u32, u32)) -> u32| sets.iter().map(|s| pick(per_set[*s as usize])).sum();
-                ModelSummary { name: name.to_string(), replicas: count(|p| p.0), placeable: count(|p| p.1) }
-            })
-            .collect()
+        let index = self.table.placement_index();
+        let summary = |(name, sets): (&str, &BTreeSet<u32>)| {
+            let groups: Vec<GroupId> = sets.iter().map(|set| GroupId::of_set(*set)).collect();
+            let tally = index.tally(&groups);
+            ModelSummary { name: name.to_string(), replicas: tally.members, placeable: tally.placeable }
+        };
+        self.table.sets().models().map(summary).collect()
     }
 
     /// Panics where the registry contradicts itself. For tests and simulations; linear.

@@ -2,7 +2,8 @@
 //!
 //! A session exists from its first request until it has been idle for [`IDLE_MS`], or a client ends it.
 //! It is a record and nothing else: it holds no slot and limits nothing. Whether a request should go
-//! where its session was served last, placement decides.
+//! where its session was served last, placement decides, by its own
+//! [`ServedSessions`](super::served_sessions::ServedSessions).
 //!
 //! "Warm" means that the replica named here has produced part of an answer in this session since the
 //! session came to it, so that its engine may still hold the prompt's beginning in its cache. Engines do

@@ -44,7 +44,7 @@ impl World {
             device_mask: (random.u64(0..100) < 5).then(|| "0".to_string()),
             prefer_pools: if random.u64(0..100) < 10 { vec![pool(random)] } else { Vec::new() },
             avoid_pools: if random.u64(0..100) < 5 { vec![pool(random)] } else { Vec::new() },
-            tokens_max: None,
+            ..Ask::default()
         };
         let asked = Asked {
             ask,

@@ -121,6 +121,7 @@ impl World {
         let options = Options {
             limits: Limits::default(),
             strategy: Strategy::ALL[self.random.usize(..Strategy::ALL.len())],
+            prefix_affinity: true,
             admission_capacity: self.scale.admission_capacity,
             admission_timeout_ms: 60_000,
             drain_timeout_ms: DRAIN_MS,

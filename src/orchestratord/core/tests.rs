@@ -20,6 +20,7 @@ pub(super) fn options(local: bool) -> Options {
     Options {
         limits: Limits::default(),
         strategy: Strategy::LeastLoaded,
+        prefix_affinity: true,
         admission_capacity: 10,
         admission_timeout_ms: 60_000,
         drain_timeout_ms: 30_000,

@@ -301,6 +301,7 @@ impl Daemon {
 
     pub(super) fn end_session(&mut self, client: Token, name: &str, now: Now) {
         self.sessions.forget(name);
+        self.core.forget_session(name);
         self.net.respond(client, &Response::empty(204), now.mono);
     }
 }

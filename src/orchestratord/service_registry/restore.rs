@@ -123,7 +123,7 @@ impl ServiceRegistry {
                 .map_or(Target::AskNode, |url| self.addresses.target_of(url, Some(&record.address)));
             let restored =
                 self.add_replica(index, replica.key(), replica.generation, target, now, &mut untold);
-            self.table.set_models(restored, &replica.models, &mut untold);
+            self.table.set_models(restored, &replica.models, replica.context_length, &mut untold);
             let names = &mut self.names;
             let mut name = |text: &Option<Arc<str>>| text.as_deref().map(|text| names.keep(&cut(text)));
             self.table.update(restored, now, &mut untold, |r| {
@@ -225,6 +225,7 @@ impl ReplicaRecord {
             doubted: replica.confirmation == Confirmation::Doubted,
             slots_total: replica.slots_total,
             models: replica.models.clone(),
+            context_length: replica.context_length,
             engine: replica.engine.clone(),
             engine_version: replica.engine_version.clone(),
             device_mask: replica.device_mask.clone(),

@@ -215,7 +215,7 @@ impl ServiceRegistry {
         } else {
             &beat.models
         };
-        let mut touched = self.table.set_models(replica, models, changes);
+        let mut touched = self.table.set_models(replica, models, beat.context_length, changes);
         if self
             .table
             .get(replica)
@@ -272,7 +272,8 @@ impl ServiceRegistry {
             ask |= pool.ready && doubtful;
             let mut touched = false;
             if !pool.models_available.is_empty() && (alone || old.models.is_empty()) {
-                touched |= self.table.set_models(replica, &pool.models_available, changes);
+                let context_length = old.context_length;
+                touched |= self.table.set_models(replica, &pool.models_available, context_length, changes);
             }
             let names = &mut self.names;
             self.table.update(replica, now, changes, |r| {
@@ -329,6 +330,7 @@ impl ServiceRegistry {
             in_flight: 0,
             others: 0,
             models: Arc::default(),
+            context_length: None,
             engine: None,
             engine_version: None,
             device_mask: None,

@@ -6,6 +6,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::orchestratord::admission::Priority;
+use crate::orchestratord::affinity::Affinity;
 use crate::orchestratord::core::Asked;
 use crate::orchestratord::placement::Ask;
 use crate::orchestratord::refusal::Refusal;
@@ -154,6 +155,8 @@ pub fn parse(body: &[u8], client: Arc<str>) -> Result<NewTask, Refusal> {
         prefer_pools: wishes.prefer_pools.unwrap_or_default(),
         avoid_pools: wishes.avoid_pools.unwrap_or_default(),
         tokens_max: Some(tokens_max),
+        affinity: session.and_then(Affinity::session),
+        context_tokens: None,
     };
     let wait_ms_max = deadline_ms.unwrap_or(u64::MAX);
     Ok(NewTask {
