@@ -56,7 +56,7 @@ impl OutBuffer {
             if self.bytes.capacity() > KEEP_BYTES {
                 self.bytes = Vec::new();
             }
-        } else if self.written > HIGH_WATER_BYTES {
+        } else if self.written > LOW_WATER_BYTES {
             self.bytes.drain(..self.written);
             self.written = 0;
         }

@@ -61,6 +61,9 @@ pub struct Limits {
     pub upstream_idle_max: usize,
     /// Exchanges at once.
     pub exchanges_max: usize,
+    /// After this long without a byte for the client, a stream of events gets a comment, so that nobody
+    /// on the way takes it for dead; 0 for never.
+    pub keep_alive_ms: u64,
 }
 
 impl Default for Limits {
@@ -75,6 +78,7 @@ impl Default for Limits {
             upstream_idle_ms: 2_000,
             upstream_idle_max: 512,
             exchanges_max: 16_384,
+            keep_alive_ms: 0,
         }
     }
 }
@@ -306,6 +310,11 @@ impl Net {
             scratch: vec![0; SCRATCH_BYTES],
             limits,
         }
+    }
+
+    /// From now on silent streams of events get comments, see [`Limits::keep_alive_ms`].
+    pub fn keep_streams_alive(&mut self, every_ms: u64) {
+        self.limits.keep_alive_ms = every_ms;
     }
 
     /// Listens on `address`; port 0 takes a free one. Returns the bound address.

@@ -20,7 +20,9 @@ use super::buffer::HIGH_WATER_BYTES;
 use super::relay::{Forward, Relay, Step};
 use super::resolve::Resolved;
 use super::server::ClientNext;
-use super::{Fault, FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Progress, Sink, Timing};
+use super::{
+    Fault, FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Progress, SCRATCH_BYTES, Sink, Timing,
+};
 
 /// Bodies up to this size are sent in one write with their head.
 const JOINED_BODY_BYTES_MAX: usize = 64 * 1024;
@@ -100,7 +102,7 @@ impl Upstreams {
             head,
             body,
             sent: 0,
-            relay: Relay::new(&outbound.method, forward),
+            relay: Relay::new(&outbound.method, &outbound.target, forward),
             sink: match outbound.sink {
                 Sink::Client { client, .. } => SinkState::Client(client),
                 Sink::Collect { bytes_max } => SinkState::Collect { bytes_max, bytes: Vec::new() },
@@ -145,6 +147,11 @@ impl Upstreams {
             *paused = pause;
         }
         exchange.connection
+    }
+
+    /// Puts a comment into a stream that stands between two events. False where none fits.
+    pub(super) fn keep_alive(&mut self, exchange: Token, out: &mut Vec<u8>) -> bool {
+        self.exchanges.get_mut(exchange).is_some_and(|exchange| exchange.relay.keep_alive(out))
     }
 
     fn take_idle(&mut self, address: SocketAddr) -> Option<Token> {
@@ -332,20 +339,22 @@ impl Net {
         loop {
             let Some(session) = self.upstreams.exchanges.get_mut(exchange) else { return };
             let Some(line) = self.upstreams.connections.get_mut(connection) else { return };
-            let has_room = match &session.sink {
-                SinkState::Client(client) => {
-                    self.server.clients.get(*client).is_some_and(|c| c.out.len() <= HIGH_WATER_BYTES)
-                }
-                SinkState::Owner { paused } => !paused,
-                SinkState::Collect { .. } => true,
+            let room = match &session.sink {
+                SinkState::Client(client) => self
+                    .server
+                    .clients
+                    .get(*client)
+                    .map_or(0, |c| HIGH_WATER_BYTES.saturating_sub(c.out.len())),
+                SinkState::Owner { paused: true } => 0,
+                SinkState::Owner { paused: false } | SinkState::Collect { .. } => SCRATCH_BYTES,
             };
-            if !has_room {
+            if room == 0 {
                 return;
             }
             if budget == 0 {
                 return self.ready.push(connection);
             }
-            let length = match line.stream.read(&mut self.scratch) {
+            let length = match line.stream.read(&mut self.scratch[..room.min(SCRATCH_BYTES)]) {
                 Ok(ReadResult::Data(length)) => length,
                 Ok(ReadResult::Empty) => return,
                 Ok(ReadResult::Closed) => return self.upstream_closed(exchange, now),

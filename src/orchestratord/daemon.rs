@@ -105,8 +105,9 @@ impl Daemon {
         for note in &config.notes {
             log::warn!("{note}");
         }
-        let Shell { reactor, registry, waker, signals, net, bound } =
+        let Shell { reactor, registry, waker, signals, mut net, bound } =
             Shell::start(config.addr, "ORCHESTRATORD_ADDR")?;
+        net.keep_streams_alive(config.stream_keepalive_ms);
         let at = now();
         let core = Core::new(options(&config, bound)?, at);
         let watch = config.watches().then(|| {
