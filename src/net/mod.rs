@@ -69,7 +69,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Limits {
         Limits {
-            clients_max: 16_384,
+            clients_max: 24_576,
             body_bytes_max: 64 << 20,
             bodies_bytes_max: 256 << 20,
             request_ms: 60_000,
@@ -77,7 +77,7 @@ impl Default for Limits {
             write_stall_ms: 60_000,
             upstream_idle_ms: 2_000,
             upstream_idle_max: 512,
-            exchanges_max: 16_384,
+            exchanges_max: 24_576,
             keep_alive_ms: 0,
         }
     }

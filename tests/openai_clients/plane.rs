@@ -9,6 +9,7 @@ pub(crate) struct Plane {
     pub(crate) port: u16,
     pub(crate) control: Process,
     pub(crate) agent: Option<Process>,
+    pub(crate) agent_port: u16,
     pub(crate) directory: tempfile::TempDir,
 }
 
@@ -22,8 +23,8 @@ impl Plane {
         let control = Process::start(ORCHESTRATORD, &[], &[&own[..], env].concat(), directory.path());
         let ready = || get(port, "/health").filter(|answer| answer.status == 200);
         until("orchestratord", ready);
+        let agent_port = free_port();
         let agent = cloud.then(|| {
-            let agent_port = free_port();
             let (addr, url) = (format!("127.0.0.1:{agent_port}"), format!("http://127.0.0.1:{port}"));
             let address = format!("http://{addr}");
             let env = [
@@ -37,7 +38,7 @@ impl Plane {
             until("the agent", || get(agent_port, "/health").filter(|answer| answer.status == 200));
             agent
         });
-        Plane { port, control, agent, directory }
+        Plane { port, control, agent, agent_port, directory }
     }
 
     /// Announces a replica that serves a model of its own name.
