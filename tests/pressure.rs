@@ -13,6 +13,7 @@ mod relay_support;
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
@@ -389,12 +390,16 @@ fn idle_streams_cost_little_memory_and_no_processor_time() {
 #[test]
 #[allow(clippy::print_stderr, reason = "a measurement is worth telling")]
 fn slow_readers_hold_little_memory_each() {
-    const READERS: u64 = 64;
-    const BYTES_EACH_MAX: u64 = 112 * 1024;
-    let engine = scripted(|line, _| {
+    const READERS: u64 = 32;
+    const BYTES_EACH_MAX: u64 = 96 * 1024;
+    let written = Arc::new(AtomicU64::new(0));
+    let count = written.clone();
+    let engine = scripted(move |line, _| {
         line.write(HEAD.as_bytes());
         let piece = chunk(&format!("data: {}\n\n", "x".repeat(32 * 1024)));
-        while line.tcp.write_all(piece.as_bytes()).is_ok() {}
+        while line.tcp.write_all(piece.as_bytes()).is_ok() {
+            count.fetch_add(1, Ordering::SeqCst);
+        }
         false
     });
     for cloud in [false, true] {
@@ -412,12 +417,19 @@ fn slow_readers_hold_little_memory_each() {
                 client
             })
             .collect();
-        // Each reads a kilobyte now and then, which is what makes the daemons write and read again.
-        for _ in 0..30 {
+        // Each reads a kilobyte now and then, which makes the daemons write and read again. Once the engine
+        // is held back for good, all buffers on the way are full.
+        let (mut last, mut rests) = (0, 0);
+        while last == 0 || rests < 10 {
             for reader in &readers {
                 assert!((&reader.tcp).read(&mut [0; 1024]).expect("bytes") > 0);
             }
             std::thread::sleep(Duration::from_millis(30));
+            let now = written.load(Ordering::SeqCst);
+            rests = if now.abs_diff(last) <= READERS { rests + 1 } else { 0 };
+            last = now;
+            let mib = now / 32;
+            assert!(mib / READERS < 64, "{mib} MiB were written and nobody reads them");
         }
         let grown = taken(&plane.control).0.saturating_sub(before) / READERS;
         let agent_grown = agent(&plane).saturating_sub(agent_before) / READERS;
@@ -430,6 +442,7 @@ fn slow_readers_hold_little_memory_each() {
         );
         drop(readers);
         plane.until_free(1_000);
+        written.store(0, Ordering::SeqCst);
     }
 }
 
@@ -510,10 +523,8 @@ fn without_descriptors_nothing_spins_nothing_is_blamed_and_all_comes_back() {
             if answer.status == 503 {
                 refused += 1;
                 assert!(answer.text().contains("at its limit"), "{}", answer.text());
-                assert_eq!(
-                    (answer.field("x-should-retry"), answer.field("retry-after")),
-                    (Some("true"), Some("1"))
-                );
+                assert_eq!(answer.field("x-should-retry"), Some("true"));
+                assert!(matches!(answer.field("retry-after"), Some("1" | "2")), "{}", answer.head);
             } else {
                 // A probe's connection was free for a moment.
                 assert_eq!(answer.status, 200, "{}", answer.text());
