@@ -356,18 +356,18 @@ impl Daemon {
             Some(Front::Call(client)) => {
                 let client = *client;
                 self.close_job(request);
-                self.net.respond(client, &refusal.response_to(request, false), now.mono);
+                self.net.respond(client, &refusal.response(false), now.mono);
             }
             Some(Front::Engine { client, .. }) => {
                 let client = *client;
                 self.close_job(request);
-                self.net.respond(client, &refusal.response_to(request, true), now.mono);
+                self.net.respond(client, &refusal.response(true), now.mono);
             }
             // Not admitted: its creator is told. Admitted before: its events say so.
             Some(Front::Task { creator: Some(creator), .. }) => {
                 let creator = *creator;
                 self.close_job(request);
-                self.net.respond(creator, &refusal.response_to(request, false), now.mono);
+                self.net.respond(creator, &refusal.response(false), now.mono);
             }
             Some(Front::Task { .. }) => {
                 self.tasks.failed(request, refusal.code(), &refusal.message(), refusal.retry_ms());

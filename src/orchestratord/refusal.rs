@@ -206,22 +206,11 @@ impl Refusal {
         }
     }
 
-    /// The answer to the request with this number. Requests that are refused together are told to come back
-    /// at different times, or they would all be refused together again.
-    #[must_use]
-    pub fn response_to(&self, request: u64, openai: bool) -> Response {
-        self.render(openai, self.retry_ms().map(|retry_ms| spread(retry_ms, request)))
-    }
-
     /// The answer. `openai`: in OpenAI's dialect.
     #[must_use]
     pub fn response(&self, openai: bool) -> Response {
-        self.render(openai, self.retry_ms())
-    }
-
-    fn render(&self, openai: bool, retry_ms: Option<u64>) -> Response {
         let row = self.row();
-        let (message, retriable) = (self.message(), retry_ms.is_some());
+        let (message, retriable) = (self.message(), row.retry_ms.is_some());
         let mut response = if openai {
             let (kind, code) = row.openai;
             let error = json!({"message": message, "type": kind, "param": null, "code": code});
@@ -236,17 +225,17 @@ impl Refusal {
                 Refusal::QueueFull { .. } => body["policy_label"] = json!("reject"),
                 _ => {}
             }
-            if let Some(retry_ms) = retry_ms {
+            if let Some(retry_ms) = row.retry_ms {
                 body["retry_after_ms"] = json!(retry_ms);
             }
             Response::json(row.status, &body)
         };
-        if let Some(retry_ms) = retry_ms {
+        if let Some(retry_ms) = row.retry_ms {
             let seconds = retry_ms.div_ceil(1000).clamp(1, RETRY_AFTER_SECONDS_MAX);
-            // OpenAI's clients read the exact time, which whole seconds would round to the same one for all.
+            // OpenAI's clients read `Retry-After-Ms` first: whole seconds would bring all back together.
             response = response
                 .with("Retry-After", seconds.to_string())
-                .with("Retry-After-Ms", retry_ms.to_string())
+                .with("Retry-After-Ms", retry_ms.min(RETRY_AFTER_SECONDS_MAX * 1000).to_string())
                 .with("X-Backoff-Ms", retry_ms.to_string());
         }
         match self {
@@ -255,14 +244,6 @@ impl Refusal {
             _ => response,
         }
     }
-}
-
-/// From once to twice the pause, and never above the longest: evenly over requests that follow each other.
-fn spread(retry_ms: u64, request: u64) -> u64 {
-    /// 2^64 divided by the golden ratio: its multiples fall evenly into the range.
-    const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
-    let base_ms = retry_ms.min(RETRY_AFTER_SECONDS_MAX * 1000 / 2);
-    base_ms + ((base_ms * (request.wrapping_mul(GOLDEN) >> 32)) >> 32)
 }
 
 #[cfg(test)]
@@ -279,32 +260,10 @@ mod tests {
                 (response.status, field("Retry-After"), field("X-Backoff-Ms")),
                 (429, Some("3"), Some("2500"))
             );
+            assert_eq!(field("Retry-After-Ms"), Some("2500"));
         }
         let body: serde_json::Value = serde_json::from_slice(&full.response(false).body).expect("JSON");
         assert_eq!((body["retry_after_ms"].as_u64(), body["retriable"].as_bool()), (Some(2500), Some(true)));
-    }
-
-    #[test]
-    fn a_thousand_that_are_refused_together_come_back_one_by_one() {
-        for (retry_ms, most_ms) in [(1_000, 2_000), (7_000, 14_000), (600_000, 60_000)] {
-            let full = Refusal::QueueFull { capacity: 5, retry_ms };
-            let mut pauses: Vec<u64> = (1..=1000)
-                .map(|request| {
-                    let response = full.response_to(request, true);
-                    let field =
-                        |name| response.fields.iter().find(|(n, _)| *n == name).map(|(_, v)| v.as_str());
-                    let number = |name| field(name).and_then(|v| v.parse::<u64>().ok()).expect("a number");
-                    let ms = number("Retry-After-Ms");
-                    assert_eq!((number("Retry-After"), number("X-Backoff-Ms")), (ms.div_ceil(1000), ms));
-                    ms
-                })
-                .collect();
-            pauses.sort_unstable();
-            assert!(pauses[0] >= most_ms / 2 && pauses[999] <= most_ms, "{pauses:?}");
-            // Of those of whom ten come on average, never thirty.
-            let crowded = pauses.windows(30).map(|some| some[29] - some[0]).min().expect("windows");
-            assert!(crowded >= most_ms / 2 / 100, "30 come back within {crowded} ms of {most_ms}");
-        }
     }
 
     #[test]
