@@ -524,6 +524,12 @@ fn refusals_are_what_clients_expect_and_say_when_to_come_back() {
         false,
         &[token, ("ORCHD_ADMISSION_CAPACITY", "1"), ("ORCHD_ADMISSION_TIMEOUT_MS", "1500")],
     );
+    let ask_for_nobody = json!({"body": {"model": "m", "messages": []}, "key": token.1});
+    for client in &mut clients {
+        let alone = client.perform(plane.port, "chat", ask_for_nobody.clone());
+        alone.assert_raised("InternalServerError", 503, "no_replica", "");
+        alone.assert_retriable(true);
+    }
     let engine_port = free_port();
     let _engine = demo_engine(engine_port, &["--tokens-per-second", "50"], plane.directory.path());
     plane.announce("m", &format!("http://127.0.0.1:{engine_port}"), 1);

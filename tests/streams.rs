@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
-use llama_orch::net::Limits;
+use llama_orch::net::{Limits, Patience};
 use relay_support::{Client, DEADLINE, Engine, Gateway, PATIENT, Received, eventually, find, reset_on_close};
 
 const CHUNKED: &str =
@@ -281,6 +281,37 @@ fn a_silent_stream_gets_comments_behind_its_head_and_between_events_only() {
             gateway.settle();
         }
     }
+}
+
+#[test]
+fn a_long_prompt_may_be_read_behind_the_head_too() {
+    const IDLE_MS: u64 = 80;
+    let engine = Engine::start(|line| {
+        line.request();
+        line.write(CHUNKED.as_bytes());
+        for _ in 0..2 {
+            std::thread::sleep(Duration::from_millis(3 * IDLE_MS));
+            line.write(&chunk(":\n\n"));
+        }
+        std::thread::sleep(Duration::from_millis(3 * IDLE_MS));
+        // From here on it may be silent for a short time only.
+        line.write(&chunk("data: 1\n\n"));
+        line.closed_at();
+    });
+    let patience = Patience { idle_ms: IDLE_MS, ..PATIENT };
+    let agent = Gateway::with(engine.address, Limits::default(), patience);
+    let limits = Limits { keep_alive_ms: 60, ..Limits::default() };
+    let plane = Gateway::with(agent.address, limits, patience);
+    let mut client = plane.client();
+    let received = client.post("/v1/chat/completions", "{}");
+    let text = received.text().replace(COMMENT, "");
+    assert!(text.starts_with(":\n\n:\n\ndata: 1\n\ndata: {\"error\":"), "{received:?}");
+    let reason = format!("no byte for {IDLE_MS} ms in the middle of the answer");
+    assert!(text.contains(&reason) && !received.clean, "{received:?}");
+    assert!(received.text().contains(COMMENT), "the client was kept company meanwhile");
+    drop(client);
+    plane.settle();
+    agent.settle();
 }
 
 #[test]

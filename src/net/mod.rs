@@ -105,9 +105,10 @@ impl Limits {
 pub struct Patience {
     /// Until connected.
     pub connect_ms: u64,
-    /// From the request's end to the response's first byte: a long prompt takes minutes.
+    /// From the request's end to the response's first byte, and from its head to the first byte that says
+    /// something: a long prompt takes minutes, before the head or behind it.
     pub first_byte_ms: u64,
-    /// Between two bytes of the response. A response that is collected has no such limit: all of it must
+    /// Between two bytes of the response from then on. A response that is collected has no such limit: all of it must
     /// come within `first_byte_ms`.
     pub idle_ms: u64,
 }

@@ -50,6 +50,14 @@ pub(super) struct Exchange {
     resolving: bool,
 }
 
+impl Exchange {
+    /// How long its engine may be silent once the answer has begun. Engines send heads, and comments, before
+    /// they read a long prompt.
+    fn silence_ms(&self) -> u64 {
+        if self.last_byte.is_some() { self.patience.idle_ms } else { self.patience.first_byte_ms }
+    }
+}
+
 #[derive(Debug)]
 enum SinkState {
     Client(Token),
@@ -370,7 +378,8 @@ impl Net {
                 session.last_byte = Some(now);
             }
             if !matches!(session.sink, SinkState::Collect { .. }) {
-                self.timers.arm(exchange, &mut session.deadline, now.plus_ms(session.patience.idle_ms));
+                let until = now.plus_ms(session.silence_ms());
+                self.timers.arm(exchange, &mut session.deadline, until);
             }
             if !self.pass_on(exchange, length, now) {
                 return;
@@ -511,7 +520,8 @@ impl Net {
         let unread = line.is_some_and(|line| line.stream.latch().readable);
         if held_by_sink || unread {
             // The client is slow (it has a limit of its own) or this loop is, not the engine.
-            self.timers.arm(exchange, &mut session.deadline, now.plus_ms(patience.idle_ms));
+            let until = now.plus_ms(session.silence_ms());
+            self.timers.arm(exchange, &mut session.deadline, until);
             if let Some(connection) = session.connection.filter(|_| !held_by_sink) {
                 self.ready.push(connection);
             }
@@ -520,7 +530,7 @@ impl Net {
         let reason = if session.received && matches!(session.sink, SinkState::Collect { .. }) {
             format!("no whole answer within {} ms", patience.first_byte_ms)
         } else if session.received {
-            format!("no byte for {} ms in the middle of the answer", patience.idle_ms)
+            format!("no byte for {} ms in the middle of the answer", session.silence_ms())
         } else if session.sent > 0 {
             format!("no answer within {} ms", patience.first_byte_ms)
         } else {
