@@ -284,6 +284,27 @@ fn a_silent_stream_gets_comments_behind_its_head_and_between_events_only() {
 }
 
 #[test]
+fn nothing_is_put_into_a_compressed_stream() {
+    let head = CHUNKED.replace("\r\n\r\n", "\r\nContent-Encoding: gzip\r\n\r\n");
+    // Bytes that would be an event's end if they were text.
+    let body = b"\x1f\x8b\x08 some\n\n";
+    let engine = Engine::start(move |line| {
+        line.request();
+        line.write(head.as_bytes());
+        std::thread::sleep(Duration::from_millis(60));
+        line.write(&chunk(body));
+        std::thread::sleep(Duration::from_millis(60));
+    });
+    let limits = Limits { keep_alive_ms: 10, ..Limits::default() };
+    let gateway = Gateway::with(engine.address, limits, PATIENT);
+    let mut client = gateway.client();
+    let received = client.post("/v1/chat/completions", "{}");
+    assert_eq!((received.body.as_slice(), received.clean), (&body[..], false));
+    drop(client);
+    gateway.settle();
+}
+
+#[test]
 fn a_long_prompt_may_be_read_behind_the_head_too() {
     const IDLE_MS: u64 = 80;
     let engine = Engine::start(|line| {
@@ -555,4 +576,53 @@ fn tokens_of_many_streams_are_on_time_beside_one_that_floods() {
     reading.join().expect("the reader did not panic");
     drop(flood);
     gateway.settle();
+}
+
+#[test]
+fn a_stream_goes_on_after_its_reader_paused_with_all_buffers_full() {
+    const TOTAL: usize = 48 << 20;
+    for until_close in [false, true] {
+        let written = Arc::new(AtomicUsize::new(0));
+        let count = written.clone();
+        let engine = Engine::start(move |line| {
+            line.request();
+            line.write(if until_close { UNTIL_CLOSE } else { CHUNKED }.as_bytes());
+            let piece = if until_close { vec![b'x'; 4096] } else { chunk(vec![b'x'; 4096]) };
+            for _ in 0..TOTAL / 4096 {
+                line.write(&piece);
+                count.fetch_add(4096, Ordering::SeqCst);
+            }
+            line.write(if until_close { b"\n\n" } else { b"2\r\n\n\n\r\n0\r\n\r\n" });
+        });
+        let gateway = Gateway::start(engine.address);
+        let mut client = gateway.client();
+        client.send("POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n{}");
+        for _ in 0..3 {
+            let (mut last, mut since) = (0, Instant::now());
+            eventually("the engine is held back", || {
+                let now = written.load(Ordering::SeqCst);
+                if now != last {
+                    (last, since) = (now, Instant::now());
+                }
+                last > 0 && since.elapsed() > Duration::from_millis(200)
+            });
+            // Some of what waits is taken: less than the relay holds, so that the rest lies in the sockets.
+            let mut some = vec![0; 32 * 1024];
+            client.tcp.read_exact(&mut some).expect("bytes");
+        }
+        let mut rest = Vec::new();
+        (&client.tcp).set_read_timeout(Some(Duration::from_secs(3))).expect("a socket option");
+        let begun = Instant::now();
+        while rest.len() < TOTAL - 3 * 32 * 1024 {
+            let mut buffer = [0; 64 * 1024];
+            let length = client
+                .tcp
+                .read(&mut buffer)
+                .unwrap_or_else(|error| panic!("{error} after {} bytes", rest.len()));
+            assert!(length > 0 && begun.elapsed() < Duration::from_secs(20), "{} bytes", rest.len());
+            rest.extend_from_slice(&buffer[..length]);
+        }
+        drop(client);
+        gateway.settle();
+    }
 }

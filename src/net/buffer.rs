@@ -4,7 +4,7 @@ use std::io;
 
 use crate::reactor::stream::Stream;
 
-/// Above this many bytes the source of a buffer is not read.
+/// With this many bytes in a buffer its source is not read.
 pub const HIGH_WATER_BYTES: usize = 64 * 1024;
 /// Below this many bytes it is read again.
 pub const LOW_WATER_BYTES: usize = 16 * 1024;

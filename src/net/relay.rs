@@ -214,7 +214,7 @@ impl Relay {
             upstream_keeps_alive: head.keep_alive,
             client_keeps_alive: false,
             body: Body::Data,
-            events: head.is_event_stream().then(Tail::default),
+            events: (head.is_event_stream() && !is_encoded(head)).then(Tail::default),
             must_say_end: self.says_done && head.status == 200 && head.framing == Framing::UntilClose,
             error_told: false,
         };
@@ -264,6 +264,11 @@ impl Relay {
         answer.upstream_keeps_alive &= rest.is_empty();
         Ok(Step::Complete)
     }
+}
+
+/// Whether the body is compressed: then nobody but its reader knows where an event ends.
+fn is_encoded(head: &ResponseHead) -> bool {
+    head.fields.get("content-encoding").is_some_and(|coding| !coding.trim().eq_ignore_ascii_case("identity"))
 }
 
 fn encode_forwarded_head(

@@ -399,7 +399,7 @@ impl Net {
             return self.close_client(client, now);
         };
         if !session.out.is_empty() {
-            session.above_high_water |= session.out.len() > HIGH_WATER_BYTES;
+            session.above_high_water |= session.out.len() >= HIGH_WATER_BYTES;
             if written > 0 || session.deadline.at().is_none() {
                 self.arm_client(client, self.limits.write_stall_ms, now);
             }
