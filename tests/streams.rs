@@ -274,8 +274,8 @@ fn a_silent_stream_gets_comments_behind_its_head_and_between_events_only() {
             };
             // Without the comments, each between two events, it is what the engine wrote.
             let parts: Vec<&str> = data.split(COMMENT).collect();
-            let between = |part: &&str| part.is_empty() || part.ends_with("\n\n");
-            assert!(parts.len() > 2 && parts.iter().all(|part| between(&part)), "HTTP/{version}: {text:?}");
+            let between = |part: &str| part.is_empty() || part.ends_with("\n\n");
+            assert!(parts.len() > 2 && parts.iter().all(|part| between(part)), "HTTP/{version}: {text:?}");
             assert_eq!(parts.concat(), "data: 1\n\ndata: 2\n\ndata: [DONE]\n\n", "HTTP/{version}: {text:?}");
             drop(client);
             gateway.settle();
@@ -611,7 +611,7 @@ fn a_stream_goes_on_after_its_reader_paused_with_all_buffers_full() {
             client.tcp.read_exact(&mut some).expect("bytes");
         }
         let mut rest = Vec::new();
-        (&client.tcp).set_read_timeout(Some(Duration::from_secs(3))).expect("a socket option");
+        client.tcp.set_read_timeout(Some(Duration::from_secs(3))).expect("a socket option");
         let begun = Instant::now();
         while rest.len() < TOTAL - 3 * 32 * 1024 {
             let mut buffer = [0; 64 * 1024];

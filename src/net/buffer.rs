@@ -56,7 +56,10 @@ impl OutBuffer {
             if self.bytes.capacity() > KEEP_BYTES {
                 self.bytes = Vec::new();
             }
-        } else if self.written > LOW_WATER_BYTES {
+        } else if self.written > LOW_WATER_BYTES
+            && (self.len() <= HIGH_WATER_BYTES || self.written >= self.len())
+        {
+            // Little is moved, or what has been written pays for it: a response of our own may be large.
             self.bytes.drain(..self.written);
             self.written = 0;
         }
