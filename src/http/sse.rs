@@ -8,12 +8,20 @@
 /// Longest event that [`Events`] collects, in bytes.
 pub const EVENT_BYTES_MAX: usize = 1024 * 1024;
 
+/// A comment, which every reader of events skips: it shows whoever is on the way that a silent stream lives.
+pub const KEEP_ALIVE: &[u8] = b": keep-alive\n\n";
+
 /// The last bytes of a stream. O(1) a piece, whatever the piece's size.
 #[derive(Clone, Debug, Default)]
 pub struct Tail {
     bytes: [u8; Tail::LENGTH],
     length: usize,
+    finished: bool,
 }
+
+/// How a chunk of OpenAI's dialect tells why its answer ends: as a word, where `null` stands before. Text
+/// that was generated cannot hold this, as its quotes are escaped.
+const FINISHES: [&[u8]; 2] = [b"\"finish_reason\":\"", b"\"finish_reason\": \""];
 
 impl Tail {
     /// Enough for `data: [DONE]` with its line ends.
@@ -37,6 +45,22 @@ impl Tail {
     pub fn between_events(&self) -> bool {
         let tail = &self.bytes[..self.length];
         tail.is_empty() || tail.ends_with(b"\n\n") || tail.ends_with(b"\r\n\r\n") || tail.ends_with(b"\r\r")
+    }
+
+    /// Whether a chunk that was [looked at](Self::look_for_finish) told a reason to finish (or the last event was `[DONE]`).
+    #[must_use]
+    pub fn finished(&self) -> bool {
+        self.finished || self.done()
+    }
+
+    /// Looks for such a chunk in what is about to pass: for streams whose end is not told otherwise.
+    pub fn look_for_finish(&mut self, data: &[u8]) {
+        let mut seam = [0; 2 * Self::LENGTH];
+        let begins = data.len().min(Self::LENGTH);
+        seam[..self.length].copy_from_slice(&self.bytes[..self.length]);
+        seam[self.length..self.length + begins].copy_from_slice(&data[..begins]);
+        let holds = |bytes: &[u8]| FINISHES.iter().any(|word| memchr::memmem::find(bytes, word).is_some());
+        self.finished = self.finished || holds(&seam[..self.length + begins]) || holds(data);
     }
 
     /// Whether the last event was `[DONE]`, with which OpenAI's dialect ends a stream.
@@ -186,6 +210,22 @@ mod tests {
         let mut quoted = Tail::default();
         quoted.passed(b"data: {\"text\":\"data: [DONE]");
         assert!(!quoted.done());
+    }
+
+    #[test]
+    fn the_tail_knows_a_reason_to_finish_at_every_cut() {
+        let finish = b"data: {\"choices\":[{\"delta\":{},\"finish_reason\": \"stop\"}]}\n\ndata: {}\n\n";
+        let running = b"data: {\"choices\":[{\"delta\":{\"content\":\"\\\"finish_reason\\\":\\\"stop\\\"\"},\"finish_reason\":null}]}\n\n";
+        for (stream, finished) in [(&finish[..], true), (&running[..], false)] {
+            for cut in 0..=stream.len() {
+                let mut tail = Tail::default();
+                for piece in [&stream[..cut], &stream[cut..]] {
+                    tail.look_for_finish(piece);
+                    tail.passed(piece);
+                }
+                assert_eq!(tail.finished(), finished, "cut at {cut}");
+            }
+        }
     }
 
     #[test]

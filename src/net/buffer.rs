@@ -4,7 +4,7 @@ use std::io;
 
 use crate::reactor::stream::Stream;
 
-/// Above this many bytes the source of a buffer is not read.
+/// With this many bytes in a buffer its source is not read.
 pub const HIGH_WATER_BYTES: usize = 64 * 1024;
 /// Below this many bytes it is read again.
 pub const LOW_WATER_BYTES: usize = 16 * 1024;
@@ -56,7 +56,10 @@ impl OutBuffer {
             if self.bytes.capacity() > KEEP_BYTES {
                 self.bytes = Vec::new();
             }
-        } else if self.written > HIGH_WATER_BYTES {
+        } else if self.written > LOW_WATER_BYTES
+            && (self.len() <= HIGH_WATER_BYTES || self.written >= self.len())
+        {
+            // Little is moved, or what has been written pays for it: a response of our own may be large.
             self.bytes.drain(..self.written);
             self.written = 0;
         }

@@ -62,12 +62,15 @@ pub struct Limits {
     pub upstream_idle_max: usize,
     /// Exchanges at once.
     pub exchanges_max: usize,
+    /// After this long without a byte for the client, a stream of events gets a comment, so that nobody
+    /// on the way takes it for dead; 0 for never.
+    pub keep_alive_ms: u64,
 }
 
 impl Default for Limits {
     fn default() -> Limits {
         Limits {
-            clients_max: 16_384,
+            clients_max: 24_576,
             body_bytes_max: 64 << 20,
             bodies_bytes_max: 256 << 20,
             request_ms: 60_000,
@@ -75,7 +78,8 @@ impl Default for Limits {
             write_stall_ms: 60_000,
             upstream_idle_ms: 2_000,
             upstream_idle_max: 512,
-            exchanges_max: 16_384,
+            exchanges_max: 24_576,
+            keep_alive_ms: 0,
         }
     }
 }
@@ -102,9 +106,10 @@ impl Limits {
 pub struct Patience {
     /// Until connected.
     pub connect_ms: u64,
-    /// From the request's end to the response's first byte: a long prompt takes minutes.
+    /// From the request's end to the response's first byte, and from its head to the first byte that says
+    /// something: a long prompt takes minutes, before the head or behind it.
     pub first_byte_ms: u64,
-    /// Between two bytes of the response. A response that is collected has no such limit: all of it must
+    /// Between two bytes of the response from then on. A response that is collected has no such limit: all of it must
     /// come within `first_byte_ms`.
     pub idle_ms: u64,
 }
@@ -336,6 +341,11 @@ impl Net {
     /// resolved to.
     pub fn set_dial_rule(&mut self, rule: DialRule) {
         self.dial_rule = Some(rule);
+    }
+
+    /// From now on silent streams of events get comments, see [`Limits::keep_alive_ms`].
+    pub fn keep_streams_alive(&mut self, every_ms: u64) {
+        self.limits.keep_alive_ms = every_ms;
     }
 
     /// Listens on `address`; port 0 takes a free one. Returns the bound address.

@@ -4,13 +4,16 @@
 //! An engine's body is forwarded as it came, chunk framing included, so nothing is copied twice and no
 //! byte changes; the framing is followed all the same, because its end is the answer's end. Where the
 //! client cannot take that framing (HTTP/1.0, or an engine that delimits by closing) it is changed,
-//! never the data. After a failure in the middle of a stream the client must notice: an error event if
-//! one fits between two events, otherwise a connection that ends without its framing's end.
+//! never the data. After a failure in the middle of a stream the client must notice: its connection
+//! ends without its framing's end, and behind an error event if one fits between two events.
+//!
+//! A client of OpenAI's takes a stream that ends for the whole answer. An engine that frames its answer
+//! by closing says no more by that than one that was killed; such a stream has ended only if it said so.
 
 use crate::http::client::ResponseReader;
 use crate::http::head::{BadMessage, Framing, ResponseHead, Version, is_hop_by_hop};
 use crate::http::server::{AnswerTo, LAST_CHUNK, begin_head, encode_chunk, push_connection, push_field};
-use crate::http::sse::Tail;
+use crate::http::sse::{KEEP_ALIVE, Tail};
 
 /// How to forward an answer to a client.
 #[derive(Debug)]
@@ -50,6 +53,8 @@ enum Body {
 pub struct Relay {
     reader: ResponseReader,
     forward: Option<Forward>,
+    /// The answer's dialect ends a stream with `[DONE]`.
+    says_done: bool,
     /// Part of a head that has not ended yet.
     held: Vec<u8>,
     head: Option<Answer>,
@@ -62,14 +67,26 @@ struct Answer {
     client_keeps_alive: bool,
     body: Body,
     events: Option<Tail>,
+    /// The body ends where the connection does, and its dialect tells the end in words too.
+    must_say_end: bool,
+    /// The last piece of the body began with an error event, as a relay puts one behind a broken stream.
+    error_told: bool,
 }
 
+/// Paths, below any prefix, whose streams end with `[DONE]`.
+const DONE_PATHS: [&str; 2] = ["/chat/completions", "/v1/completions"];
+/// How the error event of a relay begins.
+const ERROR_EVENT_START: &[u8] = b"data: {\"error\":";
+
 impl Relay {
-    /// A relay for the answer to a request with `method`; without `forward` the decoded body is put
-    /// out alone.
+    /// A relay for the answer to a request with `method` and `target`; without `forward` the decoded
+    /// body is put out alone.
     #[must_use]
-    pub fn new(method: &str, forward: Option<Forward>) -> Relay {
-        Relay { reader: ResponseReader::new(method == "HEAD"), forward, held: Vec::new(), head: None }
+    pub fn new(method: &str, target: &str, forward: Option<Forward>) -> Relay {
+        let path = target.split('?').next().unwrap_or_default();
+        let says_done = DONE_PATHS.iter().any(|known| path.ends_with(known));
+        let reader = ResponseReader::new(method == "HEAD");
+        Relay { reader, forward, says_done, held: Vec::new(), head: None }
     }
 
     /// The status, once the head is known.
@@ -137,7 +154,8 @@ impl Relay {
         // A stream that said that it is done has ended, even if its framing's end is still owed; one
         // that stops within an event has not, even if closing would be its framing's end.
         let between_chunks = body.between_chunks();
-        if !said_done && answer.events.as_ref().is_some_and(|tail| !tail.between_events()) {
+        let mute = |tail: &Tail| !tail.between_events() || answer.must_say_end && !tail.finished();
+        if !said_done && answer.events.as_ref().is_some_and(mute) {
             return Err(early);
         }
         let ended = body.close() || said_done && between_chunks;
@@ -155,26 +173,37 @@ impl Relay {
     /// answer's end, so that the connection must be reset.
     #[must_use]
     pub fn failed(&mut self, message: &str, out: &mut Vec<u8>) -> bool {
-        let between_chunks = self.reader.body().is_some_and(|body| body.between_chunks());
         let Some(answer) = &self.head else { return true };
         if !answer.events.as_ref().is_some_and(Tail::between_events) {
             return answer.body != Body::Data;
         }
+        if answer.error_told {
+            // A relay on the way knows better what happened.
+            return true;
+        }
         let error = serde_json::json!({"error": {
             "message": message, "type": "upstream_error", "param": null, "code": "upstream_error",
         }});
-        let event = format!("data: {error}\n\n");
+        // Without the framing's end: not every client reads error events.
+        self.insert_event(format!("data: {error}\n\n").as_bytes(), out);
+        true
+    }
+
+    /// Puts out a comment, which clients skip, where the answer is a stream of events that stands between
+    /// two of them. False where none fits.
+    pub fn keep_alive(&mut self, out: &mut Vec<u8>) -> bool {
+        let between_events = self.head.as_ref().and_then(|answer| answer.events.as_ref());
+        between_events.is_some_and(Tail::between_events) && self.insert_event(KEEP_ALIVE, out)
+    }
+
+    /// Puts an event of our own between two of the engine's, if the framing has a place for it.
+    fn insert_event(&mut self, event: &[u8], out: &mut Vec<u8>) -> bool {
+        let between_chunks = self.reader.body().is_some_and(|body| body.between_chunks());
+        let Some(answer) = &self.head else { return false };
         match answer.body {
-            Body::Same if between_chunks => {
-                encode_chunk(out, event.as_bytes());
-                out.extend_from_slice(LAST_CHUNK);
-            }
-            Body::Rechunked => {
-                encode_chunk(out, event.as_bytes());
-                out.extend_from_slice(LAST_CHUNK);
-            }
-            Body::Data => out.extend_from_slice(event.as_bytes()),
-            Body::Same => {}
+            Body::Same if !between_chunks => return false,
+            Body::Same | Body::Rechunked => encode_chunk(out, event),
+            Body::Data => out.extend_from_slice(event),
         }
         true
     }
@@ -185,7 +214,9 @@ impl Relay {
             upstream_keeps_alive: head.keep_alive,
             client_keeps_alive: false,
             body: Body::Data,
-            events: head.is_event_stream().then(Tail::default),
+            events: (head.is_event_stream() && !is_encoded(head)).then(Tail::default),
+            must_say_end: self.says_done && head.status == 200 && head.framing == Framing::UntilClose,
+            error_told: false,
         };
         if let Some(forward) = &self.forward {
             if forward.hold_back.contains(&head.status) {
@@ -216,7 +247,13 @@ impl Relay {
                 Body::Rechunked => encode_chunk(out, data),
                 Body::Data => out.extend_from_slice(data),
             }
-            if let Some(tail) = &mut answer.events {
+            if let Some(tail) = &mut answer.events
+                && !data.is_empty()
+            {
+                answer.error_told = tail.between_events() && data.starts_with(ERROR_EVENT_START);
+                if answer.must_say_end {
+                    tail.look_for_finish(data);
+                }
                 tail.passed(data);
             }
             rest = &rest[piece.consumed..];
@@ -227,6 +264,11 @@ impl Relay {
         answer.upstream_keeps_alive &= rest.is_empty();
         Ok(Step::Complete)
     }
+}
+
+/// Whether the body is compressed: then nobody but its reader knows where an event ends.
+fn is_encoded(head: &ResponseHead) -> bool {
+    head.fields.get("content-encoding").is_some_and(|coding| !coding.trim().eq_ignore_ascii_case("identity"))
 }
 
 fn encode_forwarded_head(

@@ -11,6 +11,7 @@ use crate::http::server::{
     AnswerTo, CONTINUE, LAST_CHUNK, Progress, RequestReader, Response, encode_chunk, encode_response,
     encode_stream_head,
 };
+use crate::http::sse::KEEP_ALIVE;
 use crate::reactor::Registry;
 use crate::reactor::ready::TURN_BUDGET_BYTES;
 use crate::reactor::stream::{Listener, ReadResult, Stream};
@@ -64,6 +65,8 @@ pub(super) struct Client {
     body_bytes: usize,
     /// A request has begun to arrive, and its deadline runs.
     receiving: bool,
+    /// The answer that its owner streams consists of events.
+    streams_events: bool,
     /// Its exchange waits until enough has been written.
     pub(super) above_high_water: bool,
     /// Not all that it sent has been read.
@@ -74,6 +77,11 @@ impl Client {
     /// Whether a response is owed or not yet complete.
     pub(super) fn owed(&self) -> bool {
         matches!(self.next, ClientNext::Owner | ClientNext::OwnerStream | ClientNext::Relay(_))
+    }
+
+    /// Whether its answer comes in pieces, as they are made.
+    fn streams(&self) -> bool {
+        matches!(self.next, ClientNext::OwnerStream | ClientNext::Relay(_))
     }
 
     pub(super) fn answer_to(&self) -> AnswerTo {
@@ -104,6 +112,7 @@ impl Client {
         let mut all: Vec<(&str, &str)> = fields.to_vec();
         all.extend(echo.iter().map(|(name, value)| (*name, value.as_str())));
         encode_stream_head(self.out.end(), 200, content_type, &all, self.to);
+        self.streams_events = content_type == "text/event-stream";
         self.next = ClientNext::OwnerStream;
     }
 
@@ -221,6 +230,7 @@ impl Net {
                 to: AnswerTo::BROKEN,
                 body_bytes: 0,
                 receiving: false,
+                streams_events: false,
                 above_high_water: false,
                 refused: false,
             })
@@ -389,7 +399,7 @@ impl Net {
             return self.close_client(client, now);
         };
         if !session.out.is_empty() {
-            session.above_high_water |= session.out.len() > HIGH_WATER_BYTES;
+            session.above_high_water |= session.out.len() >= HIGH_WATER_BYTES;
             if written > 0 || session.deadline.at().is_none() {
                 self.arm_client(client, self.limits.write_stall_ms, now);
             }
@@ -401,6 +411,9 @@ impl Net {
                 ClientNext::Close => return self.close_client(client, now),
                 ClientNext::Linger => return,
                 ClientNext::Client => self.await_next_request(client, now),
+                ClientNext::Relay(_) | ClientNext::OwnerStream if self.limits.keep_alive_ms > 0 => {
+                    self.arm_client(client, self.limits.keep_alive_ms, now);
+                }
                 _ => session.deadline.disarm(),
             }
         }
@@ -449,9 +462,25 @@ impl Net {
         {
             let reason = "the request did not arrive in time";
             self.refuse(client, BadMessage { status: 408, reason }, now);
+        } else if session.out.is_empty() && session.streams() {
+            self.keep_stream_alive(client, now);
         } else {
             self.close_client(client, now);
         }
+    }
+
+    /// Nothing has been written to a client for a while that reads a stream: a comment goes out if the
+    /// stream stands between two events, and the wait begins anew.
+    fn keep_stream_alive(&mut self, client: Token, now: Mono) {
+        let Some(session) = self.server.clients.get_mut(client) else { return };
+        match session.next {
+            ClientNext::Relay(exchange) => {
+                self.upstreams.keep_alive(exchange, session.out.end());
+            }
+            _ if session.streams_events => session.stream_push(KEEP_ALIVE),
+            _ => {}
+        }
+        self.client_flush(client, now);
     }
 
     /// Closes a client's connection and ends whatever ran for it.

@@ -20,7 +20,10 @@ use super::buffer::HIGH_WATER_BYTES;
 use super::relay::{Forward, Relay, Step};
 use super::resolve::Resolved;
 use super::server::ClientNext;
-use super::{DialRule, Fault, FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Progress, Sink, Timing};
+use super::{
+    DialRule, Fault, FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Progress, SCRATCH_BYTES, Sink,
+    Timing,
+};
 
 /// Bodies up to this size are sent in one write with their head.
 const JOINED_BODY_BYTES_MAX: usize = 64 * 1024;
@@ -48,6 +51,14 @@ pub(super) struct Exchange {
     head_announced: bool,
     retried: bool,
     resolving: bool,
+}
+
+impl Exchange {
+    /// How long its engine may be silent once the answer has begun. Engines send heads, and comments, before
+    /// they read a long prompt.
+    fn silence_ms(&self) -> u64 {
+        if self.last_byte.is_some() { self.patience.idle_ms } else { self.patience.first_byte_ms }
+    }
 }
 
 #[derive(Debug)]
@@ -109,7 +120,7 @@ impl Upstreams {
             head,
             body,
             sent: 0,
-            relay: Relay::new(&outbound.method, forward),
+            relay: Relay::new(&outbound.method, &outbound.target, forward),
             sink: match outbound.sink {
                 Sink::Client { client, .. } => SinkState::Client(client),
                 Sink::Collect { bytes_max } => SinkState::Collect { bytes_max, bytes: Vec::new() },
@@ -154,6 +165,11 @@ impl Upstreams {
             *paused = pause;
         }
         exchange.connection
+    }
+
+    /// Puts a comment into a stream that stands between two events. False where none fits.
+    pub(super) fn keep_alive(&mut self, exchange: Token, out: &mut Vec<u8>) -> bool {
+        self.exchanges.get_mut(exchange).is_some_and(|exchange| exchange.relay.keep_alive(out))
     }
 
     fn take_idle(&mut self, address: SocketAddr) -> Option<Token> {
@@ -346,20 +362,22 @@ impl Net {
         loop {
             let Some(session) = self.upstreams.exchanges.get_mut(exchange) else { return };
             let Some(line) = self.upstreams.connections.get_mut(connection) else { return };
-            let has_room = match &session.sink {
-                SinkState::Client(client) => {
-                    self.server.clients.get(*client).is_some_and(|c| c.out.len() <= HIGH_WATER_BYTES)
-                }
-                SinkState::Owner { paused } => !paused,
-                SinkState::Collect { .. } => true,
+            let room = match &session.sink {
+                SinkState::Client(client) => self
+                    .server
+                    .clients
+                    .get(*client)
+                    .map_or(0, |c| HIGH_WATER_BYTES.saturating_sub(c.out.len())),
+                SinkState::Owner { paused: true } => 0,
+                SinkState::Owner { paused: false } | SinkState::Collect { .. } => SCRATCH_BYTES,
             };
-            if !has_room {
+            if room == 0 {
                 return;
             }
             if budget == 0 {
                 return self.ready.push(connection);
             }
-            let length = match line.stream.read(&mut self.scratch) {
+            let length = match line.stream.read(&mut self.scratch[..room.min(SCRATCH_BYTES)]) {
                 Ok(ReadResult::Data(length)) => length,
                 Ok(ReadResult::Empty) => return,
                 Ok(ReadResult::Closed) => return self.upstream_closed(exchange, now),
@@ -375,7 +393,8 @@ impl Net {
                 session.last_byte = Some(now);
             }
             if !matches!(session.sink, SinkState::Collect { .. }) {
-                self.timers.arm(exchange, &mut session.deadline, now.plus_ms(session.patience.idle_ms));
+                let until = now.plus_ms(session.silence_ms());
+                self.timers.arm(exchange, &mut session.deadline, until);
             }
             if !self.pass_on(exchange, length, now) {
                 return;
@@ -516,7 +535,8 @@ impl Net {
         let unread = line.is_some_and(|line| line.stream.latch().readable);
         if held_by_sink || unread {
             // The client is slow (it has a limit of its own) or this loop is, not the engine.
-            self.timers.arm(exchange, &mut session.deadline, now.plus_ms(patience.idle_ms));
+            let until = now.plus_ms(session.silence_ms());
+            self.timers.arm(exchange, &mut session.deadline, until);
             if let Some(connection) = session.connection.filter(|_| !held_by_sink) {
                 self.ready.push(connection);
             }
@@ -526,7 +546,7 @@ impl Net {
         let reason = if session.received && matches!(session.sink, SinkState::Collect { .. }) {
             format!("no whole answer within {} ms", patience.first_byte_ms)
         } else if session.received {
-            format!("no byte for {} ms in the middle of the answer", patience.idle_ms)
+            format!("no byte for {} ms in the middle of the answer", session.silence_ms())
         } else if session.sent > 0 {
             format!("no answer within {} ms", patience.first_byte_ms)
         } else {

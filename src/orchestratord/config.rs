@@ -148,6 +148,14 @@ pub static TABLE: &[Setting] = &[
         help: "How long all answers of an engine may stand still before it is sent a trial request; 1000 to 3600000",
     },
     Setting {
+        flag: "stream-keepalive-ms",
+        env: "ORCHESTRATORD_STREAM_KEEPALIVE_MS",
+        aliases: &[],
+        default: Some("15000"),
+        value: "MS",
+        help: "A stream that is silent for this long gets a comment, so that proxies keep it open; 0 for never, or 100 to 3600000",
+    },
+    Setting {
         flag: "drain-timeout-ms",
         env: "ORCHESTRATORD_DRAIN_TIMEOUT_MS",
         aliases: &[],
@@ -204,6 +212,8 @@ pub struct Config {
     pub allow_engine_hosts: AllowList,
     /// How long all answers of an engine may stand still before it is suspected.
     pub hang_suspect_ms: u64,
+    /// Silence after which a stream gets a comment; 0 for never.
+    pub stream_keepalive_ms: u64,
     /// Limit of a graceful shutdown.
     pub drain_timeout_ms: u64,
     /// Accepted tokens.
@@ -268,6 +278,7 @@ impl Config {
             state_dir: settings.need("state-dir", |text| Ok(PathBuf::from(text)))?,
             allow_engine_hosts: settings.get("allow-engine-hosts", AllowList::parse)?.unwrap_or_default(),
             hang_suspect_ms: settings.need("hang-suspect-ms", number(1_000, 3_600_000))?,
+            stream_keepalive_ms: settings.need("stream-keepalive-ms", zero_or_number(100, 3_600_000))?,
             drain_timeout_ms: settings.need("drain-timeout-ms", number(0, 3_600_000))?,
             tokens,
             token_file,
@@ -283,6 +294,14 @@ impl Config {
     #[must_use]
     pub fn watches(&self) -> bool {
         !self.cloud && self.pool_managers.is_empty()
+    }
+}
+
+/// 0, which turns something off, or a number within limits.
+fn zero_or_number(least: u64, most: u64) -> impl Fn(&str) -> Result<u64, String> {
+    move |text| match number(0, most)(text) {
+        Ok(value) if value == 0 || value >= least => Ok(value),
+        _ => Err(format!("allowed is 0 or a number from {least} to {most}")),
     }
 }
 
@@ -368,6 +387,7 @@ mod tests {
         for (name, value, part) in [
             ("ORCHESTRATORD_ADDR", "localhost", "allowed is an address"),
             ("ORCHESTRATORD_NODE_TIMEOUT_MS", "x", "from 1000 to 300000"),
+            ("ORCHESTRATORD_STREAM_KEEPALIVE_MS", "99", "0 or a number from 100 to 3600000"),
             ("ORCHESTRATORD_PLACEMENT_STRATEGY", "best", "least-loaded"),
             ("ORCHD_ADMISSION_CAPACITY", "-1", "from 0 to 100000"),
             ("POOL_MANAGERD_URL", "http://a:9200,https://b", "https is not supported"),

@@ -126,6 +126,7 @@ impl Daemon {
             Shell::start(config.addr, "ORCHESTRATORD_ADDR")?;
         let rules = address_rules(bound);
         net.set_dial_rule(DialRule::new(move |url, ip| rules.check_address(url, ip)));
+        net.keep_streams_alive(config.stream_keepalive_ms);
         let at = now();
         let core = Core::new(options(&config, bound)?, at);
         let watch = config.watches().then(|| {

@@ -273,8 +273,11 @@ impl Refusal {
         };
         if let Some(retry_ms) = row.retry_ms {
             let seconds = retry_ms.div_ceil(1000).clamp(1, RETRY_AFTER_SECONDS_MAX);
-            response =
-                response.with("Retry-After", seconds.to_string()).with("X-Backoff-Ms", retry_ms.to_string());
+            // OpenAI's clients read `Retry-After-Ms` first: whole seconds would bring all back together.
+            response = response
+                .with("Retry-After", seconds.to_string())
+                .with("Retry-After-Ms", retry_ms.min(RETRY_AFTER_SECONDS_MAX * 1000).to_string())
+                .with("X-Backoff-Ms", retry_ms.to_string());
         }
         match self {
             Refusal::Method(allow) => response.with("Allow", *allow),
@@ -298,6 +301,7 @@ mod tests {
                 (response.status, field("Retry-After"), field("X-Backoff-Ms")),
                 (429, Some("3"), Some("2500"))
             );
+            assert_eq!(field("Retry-After-Ms"), Some("2500"));
         }
         let body: serde_json::Value = serde_json::from_slice(&full.response(false).body).expect("JSON");
         assert_eq!((body["retry_after_ms"].as_u64(), body["retriable"].as_bool()), (Some(2500), Some(true)));
