@@ -16,6 +16,7 @@ pub mod core;
 pub mod daemon;
 pub mod messages;
 pub mod openai;
+pub mod peek;
 pub mod placement;
 pub mod poller;
 pub mod refusal;
