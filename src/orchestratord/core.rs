@@ -23,6 +23,7 @@ use crate::wire::id::NodeId;
 
 use self::keeping::Keeper;
 use super::admission::{Admission, Waiter};
+use super::explain::Considered;
 pub use super::messages::{Asked, Counts, Dispatch, Effect, Ending, Input, Options, RequestId};
 use super::placement::{Ask, Choice, Strategy, StrategyState, choose, fits};
 use super::poller::Poller;
@@ -55,6 +56,8 @@ struct Request {
     tried: Vec<ReplicaRef>,
     running: Option<Run>,
     predicted_ms: u64,
+    /// What the last placement saw, until it is told.
+    considered: Option<Considered>,
 }
 
 #[derive(Debug)]
@@ -230,6 +233,12 @@ impl Core {
         &self.counts
     }
 
+    /// What a request asks for, if it waits for a slot.
+    #[must_use]
+    pub fn awaited(&self, request: RequestId) -> Option<&Ask> {
+        self.requests.get(&request).filter(|known| known.running.is_none()).map(|known| &known.asked.ask)
+    }
+
     /// Requests that wait for a slot.
     #[must_use]
     pub fn waiting(&self) -> usize {
@@ -365,6 +374,7 @@ impl Core {
             tried: Vec::new(),
             running: None,
             predicted_ms: 0,
+            considered: None,
         };
         self.requests.insert(id, request);
         self.place(id, now, effects);
@@ -372,10 +382,11 @@ impl Core {
 
     /// Gives a request a slot, or a place in the queue, or a refusal.
     fn place(&mut self, id: RequestId, now: Now, effects: &mut Vec<Effect>) {
-        let Some(request) = self.requests.get(&id) else { return };
+        let Some(request) = self.requests.get_mut(&id) else { return };
         let (strategy, state) = (self.strategy, &mut self.strategy_state);
         let placement = choose(&self.registry, &request.asked.ask, &request.tried, strategy, state);
         let (first, tried) = (request.attempts == 0, !request.tried.is_empty());
+        request.considered = Some(Considered::from(&placement));
         match placement.choice {
             Choice::Replica { replica, slots } => self.dispatch(id, replica, slots, now, effects),
             Choice::UnknownModel if first => {
@@ -416,7 +427,8 @@ impl Core {
                 let ahead = position as u64 + 1;
                 request.predicted_ms = ahead.saturating_mul(self.service_ms_average) / slots.max(1);
                 let predicted_ms = request.predicted_ms;
-                effects.push(Effect::Waiting { request: id, position, predicted_ms });
+                let considered = request.considered.take();
+                effects.push(Effect::Waiting { request: id, position, predicted_ms, considered });
             }
             Err(_) => {
                 let (capacity, waiting) = (self.admission.len(), self.admission.len() as u64);
@@ -447,6 +459,7 @@ impl Core {
             target: known.target.clone(),
             slots: grant.slots(),
             auth_file,
+            considered: request.considered.take(),
         };
         if request.attempts == 0 {
             self.counts.waited.observe_ns(now.mono.ns_since(request.since));

@@ -16,6 +16,8 @@ use crate::wire::pool::{AgentReport, ReplicaStatus};
 use crate::wire::url::BaseUrl;
 
 use super::admission::Priority;
+use super::explain::Considered;
+use super::peek::Affinity;
 use super::placement::{Ask, Strategy};
 use super::poller::{PollId, PollOrder};
 use super::refusal::Refusal;
@@ -36,6 +38,8 @@ pub struct Asked {
     pub client: Arc<str>,
     /// Longest wait, in milliseconds; the configured limit if that is shorter.
     pub wait_ms_max: u64,
+    /// What ties it to other requests.
+    pub affinity: Affinity,
 }
 
 /// How an exchange with an engine ended.
@@ -197,6 +201,8 @@ pub enum Effect {
         position: usize,
         /// When it may be its turn, in milliseconds from now.
         predicted_ms: u64,
+        /// What placement saw, where this is news.
+        considered: Option<Considered>,
     },
     /// Send a request to an engine.
     Dispatch(RequestId, Dispatch),
@@ -236,6 +242,8 @@ pub struct Dispatch {
     pub slots: u32,
     /// File with the engine's own key, where this process can read it.
     pub auth_file: Option<String>,
+    /// What placement saw; `None` for a freed slot that was handed to the first in the queue.
+    pub considered: Option<Considered>,
 }
 
 /// What the core is told at start.

@@ -10,12 +10,16 @@ use std::ffi::OsString;
 use crate::settings::Exit;
 
 pub mod admission;
+pub mod aliases;
 pub mod api;
 pub mod config;
 pub mod core;
 pub mod daemon;
+pub mod envelope;
+pub mod explain;
 pub mod messages;
 pub mod openai;
+pub mod pages;
 pub mod peek;
 pub mod placement;
 pub mod poller;

@@ -159,7 +159,8 @@ impl<'a> Found<'a> {
             }
             "stream" => self.peek.stream = scan.boolean("stream")?,
             "n" => {
-                const WANTED: PeekError = PeekError::Field { name: "n", wanted: "a whole number from 1 to 128" };
+                const WANTED: PeekError =
+                    PeekError::Field { name: "n", wanted: "a whole number from 1 to 128" };
                 let n = scan.whole_number("n", "a whole number from 1 to 128")?;
                 let within = |n: i64| u32::try_from(n).ok().filter(|n| (1..=ANSWERS_MAX).contains(n));
                 self.peek.n = n.map(|n| within(n).ok_or(WANTED)).transpose()?;

@@ -21,6 +21,7 @@ use crate::wire::id::{NodeId, PoolId};
 
 use super::admission::Priority;
 use super::core::{Asked, RequestId};
+use super::peek::Affinity;
 use super::placement::Ask;
 use super::refusal::Refusal;
 
@@ -143,7 +144,7 @@ pub fn parse(body: &[u8], client: std::sync::Arc<str>) -> Result<NewTask, Refusa
         prefer_pools: wishes.prefer_pools,
         avoid_pools: wishes.avoid_pools,
     };
-    let asked = Asked { ask, priority, client, wait_ms_max };
+    let asked = Asked { ask, priority, client, wait_ms_max, affinity: Affinity::default() };
     Ok(NewTask { id: task.task_id, asked, body: body.to_string().into_bytes() })
 }
 

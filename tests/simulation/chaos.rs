@@ -140,6 +140,7 @@ impl World {
             priority: if random.bool() { Priority::Interactive } else { Priority::Batch },
             client: ["alice", "bob", "carol"][random.usize(..3)].into(),
             wait_ms_max: random.u64(100..60_000),
+            affinity: Default::default(),
         };
         self.arrive(Arrival::Ask(Box::new(asked)));
     }

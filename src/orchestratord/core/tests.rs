@@ -45,7 +45,13 @@ fn listing(text: &str) -> Input {
 }
 
 pub(super) fn ask(request: RequestId, ask: Ask) -> Input {
-    let asked = Asked { ask, priority: Priority::Batch, client: "c".into(), wait_ms_max: 60_000 };
+    let asked = Asked {
+        ask,
+        priority: Priority::Batch,
+        client: "c".into(),
+        wait_ms_max: 60_000,
+        affinity: Default::default(),
+    };
     Input::Ask { request, asked: Box::new(asked) }
 }
 
