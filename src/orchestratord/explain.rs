@@ -22,6 +22,7 @@ use crate::time::{Mono, Now, Wall};
 use crate::wire::id::{NodeId, ReplicaKey};
 
 use super::core::RequestId;
+use super::peek::cut;
 use super::placement::{Ask, Placement};
 use super::service_registry::{NodeStatus, Obstacle, Replica, ServiceRegistry};
 
@@ -323,10 +324,6 @@ impl Explain {
 fn refill(text: &mut String, with: &str, bytes_max: usize) {
     text.clear();
     text.push_str(cut(with, bytes_max));
-}
-
-fn cut(text: &str, bytes_max: usize) -> &str {
-    &text[..text.floor_char_boundary(bytes_max)]
 }
 
 /// Milliseconds, with three digits behind the point.

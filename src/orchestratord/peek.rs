@@ -203,8 +203,14 @@ impl<'a> Found<'a> {
     }
 }
 
+/// The beginning of a text, without a part of a character at its end.
+pub(super) fn cut(text: &str, bytes_max: usize) -> &str {
+    let end = (0..=text.len().min(bytes_max)).rev().find(|end| text.is_char_boundary(*end));
+    &text[..end.unwrap_or(0)]
+}
+
 fn shorten(name: Cow<'_, str>) -> Cow<'_, str> {
-    let end = name.floor_char_boundary(NAME_BYTES_MAX);
+    let end = cut(&name, NAME_BYTES_MAX).len();
     match name {
         Cow::Borrowed(name) => Cow::Borrowed(&name[..end]),
         Cow::Owned(mut name) => {
@@ -293,7 +299,9 @@ impl<'a> Scan<'a> {
         let (mut depth, mut objects) = (0u32, 0u128);
         loop {
             match self.next() {
-                Some(b'"') => drop(self.string("a string")?),
+                Some(b'"') => {
+                    self.string("a string")?;
+                }
                 Some(open @ (b'{' | b'[')) => {
                     if outer + depth >= DEPTH_MAX {
                         return Err(PeekError::TooDeep);
@@ -423,7 +431,8 @@ impl<'a> Scan<'a> {
             // A byte's high bit is set where it is zero; above the first such byte the bits may lie.
             let zero_in = |word: u64| word.wrapping_sub(EACH) & !word & HIGH;
             let control = word.wrapping_sub(EACH * 0x20) & !word & HIGH;
-            let special = control | zero_in(word ^ EACH * b'"' as u64) | zero_in(word ^ EACH * b'\\' as u64);
+            let is = |byte: u8| zero_in(word ^ (EACH * u64::from(byte)));
+            let special = control | is(b'"') | is(b'\\');
             if special != 0 {
                 let plain = special.trailing_zeros() / 8;
                 self.at += plain as usize;

@@ -115,7 +115,7 @@ proptest! {
             prop_assert_eq!(spanned, quoted);
             prop_assert_eq!(read.stream, tree.get("stream").and_then(Value::as_bool).unwrap_or(false));
             prop_assert_eq!(read.n.map(u64::from), tree.get("n").and_then(Value::as_u64));
-            let cut = |text: String| text[..text.floor_char_boundary(NAME_BYTES_MAX)].to_string();
+            let cut = |text: String| super::cut(&text, NAME_BYTES_MAX).to_string();
             prop_assert_eq!(read.user.map(Cow::into_owned), text_in(&tree, "user").map(cut));
             let session = text_in(&tree, "session_id").or_else(|| text_in(&tree, "prompt_cache_key"));
             prop_assert_eq!(read.session.map(Cow::into_owned), session.map(cut));
