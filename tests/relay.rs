@@ -49,7 +49,9 @@ fn a_json_answer_passes_unchanged() {
         .receive();
     assert_eq!((answer.status, answer.text().as_str(), answer.clean), (201, "{\"a\": \"b\"}\n", true));
     let kept: Vec<&str> = answer.head.lines().filter(|line| line.to_lowercase().starts_with("x-")).collect();
+    let (made, kept) = kept.split_last().expect("fields");
     assert_eq!(kept, ["x-Engine: 1", "X-B: 2", "x-Engine: 3", "X-Via: gateway", "X-Correlation-Id: abc"]);
+    assert!(made.starts_with("X-Request-Id: ") && made.len() == "X-Request-Id: ".len() + 36, "{made}");
 
     let requests = engine.requests();
     assert_eq!(requests.len(), 1);
@@ -466,7 +468,10 @@ fn fields_of_one_connection_stay_on_it() {
         head.lines().skip(1).map(|l| l.split(':').next().unwrap_or_default().to_lowercase()).collect()
     };
     assert_eq!(names(&engine.requests()[0].head), ["host", "x-stays"]);
-    assert_eq!(names(&answer.head), ["x-stays", "content-length", "x-via", "x-correlation-id"]);
+    assert_eq!(
+        names(&answer.head),
+        ["x-stays", "content-length", "x-via", "x-correlation-id", "x-request-id"]
+    );
     // The engine's wish to close is not the client's.
     assert_eq!(client.get("/").status, 200);
     assert_eq!(engine.connections(), 2);

@@ -96,12 +96,13 @@ impl Client {
             .into_iter()
     }
 
-    /// Takes over the names that the client gave its request, or makes some.
+    /// Takes over the names that the client gave its request, or makes one. Several requests may share a
+    /// correlation id, so it does not name one of them.
     fn name_request(&mut self, fields: Option<&Fields>) {
         let given = |name| fields.and_then(|fields| fields.get(name)).and_then(acceptable_id);
         let (correlation, request_id) = (given("x-correlation-id"), given("x-request-id"));
-        self.correlation = correlation.or_else(|| request_id.clone()).unwrap_or_else(new_correlation);
-        self.request_id = request_id.unwrap_or_else(|| self.correlation.clone());
+        self.request_id = request_id.unwrap_or_else(new_id);
+        self.correlation = correlation.unwrap_or_else(|| self.request_id.clone());
     }
 
     pub(super) fn respond(&mut self, response: &Response) {
@@ -546,7 +547,7 @@ fn acceptable_id(id: &str) -> Option<String> {
 }
 
 /// A random (version 4) UUID. It names a request in logs and is no secret.
-fn new_correlation() -> String {
+fn new_id() -> String {
     let bits = fastrand::u128(..) & !(0xf << 76) & !(0x3 << 62) | 0x4 << 76 | 0x2 << 62;
     format!(
         "{:08x}-{:04x}-{:04x}-{:04x}-{:012x}",

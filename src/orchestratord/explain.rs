@@ -232,6 +232,10 @@ impl Explain {
         if record.attempts.len() == ATTEMPTS_KEPT {
             record.attempts.remove(0);
         }
+        if record.attempts.is_empty() {
+            // Mostly the only one.
+            record.attempts.reserve_exact(1);
+        }
         record.attempts.push(Attempt {
             node: node.clone(),
             key: key.clone(),
@@ -470,23 +474,27 @@ impl Survey {
         let mut survey = Survey::default();
         for (_, replica) in registry.replicas() {
             survey.replicas += 1;
-            let (label, words) = match elsewhere(replica, ask) {
-                Some(label) => (label, None),
-                None => match replica.obstacle() {
-                    Some(obstacle) => (label_of(&obstacle), Some(obstacle.to_string())),
-                    None if replica.slots_free() < ask.slots.clamp(1, replica.slots_total.max(1)) => {
-                        let (free, total) = (replica.slots_free(), replica.slots_total);
-                        ("full", Some(format!("{free} of {total} slots are free")))
-                    }
-                    // It fits, and others go first.
-                    None => ("others_go_first", Some("other requests go first".into())),
-                },
+            let obstacle = replica.obstacle();
+            let is_short = replica.slots_free() < ask.slots.clamp(1, replica.slots_total.max(1));
+            let is_elsewhere = elsewhere(replica, ask);
+            let label = match (is_elsewhere, &obstacle) {
+                (Some(label), _) => label,
+                (None, Some(obstacle)) => label_of(obstacle),
+                (None, None) if is_short => "full",
+                (None, None) => "others_go_first",
             };
             *survey.refused.entry(label).or_default() += 1;
-            if let Some(reason) = words.filter(|_| survey.named.len() < NAMED_MAX) {
-                let replica = format!("{}/{}", replica.node, replica.key);
-                survey.named.push(Named { replica, reason });
+            if is_elsewhere.is_some() || survey.named.len() == NAMED_MAX {
+                continue;
             }
+            let reason = match obstacle {
+                Some(obstacle) => obstacle.to_string(),
+                None if is_short => {
+                    format!("{} of {} slots are free", replica.slots_free(), replica.slots_total)
+                }
+                None => "it fits, and other requests go first".into(),
+            };
+            survey.named.push(Named { replica: format!("{}/{}", replica.node, replica.key), reason });
         }
         survey
     }

@@ -3,7 +3,9 @@
 //!
 //! [`core`] decides with the help of its pure neighbours: [`service_registry`] (nodes, leases, slots),
 //! [`placement`] (where), [`admission`] (who waits), [`refusal`] (how to say no). Two front doors turn
-//! HTTP into asks: [`openai`] and [`tasks`]. [`daemon`] does what was decided.
+//! HTTP into asks: [`openai`], which reads bodies through [`peek`] and knows [`aliases`], and [`tasks`].
+//! [`explain`] remembers why requests went where they went, [`pages`] shows nodes and pools. [`daemon`]
+//! does what was decided.
 
 use std::ffi::OsString;
 
