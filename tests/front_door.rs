@@ -310,6 +310,21 @@ fn a_body_goes_when_its_answer_begins() {
 }
 
 #[test]
+fn a_waiting_task_holds_its_body_until_it_is_cancelled() {
+    let home = Home::start(&[]);
+    let held = || metric(home.port, "orchestratord_request_body_bytes").expect("a metric");
+    let task = format!(r#"{{"task_id":"t-1","prompt":"secret {}"}}"#, "x".repeat(MIB));
+    assert_eq!(post(home.port, "/v2/tasks", &task).status, 202);
+    until("its body to be held", || (held() >= MIB as f64).then_some(()));
+    let told = json(home.port, "/v2/explain/t-1");
+    assert_eq!((&told["state"], &told["path"]), (&"waiting".into(), &"/v2/tasks".into()));
+    assert_eq!(told["waiting_for"]["replicas"], 0);
+    assert_eq!(post(home.port, "/v2/tasks/t-1/cancel", "").status, 204);
+    until("its body to go", || (held() == 0.0).then_some(()));
+    assert_eq!(json(home.port, "/v2/explain/t-1")["outcome"], "withdrawn");
+}
+
+#[test]
 fn explain_tells_why_a_request_is_where_it_is() {
     let engine = Engine::start(false);
     let home = Home::start(&[("ORCHESTRATORD_MODEL_ALIASES", "gpt=org/m")]);
