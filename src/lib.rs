@@ -65,9 +65,11 @@
 //!
 //! 1. [`net`] hands over a whole request: head and bounded body.
 //! 2. [`orchestratord::api`] routes it; [`orchestratord::openai`] or [`orchestratord::tasks`] reads the
-//!    little that placement needs. It becomes `Input::Ask`.
-//! 3. [`orchestratord::core`] asks [`orchestratord::placement`]; a slot is taken, or the request waits in
-//!    [`orchestratord::admission`], or [`orchestratord::refusal`] says no.
+//!    little that placement needs, of a client's body through [`orchestratord::peek`]. It becomes
+//!    `Input::Ask`.
+//! 3. [`orchestratord::core`] asks [`orchestratord::affinity`] and [`orchestratord::placement`]; a slot is
+//!    taken, or the request waits in [`orchestratord::admission`], or [`orchestratord::refusal`] says no.
+//!    [`orchestratord::explain`] remembers why.
 //! 4. `Effect::Dispatch`: the daemon dials the engine, or the node agent that relays to an engine which
 //!    listens on its own machine only (`pool_managerd` checks generation and slots before it does).
 //! 5. Bytes move between the two sockets inside [`net`], through [`net::relay`], bounded and unchanged.

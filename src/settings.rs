@@ -77,7 +77,8 @@ pub struct Setting {
     pub aliases: &'static [Alias],
     /// Value when nothing is given; `None` where absence means something.
     pub default: Option<&'static str>,
-    /// What the value is, as the help shows it; `BOOL` makes a bare flag mean `true`.
+    /// What the value is, as the help shows it; `BOOL` makes a bare flag mean `true`, and one that ends with
+    /// `,...` is a list whose parts may come in flags of their own.
     pub value: &'static str,
     /// Help text: one line, units and range included.
     pub help: &'static str,
@@ -182,7 +183,8 @@ impl Settings {
             settings.rest = matches.remove_many("rest").map(Iterator::collect).unwrap_or_default();
         }
         for setting in table {
-            if let Some(text) = matches.remove_one::<String>(setting.flag) {
+            if let Some(texts) = matches.remove_many::<String>(setting.flag) {
+                let text = texts.collect::<Vec<_>>().join(",");
                 settings.put(setting.flag, text, format!("--{}", setting.flag));
             } else {
                 settings.take_from_environment(setting, &env)?;
@@ -282,6 +284,8 @@ fn argument(setting: &Setting) -> clap::Arg {
     let arg = clap::Arg::new(setting.flag).long(setting.flag).value_name(setting.value).help(help);
     if setting.value == "BOOL" {
         arg.num_args(0..=1).require_equals(true).default_missing_value("true")
+    } else if setting.value.ends_with(",...") {
+        arg.num_args(1).action(clap::ArgAction::Append)
     } else {
         arg.num_args(1)
     }

@@ -68,6 +68,7 @@ const PURE_ROOMS: &[(&str, &[&str])] = &[
             "orchestratord/config.rs",
             "orchestratord/daemon.rs",
             "orchestratord/daemon/agents.rs",
+            "orchestratord/daemon/front_door.rs",
             "orchestratord/daemon/state.rs",
             "orchestratord/daemon/tasks.rs",
             "orchestratord/mod.rs",

@@ -201,12 +201,13 @@ fn a_task_whose_reader_leaves_or_that_is_cancelled_frees_its_engine() {
 fn a_task_whose_engine_dies_ends_with_an_error_wherever_that_happens() {
     let finish = TOKEN.replace("null", "\"length\"");
     let events = [TOKEN, TOKEN, &finish, "data: [DONE]\n\n"];
-    // What the engine still says, and whether that is a whole answer.
+    // What the engine still says, and whether that is a whole answer: nothing of a task is behind the event
+    // that tells the reason to finish.
     let mut table: Vec<(String, bool)> = Vec::new();
     for whole in 0..=events.len() {
         let chunks: String = events[..whole].iter().map(|event| chunk(event)).collect();
         let plain = events[..whole].concat();
-        table.push((format!("{HEAD}{chunks}"), whole == 4));
+        table.push((format!("{HEAD}{chunks}"), whole >= 3));
         table.push((format!("{HEAD_UNTIL_CLOSE}{plain}"), whole >= 3));
         if whole < 3 {
             table.push((format!("{HEAD}{chunks}{}", &chunk(TOKEN)[..30]), false));

@@ -161,7 +161,17 @@ fn broken_answers_end_in_one_error_with_the_code_that_fits() {
     let token = "data: {\"content\":\"a\",\"stop\":false}\n\n";
     // The answer, whether the connection is reset behind it, and the error.
     let cases = [
-        (format!("{SSE}{token}"), false, "WORKER_RESET", true, "without saying that it is complete"),
+        (
+            format!(
+                "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n{:x}\r\n{token}\r\n0\r\n\r\n",
+                token.len()
+            ),
+            false,
+            "WORKER_RESET",
+            true,
+            "without saying that it is complete",
+        ),
+        (format!("{SSE}{token}"), false, "WORKER_RESET", true, "closed before the answer's end"),
         (format!("{SSE}{token}data: {{\"cont"), false, "WORKER_RESET", true, "closed before the answer's end"),
         (
             "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n25\r\ndata: {\"content\":\"a\",\"stop\":false}\n\n\r\n".to_string(),
@@ -598,6 +608,46 @@ fn sessions_tell_what_was_served_where() {
     assert_eq!((end(), end(), session().status), (204, 204, 404));
     let wrong = post(home.port, "/v2/sessions/s1", "");
     assert_eq!((wrong.status, wrong.field("allow")), (405, Some("GET, DELETE")));
+}
+
+#[test]
+fn a_session_stays_with_its_replica_at_both_front_doors_until_it_is_forgotten() {
+    let start = || {
+        scripted(|line, _| {
+            let end = "data: {\"choices\":[{\"index\":0,\"text\":\"a\",\"finish_reason\":\"stop\"}]}\n\ndata: [DONE]\n\n";
+            line.write(format!("{SSE}{end}").as_bytes());
+        })
+    };
+    let engines = [start(), start(), start()];
+    let env =
+        [("ORCHESTRATORD_PLACEMENT_STRATEGY", "round-robin"), ("ORCHESTRATORD_PREFIX_AFFINITY", "false")];
+    let home = home_with(&env, &engines.each_ref().map(|engine| (engine.address.port(), 4)));
+    let served_by = |body: &str| {
+        let answer = post(home.port, "/v1/completions", body);
+        assert_eq!(answer.status, 200, "{answer:?}");
+        answer.field("x-llorch-replica").expect("a replica").to_string()
+    };
+    let (of_session, of_nobody) = (r#"{"prompt":"x","session_id":"s1"}"#, r#"{"prompt":"x"}"#);
+    let session = || get(home.port, "/v2/sessions/s1").expect("an answer");
+    let replica = served_by(of_session);
+    for n in 0..4 {
+        let _between = served_by(of_nobody);
+        assert_eq!(served_by(of_session), replica, "request {n}");
+        let _between = served_by(of_nobody);
+        let id = format!("t{n}");
+        assert_eq!(create(&home, &id, &json!({"session_id": "s1"})).status, 202);
+        assert_eq!(names(&events(&home, &id, "")).last(), Some(&"end"));
+        let told = session().json();
+        assert!(
+            told["last_replica"]["replica_id"].as_str().is_some_and(|id| replica.ends_with(id)),
+            "{told}"
+        );
+    }
+    // From here the strategy would go on to another one.
+    until("a turn of the session's replica", || (served_by(of_nobody) == replica).then_some(()));
+    let end = ask(home.port, "DELETE", "/v2/sessions/s1", None, "").expect("an answer");
+    assert_eq!((end.status, session().status), (204, 404));
+    assert_ne!(served_by(of_session), replica, "it was forgotten");
 }
 
 #[test]

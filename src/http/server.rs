@@ -59,10 +59,16 @@ impl RequestReader {
         self.partial.is_some() || pending > 0
     }
 
-    /// Bytes of body held at the moment, for the owner's memory budget.
+    /// Bytes allocated for a body that is not complete, for the owner's memory budget.
     #[must_use]
     pub fn body_bytes(&self) -> usize {
-        self.partial.as_ref().map_or(0, |partial| partial.request.body.len())
+        self.partial.as_ref().map_or(0, |partial| partial.request.body.capacity())
+    }
+
+    /// The head of the request whose body is being read, or was refused.
+    #[must_use]
+    pub fn head(&self) -> Option<&RequestHead> {
+        self.partial.as_ref().map(|partial| &partial.request.head)
     }
 
     /// Takes what it can from `input` and says how many bytes that was. While it returns
@@ -99,15 +105,15 @@ impl RequestReader {
 
     fn begin(&mut self, head: RequestHead) -> Result<(), BadMessage> {
         let mut body = Vec::new();
-        if let Framing::Length(length) = head.framing {
-            if length > self.body_bytes_max as u64 {
-                return Err(too_large());
-            }
+        let (decoder, framing) = (BodyDecoder::new(head.framing), head.framing);
+        let is_too_large = matches!(framing, Framing::Length(length) if length > self.body_bytes_max as u64);
+        if let Framing::Length(length) = framing
+            && !is_too_large
+        {
             body.reserve_exact(length.min(BODY_FIRST_ALLOCATION_BYTES) as usize);
         }
-        let decoder = BodyDecoder::new(head.framing);
         self.partial = Some(Partial { request: Box::new(Request { head, body }), decoder });
-        Ok(())
+        if is_too_large { Err(too_large()) } else { Ok(()) }
     }
 
     fn read_body(&mut self, input: &[u8]) -> Result<usize, BadMessage> {
@@ -119,10 +125,24 @@ impl RequestReader {
             if partial.request.body.len() + data.len() > self.body_bytes_max {
                 return Err(too_large());
             }
+            make_room(&mut partial.request, data.len(), self.body_bytes_max);
             partial.request.body.extend_from_slice(data);
             used += piece.consumed;
         }
         Ok(used)
+    }
+}
+
+/// Doubles what is allocated, but never beyond what the body can become.
+fn make_room(request: &mut Request, more: usize, body_bytes_max: usize) {
+    let (length, capacity) = (request.body.len(), request.body.capacity());
+    if length + more > capacity {
+        let most = match request.head.framing {
+            Framing::Length(length) => usize::try_from(length).unwrap_or(usize::MAX),
+            _ => body_bytes_max,
+        };
+        let wanted = capacity.saturating_mul(2).min(most).max(length + more);
+        request.body.reserve_exact(wanted - length);
     }
 }
 

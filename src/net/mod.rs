@@ -29,12 +29,14 @@ use crate::reactor::{Edge, Registry, Waker};
 use crate::time::{DeadlineQueue, Mono, earliest};
 use crate::wire::url::BaseUrl;
 
+pub mod budget;
 pub mod buffer;
 pub mod relay;
 pub mod resolve;
 mod server;
 mod upstream;
 
+use budget::BodyHold;
 use relay::Forward;
 use resolve::Resolver;
 use server::{ClientNext, Server};
@@ -47,7 +49,7 @@ pub struct Limits {
     pub clients_max: usize,
     /// Largest request body, in bytes.
     pub body_bytes_max: usize,
-    /// All request bodies together, in bytes; above it new ones are refused with 503.
+    /// All request bodies together, in bytes; above it new ones are refused with 503. See [`budget`].
     pub bodies_bytes_max: usize,
     /// A request, head and body, must have arrived after this long.
     pub request_ms: u64,
@@ -264,6 +266,8 @@ pub enum FaultKind {
 pub struct Timing {
     /// [`Net::start`] was called.
     pub started: Mono,
+    /// There was a connection.
+    pub connected: Option<Mono>,
     /// The answer's head was complete.
     pub first_byte: Option<Mono>,
     /// It ended.
@@ -327,7 +331,7 @@ impl Net {
             registry,
             ready: ReadyList::default(),
             timers: DeadlineQueue::default(),
-            server: Server::new(),
+            server: Server::new(limits.bodies_bytes_max),
             upstreams: Upstreams::new(),
             resolver: Resolver::new(waker),
             dial_rule: None,
@@ -460,6 +464,37 @@ impl Net {
     #[must_use]
     pub fn correlation(&self, client: Token) -> Option<&str> {
         self.server.clients.get(client).map(|session| session.correlation.as_str())
+    }
+
+    /// The name of the request that a client waits on: its `x-request-id`, or one that was made.
+    #[must_use]
+    pub fn request_id(&self, client: Token) -> Option<&str> {
+        self.server.clients.get(client).map(|session| session.request_id.as_str())
+    }
+
+    /// When the request began to arrive that a client waits on.
+    #[must_use]
+    pub fn began(&self, client: Token) -> Option<Mono> {
+        self.server.clients.get(client).map(|session| session.began)
+    }
+
+    /// Takes over the room that a request's body has in the budget: for whoever keeps the body for longer
+    /// or for a shorter time than its client waits. Otherwise it is given back when the answer is complete.
+    pub fn take_body(&mut self, client: Token) -> Option<BodyHold> {
+        let session = self.server.clients.get_mut(client)?;
+        Some(std::mem::replace(&mut session.body, self.server.bodies.hold()))
+    }
+
+    /// Bytes of request bodies in memory.
+    #[must_use]
+    pub fn bodies_bytes(&self) -> usize {
+        self.server.bodies.held_bytes()
+    }
+
+    /// Requests that were refused because their bodies found no room.
+    #[must_use]
+    pub fn bodies_refused(&self) -> u64 {
+        self.server.bodies.refused()
     }
 
     /// Starts an exchange. It ends with [`NetEvent::Finished`], also when it fails at once.

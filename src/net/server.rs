@@ -6,7 +6,7 @@
 use std::io;
 use std::net::SocketAddr;
 
-use crate::http::head::BadMessage;
+use crate::http::head::{BadMessage, Fields, Framing, RequestHead};
 use crate::http::server::{
     AnswerTo, CONTINUE, LAST_CHUNK, Progress, RequestReader, Response, encode_chunk, encode_response,
     encode_stream_head,
@@ -18,6 +18,7 @@ use crate::reactor::stream::{Listener, ReadResult, Stream};
 use crate::reactor::token::{Kind, Table, Token};
 use crate::time::{Deadline, Mono};
 
+use super::budget::{BodyBudget, BodyHold};
 use super::buffer::{HIGH_WATER_BYTES, LOW_WATER_BYTES, OutBuffer};
 use super::{Net, NetEvent, Outcome};
 
@@ -29,6 +30,12 @@ const ACCEPT_PAUSE_MS: u64 = 250;
 const PIPELINED_BYTES_MAX: usize = 64 * 1024;
 /// How long a client that was refused may take to notice; what it sends meanwhile is thrown away.
 const LINGER_MS: u64 = 2_000;
+/// When a client may try again whose body found no room, in milliseconds: bodies go once their engines
+/// begin to answer.
+const RETRY_MS: u64 = 1_000;
+/// The refusal of a body that would fit if others were not there.
+const NO_ROOM: BadMessage =
+    BadMessage { status: 503, reason: "too many large requests at once; try again shortly" };
 /// Longest correlation id taken over from a client.
 const CORRELATION_BYTES_MAX: usize = 128;
 
@@ -57,16 +64,19 @@ pub(super) struct Client {
     pub(super) next: ClientNext,
     pub(super) deadline: Deadline,
     pub(super) correlation: String,
-    request_id: Option<String>,
+    pub(super) request_id: String,
     peer: SocketAddr,
     reader: RequestReader,
     unread: Vec<u8>,
     to: AnswerTo,
-    body_bytes: usize,
+    /// Room for the body of the request that arrives, or is answered.
+    pub(super) body: BodyHold,
     /// A request has begun to arrive, and its deadline runs.
     receiving: bool,
     /// The answer that its owner streams consists of events.
     streams_events: bool,
+    /// When the request began to arrive that is answered now.
+    pub(super) began: Mono,
     /// Its exchange waits until enough has been written.
     pub(super) above_high_water: bool,
     /// Not all that it sent has been read.
@@ -90,8 +100,17 @@ impl Client {
 
     /// Fields that every answer to this client carries.
     pub(super) fn echo(&self) -> impl Iterator<Item = (&'static str, String)> {
-        let request_id = self.request_id.clone().map(|id| ("X-Request-Id", id));
-        std::iter::once(("X-Correlation-Id", self.correlation.clone())).chain(request_id)
+        [("X-Correlation-Id", self.correlation.clone()), ("X-Request-Id", self.request_id.clone())]
+            .into_iter()
+    }
+
+    /// Takes over the names that the client gave its request, or makes one. Several requests may share a
+    /// correlation id, so it does not name one of them.
+    fn name_request(&mut self, fields: Option<&Fields>) {
+        let given = |name| fields.and_then(|fields| fields.get(name)).and_then(acceptable_id);
+        let (correlation, request_id) = (given("x-correlation-id"), given("x-request-id"));
+        self.request_id = request_id.unwrap_or_else(new_id);
+        self.correlation = correlation.unwrap_or_else(|| self.request_id.clone());
     }
 
     pub(super) fn respond(&mut self, response: &Response) {
@@ -142,12 +161,11 @@ impl Client {
         self.next = if keep_alive { ClientNext::Client } else { ClientNext::Close };
     }
 
-    fn refuse(&mut self, error: BadMessage) {
-        self.correlation = new_correlation();
-        let body = serde_json::json!({
-            "code": "INVALID_PARAMS", "message": error.reason, "error": error.reason, "retriable": false,
-        });
-        let response = Response::json(error.status, &body).with("X-Correlation-Id", self.correlation.clone());
+    /// `head` is that of the request that is refused, where it was understood.
+    fn refuse(&mut self, error: BadMessage, head: Option<&RequestHead>) {
+        self.name_request(head.map(|head| &head.fields));
+        let mut response = refusal(error, head.is_some_and(|head| head.path().starts_with("/v1/")));
+        response.fields.extend(self.echo());
         encode_response(self.out.end(), &response, AnswerTo::BROKEN);
         self.next = ClientNext::Close;
         self.refused = true;
@@ -159,16 +177,16 @@ pub(super) struct Server {
     pub(super) clients: Table<Client>,
     listeners: Vec<Listener>,
     accept_again_at: Option<Mono>,
-    bodies_bytes: usize,
+    pub(super) bodies: BodyBudget,
 }
 
 impl Server {
-    pub(super) fn new() -> Server {
+    pub(super) fn new(bodies_bytes_max: usize) -> Server {
         Server {
             clients: Table::new(Kind::Client),
             listeners: Vec::new(),
             accept_again_at: None,
-            bodies_bytes: 0,
+            bodies: BodyBudget::new(bodies_bytes_max),
         }
     }
 
@@ -223,14 +241,15 @@ impl Net {
                 next: ClientNext::Client,
                 deadline: Deadline::default(),
                 correlation: String::new(),
-                request_id: None,
+                request_id: String::new(),
                 peer,
                 reader: RequestReader::new(self.limits.body_bytes_max),
                 unread: Vec::new(),
                 to: AnswerTo::BROKEN,
-                body_bytes: 0,
+                body: self.server.bodies.hold(),
                 receiving: false,
                 streams_events: false,
+                began: now,
                 above_high_water: false,
                 refused: false,
             })
@@ -292,9 +311,18 @@ impl Net {
         if session.unread.is_empty() {
             return true;
         }
-        let held = session.reader.body_bytes();
+        let begins = session.reader.head().is_none();
         let advanced = session.reader.advance(&session.unread);
-        let grown = session.reader.body_bytes().saturating_sub(held);
+        // Refused at once where it cannot fit, rather than after most of it has been sent.
+        let announced = session.reader.head().filter(|_| begins).map_or(0, |head| match head.framing {
+            Framing::Length(length) => usize::try_from(length).unwrap_or(usize::MAX),
+            _ => 0,
+        });
+        if advanced.is_ok() && announced > 0 && !self.server.bodies.admits(announced) {
+            self.refuse(client, NO_ROOM, now);
+            return false;
+        }
+        let Some(session) = self.server.clients.get_mut(client) else { return false };
         match advanced {
             Ok((used, progress)) => {
                 session.unread.drain(..used);
@@ -303,31 +331,33 @@ impl Net {
                 }
                 match progress {
                     Progress::More => {
-                        session.body_bytes += grown;
-                        self.server.bodies_bytes += grown;
-                        if self.server.bodies_bytes > self.limits.bodies_bytes_max {
-                            let reason = "too many large requests at once; try again shortly";
-                            self.refuse(client, BadMessage { status: 503, reason }, now);
+                        if !self.server.bodies.grow(&mut session.body, session.reader.body_bytes()) {
+                            self.refuse(client, NO_ROOM, now);
                             return false;
                         }
                         let began = session.reader.mid_request(session.unread.len());
                         if began && !std::mem::replace(&mut session.receiving, true) {
+                            session.began = now;
                             self.arm_client(client, self.limits.request_ms, now);
                         }
                         true
                     }
                     Progress::WantsContinue => {
+                        session.began = now;
                         session.out.end().extend_from_slice(CONTINUE);
                         self.client_flush(client, now);
                         self.server.clients.get(client).is_some_and(|c| c.next == ClientNext::Client)
                     }
                     Progress::Request(request) => {
-                        let grown = request.body.len().saturating_sub(session.body_bytes);
-                        session.body_bytes += grown;
-                        self.server.bodies_bytes += grown;
+                        if !self.server.bodies.grow(&mut session.body, request.body.capacity()) {
+                            self.refuse_request(client, NO_ROOM, Some(&request.head), now);
+                            return false;
+                        }
+                        if !session.receiving {
+                            session.began = now;
+                        }
                         session.to = AnswerTo::request(&request.head);
-                        session.correlation = correlation_of(&request.head.fields);
-                        session.request_id = request.head.fields.get("x-request-id").and_then(acceptable_id);
+                        session.name_request(Some(&request.head.fields));
                         session.next = ClientNext::Owner;
                         session.receiving = false;
                         session.deadline.disarm();
@@ -349,9 +379,17 @@ impl Net {
     }
 
     fn refuse(&mut self, client: Token, error: BadMessage, now: Mono) {
+        let head = self.server.clients.get(client).and_then(|session| session.reader.head().cloned());
+        self.refuse_request(client, error, head.as_ref(), now);
+    }
+
+    fn refuse_request(&mut self, client: Token, error: BadMessage, head: Option<&RequestHead>, now: Mono) {
         if let Some(session) = self.server.clients.get_mut(client) {
             session.unread = Vec::new();
-            session.refuse(error);
+            session.refuse(error, head);
+            // What had come of it goes at once: others wait for the room.
+            session.reader = RequestReader::new(0);
+            session.body = self.server.bodies.hold();
             self.client_flush(client, now);
         }
     }
@@ -422,12 +460,12 @@ impl Net {
 
     fn await_next_request(&mut self, client: Token, now: Mono) {
         let Some(session) = self.server.clients.get_mut(client) else { return };
-        self.server.bodies_bytes -= std::mem::take(&mut session.body_bytes);
+        session.body = self.server.bodies.hold();
         // Most connections rest most of the time: one that does holds no memory but its own.
         if session.unread.is_empty() {
             session.unread = Vec::new();
             session.out = OutBuffer::default();
-            session.correlation = String::new();
+            (session.correlation, session.request_id) = (String::new(), String::new());
         }
         let mid_request = session.reader.mid_request(session.unread.len());
         if !session.unread.is_empty() || session.stream.latch().readable {
@@ -491,7 +529,6 @@ impl Net {
             session.stream.reset_on_close();
         }
         session.stream.deregister(&self.registry);
-        self.server.bodies_bytes -= session.body_bytes;
         match session.next {
             ClientNext::Relay(exchange) => {
                 // Clients leave as soon as they read that a stream is done.
@@ -509,8 +546,34 @@ impl Net {
     }
 }
 
-fn correlation_of(fields: &crate::http::head::Fields) -> String {
-    fields.get("x-correlation-id").and_then(acceptable_id).unwrap_or_else(new_correlation)
+/// The answer to a request that is not read to its end, in OpenAI's dialect or in our own.
+fn refusal(error: BadMessage, openai: bool) -> Response {
+    let retriable = error.status == 503;
+    let code = match error.status {
+        413 => "TOO_LARGE",
+        503 => "OVERLOADED",
+        _ => "INVALID_PARAMS",
+    };
+    let mut response = if openai {
+        let kind = if retriable { "server_error" } else { "invalid_request_error" };
+        let body = serde_json::json!({"error": {
+            "message": error.reason, "type": kind, "param": null, "code": code.to_ascii_lowercase(),
+        }});
+        Response::json(error.status, &body).with("x-should-retry", retriable.to_string())
+    } else {
+        let mut body = serde_json::json!({
+            "code": code, "message": error.reason, "error": error.reason, "retriable": retriable,
+        });
+        if retriable {
+            body["retry_after_ms"] = RETRY_MS.into();
+        }
+        Response::json(error.status, &body)
+    };
+    if retriable {
+        let seconds = RETRY_MS.div_ceil(1_000).to_string();
+        response = response.with("Retry-After", seconds).with("X-Backoff-Ms", RETRY_MS.to_string());
+    }
+    response
 }
 
 fn acceptable_id(id: &str) -> Option<String> {
@@ -519,7 +582,7 @@ fn acceptable_id(id: &str) -> Option<String> {
 }
 
 /// A random (version 4) UUID. It names a request in logs and is no secret.
-fn new_correlation() -> String {
+fn new_id() -> String {
     let bits = fastrand::u128(..) & !(0xf << 76) & !(0x3 << 62) | 0x4 << 76 | 0x2 << 62;
     format!(
         "{:08x}-{:04x}-{:04x}-{:04x}-{:012x}",

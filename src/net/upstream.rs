@@ -87,6 +87,16 @@ pub(super) struct Upstreams {
     idle: BTreeMap<SocketAddr, Vec<Token>>,
 }
 
+impl Exchange {
+    /// The answer has begun: what was sent is not needed again. A large body would else stay in memory as
+    /// long as its answer streams.
+    fn forget_request(&mut self) {
+        if self.sent == self.head.len() + self.body.len() {
+            (self.head, self.body, self.sent) = (Vec::new(), Arc::default(), 0);
+        }
+    }
+}
+
 impl Upstreams {
     pub(super) fn new() -> Upstreams {
         Upstreams {
@@ -128,7 +138,7 @@ impl Upstreams {
             },
             patience: outbound.patience,
             keep_ms: outbound.keep_ms,
-            timing: Timing { started: now, first_byte: None, ended: now },
+            timing: Timing { started: now, connected: None, first_byte: None, ended: now },
             connection: None,
             received: false,
             last_byte: None,
@@ -153,6 +163,12 @@ impl Upstreams {
     /// The answer's status, if it is a stream that said that it is done.
     pub(super) fn said_done(&self, exchange: Token) -> Option<u16> {
         self.exchanges.get(exchange).filter(|exchange| exchange.relay.said_done())?.relay.status()
+    }
+
+    fn connected(&mut self, exchange: Token, now: Mono) {
+        if let Some(session) = self.exchanges.get_mut(exchange) {
+            session.timing.connected.get_or_insert(now);
+        }
     }
 
     pub(super) fn connection_of(&self, exchange: Token) -> Option<Token> {
@@ -294,6 +310,9 @@ impl Net {
             line.exchange = Some(exchange);
             line.deadline.disarm();
             session.connection = Some(connection);
+            if line.connected {
+                session.timing.connected.get_or_insert(now);
+            }
             self.upstream_ready(connection, now);
         }
     }
@@ -312,7 +331,10 @@ impl Net {
         };
         if !line.connected {
             match line.stream.connect_result() {
-                Ok(true) => line.connected = true,
+                Ok(true) => {
+                    line.connected = true;
+                    self.upstreams.connected(exchange, now);
+                }
                 Ok(false) => return,
                 Err(error) => {
                     let reason = error.to_string();
@@ -438,6 +460,7 @@ impl Net {
         };
         if let Some(status) = session.relay.status() {
             session.timing.first_byte.get_or_insert(now);
+            session.forget_request();
             if !std::mem::replace(&mut session.head_announced, true) {
                 self.events.push_back(NetEvent::Head { exchange, status });
             }
@@ -586,7 +609,8 @@ impl Net {
             }
             SinkState::Collect { .. } | SinkState::Owner { .. } => session.relay.status().is_some(),
         };
-        let fault = Fault { kind, reason: reason.to_string(), answered, sent: session.sent > 0 };
+        let sent = session.sent > 0 || session.received;
+        let fault = Fault { kind, reason: reason.to_string(), answered, sent };
         let client = self.upstreams.client_of(exchange);
         self.finish_exchange(exchange, Outcome::Failed(fault), now);
         if answered && let Some(client) = client {

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::http::server::{Request, Response};
 use crate::metrics::{self, Scrape};
@@ -15,12 +15,15 @@ use crate::wire::id::{NodeId, PoolId};
 use crate::wire::json_place;
 use crate::wire::node::{Heartbeat, RegisterRequest};
 
-use super::core::{Asked, Core};
+use super::aliases::Aliases;
+use super::core::Core;
+use super::explain::{self, Explain, Survey};
 use super::messages::PoolReady;
-use super::openai;
+use super::openai::{self, Forwarding};
+use super::pages::{self, Page, limit_of};
 use super::poller::{POLL_OUTCOMES, POLL_STATES};
 use super::refusal::Refusal;
-use super::service_registry::{Confirmation, Fenced, Node, NodeStatus, Replica, ServiceRegistry};
+use super::service_registry::{Fenced, NodeStatus, Replica};
 use super::tasks::{self, NewTask};
 
 /// Largest body of a node's message, in bytes: a heartbeat of the largest node is below it.
@@ -45,7 +48,7 @@ pub enum Action {
     /// Hand a notice about a pool to the core.
     PoolReady(PoolReady),
     /// Place the request and relay it to an engine.
-    Engine(Box<Asked>),
+    Engine(Box<Forwarding>),
     /// Admit a task.
     CreateTask(Box<NewTask>),
     /// Stream a task's events; `true` with all that happens to it.
@@ -61,6 +64,10 @@ pub enum Action {
 /// What the daemon knows beside the core.
 #[derive(Debug)]
 pub struct Facts<'a> {
+    /// Other names of models.
+    pub aliases: &'a Aliases,
+    /// What is remembered of requests.
+    pub explain: &'a Explain,
     /// Accepted tokens.
     pub tokens: &'a Tokens,
     /// Whether nodes may register.
@@ -79,6 +86,8 @@ pub struct Facts<'a> {
     pub tasks: usize,
     /// Sessions that are remembered.
     pub sessions: usize,
+    /// Bytes of request bodies in memory, and requests refused for want of room.
+    pub bodies: (usize, u64),
     /// How far the loop lags behind.
     pub lag: &'a LoopLag,
 }
@@ -102,14 +111,16 @@ pub fn route(request: &Request, core: &Core, facts: &Facts<'_>, now: Now) -> Act
             if !post {
                 return refuse(Refusal::Method("POST"));
             }
-            match openai::asked(&request.body, Arc::from(facts.peer)) {
-                Ok(asked) => Action::Engine(Box::new(asked)),
+            match openai::forwarding(path, &request.body, Arc::from(facts.peer), facts.aliases) {
+                Ok(forwarding) => Action::Engine(Box::new(forwarding)),
                 Err(refusal) => refuse(refusal),
             }
         }
-        ["v1", "models"] if get => Action::Respond(openai::models(core.registry(), facts.started)),
+        ["v1", "models"] if get => {
+            Action::Respond(openai::models(core.registry(), facts.aliases, facts.started))
+        }
         ["v1", "models", name @ ..] if get => {
-            match openai::model(core.registry(), &name.join("/"), facts.started) {
+            match openai::model(core.registry(), facts.aliases, &name.join("/"), facts.started) {
                 Ok(response) => Action::Respond(response),
                 Err(refusal) => refuse(refusal),
             }
@@ -140,7 +151,11 @@ pub fn route(request: &Request, core: &Core, facts: &Facts<'_>, now: Now) -> Act
             refuse(Refusal::CloudDisabled)
         }
         ["v2", "nodes", rest @ ..] => nodes(rest, request, core, now),
-        ["v2", "pools"] if get => respond(200, &pools(core.registry())),
+        ["v2", "pools"] if get => match Page::of(head) {
+            Ok(page) => Action::Respond(pages::pools(core.registry(), page)),
+            Err(refusal) => refuse(refusal),
+        },
+        ["v2", "explain", id @ ..] if get => explained(id, request, core, facts, now),
         ["v2", "pools", pool, "health"] | ["control", "pools", pool, "health"] if get => {
             pool_health(core, pool)
         }
@@ -156,9 +171,9 @@ pub fn route(request: &Request, core: &Core, facts: &Facts<'_>, now: Now) -> Act
         ["v2", "sessions", name] if get => Action::ShowSession((*name).to_string()),
         ["v2", "sessions", name] if head.method() == "DELETE" => Action::EndSession((*name).to_string()),
         ["v2", "sessions", _] => refuse(Refusal::Method("GET, DELETE")),
-        ["health" | "ready" | "metrics"] | ["v2", "events" | "handoffs" | "pools"] => {
-            refuse(Refusal::Method("GET"))
-        }
+        ["health" | "ready" | "metrics"]
+        | ["v2", "events" | "handoffs" | "pools"]
+        | ["v2", "explain", ..] => refuse(Refusal::Method("GET")),
         ["v2" | "control", "pools", _, "health"] | ["v2", "tasks", _, "events"] => {
             refuse(Refusal::Method("GET"))
         }
@@ -179,17 +194,13 @@ fn nodes(rest: &[&str], request: &Request, core: &Core, now: Now) -> Action {
         NodeId::new(text).map_err(|why| Action::Refuse(Refusal::Invalid(why.to_string()), false))
     };
     match rest {
-        [] if get => {
-            let wanted = request.head.query("status");
-            let listed: Vec<Value> = core
-                .registry()
-                .nodes()
-                .filter(|node| wanted.is_none_or(|status| node.status.as_str().eq_ignore_ascii_case(status)))
-                .map(|node| node_view(core.registry(), node, now))
-                .collect();
-            let polled = core.poller().to_json();
-            respond(200, &json!({"count": listed.len(), "nodes": listed, "polled": polled}))
-        }
+        [] if get => match Page::of(&request.head) {
+            Ok(page) => {
+                let status = request.head.query("status");
+                Action::Respond(pages::nodes(core.registry(), core.poller(), status, page, now))
+            }
+            Err(refusal) => refuse(refusal),
+        },
         ["register"] if method == "POST" => match read_body(&request.body) {
             Ok(body) => Action::Register(body),
             Err(refusal) => refuse(refusal),
@@ -209,7 +220,7 @@ fn nodes(rest: &[&str], request: &Request, core: &Core, now: Now) -> Action {
         }
         [node] if get => match id(node) {
             Ok(node) => match core.registry().node(&node) {
-                Some(node) => respond(200, &node_view(core.registry(), node, now)),
+                Some(node) => Action::Respond(pages::node(core.registry(), node, now)),
                 None => refuse(Refusal::NotFound(format!("node {node} is not registered"))),
             },
             Err(action) => action,
@@ -236,88 +247,28 @@ fn read_body<T: DeserializeOwned>(body: &[u8]) -> Result<Box<T>, Refusal> {
     json_place::read(body).map(Box::new).map_err(|error| Refusal::Invalid(format!("the body: {error}")))
 }
 
-fn node_view(registry: &ServiceRegistry, node: &Node, now: Now) -> Value {
-    let replicas: Vec<Value> = registry
-        .replicas_of(node)
-        .filter_map(|replica| registry.replica(replica))
-        .map(replica_view)
-        .collect();
-    let pools: Vec<&PoolId> = node.pools.iter().map(|pool| &pool.pool_id).collect();
-    json!({
-        "node_id": node.id,
-        "machine_id": node.machine_id,
-        "address": node.address,
-        "pools": pools,
-        "capabilities": node.capabilities,
-        "version": node.version,
-        "status": node.status.as_str(),
-        "via": node.via().as_str(),
-        "reason": node.reason,
-        "since_ms": node.since.unix_ms(),
-        "registered_at_ms": node.registered_at.unix_ms(),
-        "last_heartbeat_ms": node.last_heartbeat_at.map_or(0, |at| at.unix_ms()),
-        "lease_left_ms": node.lease_left_ms(now),
-        "last_address": node.peer,
-        "incarnation": node.incarnation,
-        "unconfirmed": node.restored,
-        "replicas": replicas,
-    })
-}
-
-fn replica_view(replica: &Replica) -> Value {
-    let obstacle = replica.obstacle();
-    json!({
-        "node_id": replica.node,
-        "pool_id": replica.key.pool,
-        "replica_id": replica.key.replica,
-        "url": replica.target.engine(),
-        "routable": obstacle.is_none(),
-        "reason": obstacle.map(|why| why.to_string()),
-        "since_ms": replica.since.unix_ms(),
-        "ready": replica.ready,
-        "draining": replica.draining,
-        "generation": replica.generation,
-        "unconfirmed": replica.confirmation != Confirmation::Beaten,
-        "slots_total": replica.slots_total,
-        "slots_free": replica.slots_free(),
-        "in_flight": replica.in_flight,
-        "models": replica.models.as_ref(),
-        "engine": replica.engine,
-        "engine_version": replica.engine_version,
-        "device_mask": replica.device_mask,
-        "vram_free_bytes": replica.vram_free_bytes,
-    })
-}
-
-/// Every pool over all nodes, by name.
-fn pools(registry: &ServiceRegistry) -> Value {
-    let mut names: Vec<&PoolId> =
-        registry.nodes().flat_map(|node| node.pools.iter().map(|pool| &pool.pool_id)).collect();
-    names.sort_unstable();
-    names.dedup();
-    let pools: Vec<Value> = names
-        .into_iter()
-        .map(|name| {
-            let members: Vec<&Replica> =
-                registry.replicas().map(|(_, replica)| replica).filter(|r| r.key.pool == *name).collect();
-            let nodes: Vec<&NodeId> = registry
-                .nodes()
-                .filter(|node| node.pools.iter().any(|pool| pool.pool_id == *name))
-                .map(|node| &node.id)
-                .collect();
-            let routable = || members.iter().filter(|replica| replica.obstacle().is_none());
-            json!({
-                "pool_id": name,
-                "nodes": nodes,
-                "live": members.iter().any(|replica| replica.ready),
-                "ready": routable().next().is_some(),
-                "slots_total": routable().map(|replica| replica.slots_total).sum::<u32>(),
-                "slots_free": routable().map(|replica| replica.slots_free()).sum::<u32>(),
-                "replicas": members.iter().map(|replica| replica_view(replica)).collect::<Vec<_>>(),
-            })
-        })
-        .collect();
-    json!({"count": pools.len(), "pools": pools})
+/// `GET /v2/explain`, and below it one request; its id may have slashes.
+fn explained(id: &[&str], request: &Request, core: &Core, facts: &Facts<'_>, now: Now) -> Action {
+    let body = match id {
+        [] => match limit_of(&request.head, explain::LISTED_DEFAULT, explain::LISTED_MAX) {
+            Ok(limit) => facts.explain.newest(limit, now.mono),
+            Err(refusal) => return Action::Refuse(refusal, false),
+        },
+        id => {
+            let id = id.join("/");
+            let found = facts.explain.find(&id).and_then(|(number, waits)| {
+                let ask = core.awaited(number).filter(|_| waits);
+                let survey = ask.map(|ask| Survey::new(core.registry(), ask));
+                facts.explain.one(number, survey.as_ref(), now.mono)
+            });
+            let unknown = || Refusal::NotFound(format!("no request {id:?} is remembered"));
+            match found.ok_or_else(unknown) {
+                Ok(body) => body,
+                Err(refusal) => return Action::Refuse(refusal, false),
+            }
+        }
+    };
+    Action::Respond(Response { status: 200, content_type: "application/json", fields: Vec::new(), body })
 }
 
 /// An unknown pool is not an error here: it is a pool that does not live.
@@ -397,6 +348,13 @@ fn scrape(core: &Core, facts: &Facts<'_>, now: Now) -> Response {
     scrape.gauge("orchestratord_client_connections", "Connected clients.", &[("", facts.clients as f64)]);
     scrape.gauge("orchestratord_tasks", "Tasks that are remembered.", &[("", facts.tasks as f64)]);
     scrape.gauge("orchestratord_sessions", "Sessions that are remembered.", &[("", facts.sessions as f64)]);
+    let (body_bytes, bodies_refused) = facts.bodies;
+    scrape.gauge("orchestratord_request_body_bytes", "Request bodies in memory.", &[("", body_bytes as f64)]);
+    scrape.counter(
+        "orchestratord_request_bodies_refused_total",
+        "Requests refused because their bodies found no room in memory.",
+        &[("", bodies_refused)],
+    );
     let outcomes =
         [("answered", counts.answered), ("withdrawn", counts.withdrawn), ("broken", counts.broken)];
     let mut labelled: Vec<(String, u64)> =

@@ -4,11 +4,13 @@ use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use crate::net::budget::large_share;
 use crate::replicas::AllowList;
 use crate::service::auth::{self, Tokens};
 use crate::settings::{Alias, Exit, Setting, Settings, boolean, listen_address, number, refuse_unsupported};
 use crate::wire::url::BaseUrl;
 
+use super::aliases::Aliases;
 use super::placement::Strategy;
 use super::poller::POLLED_MAX;
 use super::service_registry::{LEASE_POLLS, Limits};
@@ -90,6 +92,30 @@ pub static TABLE: &[Setting] = &[
         default: Some("60000"),
         value: "MS",
         help: "How long a request waits for a slot; 0 to 3600000",
+    },
+    Setting {
+        flag: "model-alias",
+        env: "ORCHESTRATORD_MODEL_ALIASES",
+        aliases: &[],
+        default: None,
+        value: "ALIAS=MODEL,...",
+        help: "Other names of models: requests for ALIAS go to engines that serve MODEL, and say so",
+    },
+    Setting {
+        flag: "max-body-mib",
+        env: "ORCHESTRATORD_MAX_BODY_MIB",
+        aliases: &[],
+        default: Some("64"),
+        value: "MIB",
+        help: "Largest request body; 1 to 1024",
+    },
+    Setting {
+        flag: "body-budget-mib",
+        env: "ORCHESTRATORD_BODY_BUDGET_MIB",
+        aliases: &[],
+        default: Some("256"),
+        value: "MIB",
+        help: "Memory for all request bodies together, those of waiting requests included; 2 to 65536",
     },
     Setting {
         flag: "runtime-dir",
@@ -200,6 +226,12 @@ pub struct Config {
     pub admission_capacity: usize,
     /// How long one waits.
     pub admission_timeout_ms: u64,
+    /// Other names of models.
+    pub aliases: Aliases,
+    /// Largest request body, in bytes.
+    pub body_bytes_max: usize,
+    /// All request bodies together, in bytes.
+    pub bodies_bytes_max: usize,
     /// Where handoffs appear in the HOME profile.
     pub runtime_dir: PathBuf,
     /// Listing interval without events.
@@ -264,6 +296,7 @@ impl Config {
         let pool_managers = settings.get("pool-managerd-url", agents)?.unwrap_or_default();
         note_polls(&pool_managers, cloud, &registry, &mut notes);
         let capacity = settings.need("admission-capacity", number(0, 100_000))?;
+        let (body_bytes_max, bodies_bytes_max) = body_limits(&settings)?;
         Ok(Config {
             addr,
             cloud,
@@ -272,6 +305,9 @@ impl Config {
             prefix_affinity: settings.need("prefix-affinity", boolean)?,
             admission_capacity: usize::try_from(capacity).unwrap_or(usize::MAX),
             admission_timeout_ms: settings.need("admission-timeout-ms", number(0, 3_600_000))?,
+            aliases: settings.get("model-alias", Aliases::parse)?.unwrap_or_default(),
+            body_bytes_max,
+            bodies_bytes_max,
             runtime_dir: settings.need("runtime-dir", |text| Ok(PathBuf::from(text)))?,
             watch_interval_ms: settings.need("watch-interval-ms", number(100, 10_000))?,
             pool_managers,
@@ -303,6 +339,26 @@ fn zero_or_number(least: u64, most: u64) -> impl Fn(&str) -> Result<u64, String>
         Ok(value) if value == 0 || value >= least => Ok(value),
         _ => Err(format!("allowed is 0 or a number from {least} to {most}")),
     }
+}
+
+/// The largest body and the room for all, in bytes. A body that could never find room would be told to
+/// come again for ever.
+fn body_limits(settings: &Settings) -> Result<(usize, usize), Exit> {
+    let bytes = |mib: u64| usize::try_from(mib << 20).unwrap_or(usize::MAX);
+    let largest = bytes(settings.need("max-body-mib", number(1, 1_024))?);
+    let all = settings.need("body-budget-mib", |text| {
+        let mib = number(2, 65_536)(text)?;
+        let least = largest.div_ceil(1 << 20) as u64 * 4;
+        match large_share(bytes(mib)) >= largest {
+            true => Ok(bytes(mib)),
+            false => Err(format!(
+                "three quarters of it are for large bodies, and one of ORCHESTRATORD_MAX_BODY_MIB={} must fit in; allowed is {} and more",
+                largest >> 20,
+                least.div_ceil(3)
+            )),
+        }
+    })?;
+    Ok((largest, all))
 }
 
 /// Each URL once.
@@ -383,6 +439,16 @@ mod tests {
     }
 
     #[test]
+    fn aliases_come_in_one_list_or_in_many_flags() {
+        let listed = read(&[("ORCHESTRATORD_MODEL_ALIASES", "a=m,b=a")]).expect("aliases").aliases;
+        let flags = ["--model-alias", "a=m", "--model-alias=b=a"].map(OsString::from);
+        let flagged = Config::read(flags, |_| None).expect("aliases").aliases;
+        assert_eq!((listed.resolve("b"), &listed), (Some("m"), &flagged));
+        let large = [("ORCHESTRATORD_BODY_BUDGET_MIB", "86")];
+        assert_eq!(read(&large).expect("it fits").bodies_bytes_max, 86 << 20);
+    }
+
+    #[test]
     fn bad_values_name_themselves() {
         for (name, value, part) in [
             ("ORCHESTRATORD_ADDR", "localhost", "allowed is an address"),
@@ -390,6 +456,9 @@ mod tests {
             ("ORCHESTRATORD_STREAM_KEEPALIVE_MS", "99", "0 or a number from 100 to 3600000"),
             ("ORCHESTRATORD_PLACEMENT_STRATEGY", "best", "least-loaded"),
             ("ORCHD_ADMISSION_CAPACITY", "-1", "from 0 to 100000"),
+            ("ORCHESTRATORD_MODEL_ALIASES", "a=b,b=a", "circle"),
+            ("ORCHESTRATORD_MAX_BODY_MIB", "0", "from 1 to 1024"),
+            ("ORCHESTRATORD_BODY_BUDGET_MIB", "85", "allowed is 86 and more"),
             ("POOL_MANAGERD_URL", "http://a:9200,https://b", "https is not supported"),
             ("ORCHD_POOL_MANAGERS", "http://a:9200,http://b:x", "its port is not a number"),
             ("ORCHD_POOL_POLL_INTERVAL_MS", "99", "from 100 to 300000"),

@@ -25,6 +25,7 @@ use self::keeping::Keeper;
 pub use self::predicting::QueuePlace;
 use super::admission::{Admission, Waiter};
 use super::affinity::{self, Affinity};
+use super::explain::Considered;
 use super::forecast::Speeds;
 pub use super::messages::{Asked, Counts, Dispatch, Effect, Ending, Input, Options, RequestId};
 use super::placement::{Ask, Choice, Strategy, StrategyState, choose, fits};
@@ -59,6 +60,8 @@ struct Request {
     untried: u32,
     tried: Vec<ReplicaRef>,
     running: Option<Run>,
+    /// What the last placement saw, until it is told.
+    considered: Option<Considered>,
 }
 
 #[derive(Debug)]
@@ -256,6 +259,12 @@ impl Core {
         &self.counts
     }
 
+    /// What a request asks for, if it waits for a slot.
+    #[must_use]
+    pub fn awaited(&self, request: RequestId) -> Option<&Ask> {
+        self.requests.get(&request).filter(|known| known.running.is_none()).map(|known| &known.asked.ask)
+    }
+
     /// Requests that wait for a slot.
     #[must_use]
     pub fn waiting(&self) -> usize {
@@ -384,20 +393,28 @@ impl Core {
         if self.ends_at.is_some() {
             return self.refuse(id, Refusal::ShuttingDown, effects);
         }
-        let request =
-            Request { asked, since: now.mono, attempts: 0, untried: 0, tried: Vec::new(), running: None };
+        let request = Request {
+            asked,
+            since: now.mono,
+            attempts: 0,
+            untried: 0,
+            tried: Vec::new(),
+            running: None,
+            considered: None,
+        };
         self.requests.insert(id, request);
         self.place(id, now, effects);
     }
 
     /// Gives a request a slot, or a place in the queue, or a refusal.
     fn place(&mut self, id: RequestId, now: Now, effects: &mut Vec<Effect>) {
-        let Some(request) = self.requests.get(&id) else { return };
+        let Some(request) = self.requests.get_mut(&id) else { return };
         let (strategy, state) = (self.strategy, &mut self.strategy_state);
         let (ask, sessions) = (&request.asked.ask, &self.sessions);
         let placement =
             affinity::choose(&self.registry, ask, &request.tried, strategy, state, sessions, now.mono);
         let (first, tried) = (request.attempts == 0, !request.tried.is_empty());
+        request.considered = Some(Considered::from(&placement));
         match placement.choice {
             Choice::Replica { replica, slots } => self.dispatch(id, replica, slots, now, effects),
             Choice::UnknownModel if first => {
@@ -451,6 +468,7 @@ impl Core {
         match self.admission.push(waiter) {
             Ok(position) => {
                 let left_ms = request.since.plus_ms(request.asked.wait_ms_max).ms_since(now.mono);
+                let considered = self.requests.get_mut(&id).and_then(|request| request.considered.take());
                 let predicted_ms = self.predicted_ms(id, now);
                 match predicted_ms.filter(|ms| *ms > left_ms) {
                     Some(ms) => {
@@ -458,7 +476,11 @@ impl Core {
                         let reason = format!("deadline_ms cannot be met: the start is expected in {ms} ms");
                         self.refuse(id, Refusal::Deadline(reason), effects);
                     }
-                    None => effects.push(Effect::Waiting { request: id, position, predicted_ms, not_ready }),
+                    None => {
+                        let waiting =
+                            Effect::Waiting { request: id, position, predicted_ms, not_ready, considered };
+                        effects.push(waiting);
+                    }
                 }
             }
             Err(_) => {
@@ -491,6 +513,7 @@ impl Core {
             target: known.target.clone(),
             slots: grant.slots(),
             auth_file,
+            considered: request.considered.take(),
         };
         if let Some(Affinity::Session(key)) = &request.asked.ask.affinity {
             self.sessions.used(key, replica, now.mono);

@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use crate::http::head::RequestHead;
 use crate::http::server::{Request, Response};
-use crate::net::{DialRule, FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Sink, forwardable};
+use crate::net::budget::BodyHold;
+use crate::net::{DialRule, FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Sink};
 use crate::reactor::signal::Signals;
 use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Reactor, Registry, Waker, now};
@@ -17,20 +18,23 @@ use crate::service::lag::LoopLag;
 use crate::service::shell::Shell;
 use crate::service::{logging, machine};
 use crate::settings::Exit;
-use crate::time::{Now, earliest};
+use crate::time::{Mono, Now, earliest};
 use crate::wire::id::{NodeId, PoolId, ReplicaKey};
 
 use self::state::Saver;
 use super::api::{self, Action};
 use super::config::Config;
 use super::core::{Core, Dispatch, Effect, Ending, Input, Options, RequestId};
+use super::envelope::{to_client, to_engine};
+use super::explain::{self, Explain};
 use super::poller::PollId;
 use super::refusal::Refusal;
 use super::service_registry::Target;
-use super::sessions::{self, Sessions, Turn};
+use super::sessions::{Sessions, Turn};
 use super::tasks::Tasks;
 
 mod agents;
+mod front_door;
 mod state;
 mod tasks;
 
@@ -65,6 +69,7 @@ pub struct Daemon {
     jobs: BTreeMap<RequestId, Job>,
     by_client: BTreeMap<Token, RequestId>,
     exchanges: BTreeMap<Token, Running>,
+    explain: Explain,
     lag: LoopLag,
     next_request: RequestId,
     tokens: Tokens,
@@ -78,6 +83,10 @@ pub struct Daemon {
 struct Job {
     front: Front,
     body: Arc<Vec<u8>>,
+    /// Room for the body, as long as it may have to be sent once more.
+    room: Option<BodyHold>,
+    since: Mono,
+    attempts: u32,
     exchange: Option<Token>,
     /// The replica and its generation that serve it.
     on: Option<(ReplicaKey, u64)>,
@@ -87,12 +96,6 @@ struct Job {
     hold_back: &'static [u16],
     /// It did.
     held_back: bool,
-}
-
-impl Job {
-    fn new(front: Front, body: Arc<Vec<u8>>) -> Job {
-        Job { front, body, exchange: None, on: None, session: None, hold_back: &[], held_back: false }
-    }
 }
 
 enum Front {
@@ -123,7 +126,10 @@ impl Daemon {
             log::warn!("{note}");
         }
         let Shell { reactor, registry, waker, signals, mut net, bound } =
-            Shell::start(config.addr, "ORCHESTRATORD_ADDR")?;
+            Shell::start_with(config.addr, "ORCHESTRATORD_ADDR", |limits| {
+                limits.body_bytes_max = config.body_bytes_max;
+                limits.bodies_bytes_max = config.bodies_bytes_max;
+            })?;
         let rules = address_rules(bound);
         net.set_dial_rule(DialRule::new(move |url, ip| rules.check_address(url, ip)));
         net.keep_streams_alive(config.stream_keepalive_ms);
@@ -155,6 +161,7 @@ impl Daemon {
             jobs: BTreeMap::new(),
             by_client: BTreeMap::new(),
             exchanges: BTreeMap::new(),
+            explain: Explain::default(),
             lag: LoopLag::default(),
             next_request: 1,
             tokens: config.tokens.clone(),
@@ -253,7 +260,10 @@ impl Daemon {
                 NetEvent::Drained { client } => self.resume_task(client),
                 NetEvent::Head { exchange, status } => self.head(exchange, status, now),
                 NetEvent::Data { exchange, bytes } => self.data(exchange, &bytes, now),
-                NetEvent::Finished { exchange, outcome, .. } => self.finished(exchange, outcome, now),
+                NetEvent::Finished { exchange, outcome, timing } => {
+                    self.explain_attempt(exchange, &outcome, timing);
+                    self.finished(exchange, outcome, now);
+                }
             }
             self.perform(now);
         }
@@ -270,7 +280,9 @@ impl Daemon {
                     Effect::Poll(order) => self.poll_agent(order, now),
                     Effect::Refuse(request, refusal) => self.refuse(request, &refusal, now),
                     // Tasks were told when they were created; other clients just wait.
-                    Effect::Waiting { .. } => {}
+                    Effect::Waiting { request, position, considered, .. } => {
+                        self.explain.waits(request, position, considered);
+                    }
                     Effect::Dispatch(request, dispatch) => self.dispatch(request, &dispatch, now),
                     Effect::Process(order) => {
                         if let Some((key, generation, seen)) = self.processes.carry_out(order, &self.registry)
@@ -295,6 +307,8 @@ impl Daemon {
     fn serve(&mut self, client: Token, request: Request, peer: SocketAddr, now: Now) {
         let peer = peer.ip().to_string();
         let facts = api::Facts {
+            aliases: &self.config.aliases,
+            explain: &self.explain,
             tokens: &self.tokens,
             cloud: self.config.cloud,
             watch_mode: self.watch.as_ref().map(Watch::mode),
@@ -304,41 +318,32 @@ impl Daemon {
             clients: self.net.clients(),
             tasks: self.tasks.len(),
             sessions: self.sessions.len(),
+            bodies: (self.net.bodies_bytes(), self.net.bodies_refused()),
             lag: &self.lag,
         };
         match api::route(&request, &self.core, &facts, now) {
             Action::Respond(response) => self.net.respond(client, &response, now.mono),
             Action::Refuse(refusal, openai) => self.net.respond(client, &refusal.response(openai), now.mono),
             Action::Register(body) => {
-                let reply = self.open_job(Front::Call(client), Vec::new());
+                let reply = self.open_job(Front::Call(client), Vec::new(), now);
                 self.core.handle(Input::Register { reply, peer, body }, now, &mut self.effects);
             }
             Action::Heartbeat(node, body) => {
-                let reply = self.open_job(Front::Call(client), Vec::new());
+                let reply = self.open_job(Front::Call(client), Vec::new(), now);
                 self.core.handle(Input::Heartbeat { reply, peer, node, body }, now, &mut self.effects);
             }
             Action::Deregister(node, incarnation) => {
-                let reply = self.open_job(Front::Call(client), Vec::new());
+                let reply = self.open_job(Front::Call(client), Vec::new(), now);
                 self.core.handle(Input::Deregister { reply, node, incarnation }, now, &mut self.effects);
             }
             Action::PoolReady(notice) => {
                 if let Some(watch) = &mut self.watch {
                     watch.look_by(now.mono.plus_ms(RESCAN_MS));
                 }
-                let reply = self.open_job(Front::Call(client), Vec::new());
+                let reply = self.open_job(Front::Call(client), Vec::new(), now);
                 self.core.handle(Input::PoolReady { reply, notice }, now, &mut self.effects);
             }
-            Action::Engine(asked) => {
-                let session = request.head.fields.get(SESSION_FIELD).filter(|name| sessions::is_name(name));
-                let session = session.map(Arc::<str>::from);
-                let front = Front::Engine { client, head: Box::new(request.head) };
-                let job = self.open_job(front, request.body);
-                if let Some(name) = session {
-                    self.join_session(job, name, now);
-                }
-                self.by_client.insert(client, job);
-                self.core.handle(Input::Ask { request: job, asked }, now, &mut self.effects);
-            }
+            Action::Engine(forwarding) => self.forward(client, request, *forwarding, now),
             Action::CreateTask(task) => self.create_task(client, *task, now),
             Action::TaskEvents(id, verbose) => self.open_task(client, &id, verbose, now),
             Action::CancelTask(id) => self.cancel_task(client, &id, now),
@@ -347,10 +352,10 @@ impl Daemon {
         }
     }
 
-    fn open_job(&mut self, front: Front, body: Vec<u8>) -> RequestId {
+    fn open_job(&mut self, front: Front, body: Vec<u8>, now: Now) -> RequestId {
         let request = self.next_request;
         self.next_request += 1;
-        self.jobs.insert(request, Job::new(front, Arc::new(body)));
+        self.jobs.insert(request, Job::new(front, body, now));
         request
     }
 
@@ -375,6 +380,8 @@ impl Daemon {
     }
 
     fn refuse(&mut self, request: RequestId, refusal: &Refusal, now: Now) {
+        let (code, told) = (refusal.code(), refusal.message());
+        self.explain.ended(request, explain::Outcome::Refused, code, &told, now.mono);
         match self.jobs.get(&request).map(|job| &job.front) {
             Some(Front::Call(client)) => {
                 let client = *client;
@@ -402,12 +409,18 @@ impl Daemon {
     }
 
     fn dispatch(&mut self, request: RequestId, dispatch: &Dispatch, now: Now) {
+        let (node, key) = (&dispatch.node, &dispatch.key);
+        self.explain.dispatched(request, node, key, dispatch.considered, now.mono);
         let Some(job) = self.jobs.get(&request) else {
             // Its client left in the same turn.
             return self.core.handle(Input::Ended(request, Ending::Withdrawn), now, &mut self.effects);
         };
         let (mut fields, method, path) = match &job.front {
-            Front::Engine { head, .. } => (forwardable(head), head.method(), head.target()),
+            Front::Engine { client, head } => {
+                let (id, correlation) = (self.net.request_id(*client), self.net.correlation(*client));
+                let fields = to_engine(head, id.unwrap_or_default(), correlation.unwrap_or_default());
+                (fields, head.method(), head.target())
+            }
             Front::Task { path, .. } => {
                 (vec![("Content-Type".into(), b"application/json".to_vec())], "POST", *path)
             }
@@ -434,7 +447,11 @@ impl Daemon {
         };
         fields.extend(bearer.map(|bearer| ("Authorization".to_string(), bearer.into_bytes())));
         let sink = match &job.front {
-            Front::Engine { client, .. } => Sink::Client { client: *client, hold_back, fields: Vec::new() },
+            Front::Engine { client, .. } => {
+                let queue_ms = now.mono.ms_since(job.since);
+                let fields = to_client(dispatch, queue_ms, job.attempts + 1);
+                Sink::Client { client: *client, hold_back, fields }
+            }
             _ => Sink::Owner,
         };
         let method = method.to_string();
@@ -445,6 +462,7 @@ impl Daemon {
         let exchange = self.net.start(outbound, now.mono);
         self.exchanges.insert(exchange, Running::Request(request));
         if let Some(job) = self.jobs.get_mut(&request) {
+            job.attempts += 1;
             job.exchange = Some(exchange);
             job.on = Some((dispatch.key.clone(), dispatch.generation));
             job.hold_back = hold_back;
@@ -454,6 +472,7 @@ impl Daemon {
 
     fn undeliverable(&mut self, request: RequestId, now: Now) {
         let reason = "the engine's address is not known yet".to_string();
+        self.explain.attempt_ended(request, None, Some(&reason), now.mono);
         let ending = Ending::Failed { reason, connect: true, timeout: false, answered: false };
         self.core.handle(Input::Ended(request, ending), now, &mut self.effects);
     }
@@ -462,6 +481,11 @@ impl Daemon {
         if let Some(Running::Request(request)) = self.exchanges.get(&exchange) {
             let request = *request;
             if self.task_head(request, exchange, status, now) {
+                self.explain.answering(request, status, now.mono);
+                if let Some(job) = self.jobs.get_mut(&request) {
+                    // Nothing else will be tried any more.
+                    (job.body, job.room) = (Arc::default(), None);
+                }
                 self.core.handle(Input::Answering(request), now, &mut self.effects);
             }
         }
@@ -548,6 +572,7 @@ impl Daemon {
     /// A request is not wanted any more, wherever it is.
     fn withdraw(&mut self, request: RequestId, now: Now) {
         let exchange = self.jobs.get(&request).and_then(|job| job.exchange);
+        self.explain.ended(request, explain::Outcome::Withdrawn, "", "", now.mono);
         match exchange {
             Some(exchange) => self.net.cancel(exchange, now.mono),
             None => self.core.handle(Input::Withdraw(request), now, &mut self.effects),

@@ -16,6 +16,7 @@ use crate::wire::pool::{AgentReport, ReplicaStatus};
 use crate::wire::url::BaseUrl;
 
 use super::admission::Priority;
+use super::explain::Considered;
 use super::placement::{Ask, Strategy};
 use super::poller::{PollId, PollOrder};
 use super::refusal::Refusal;
@@ -211,6 +212,8 @@ pub enum Effect {
         predicted_ms: Option<u64>,
         /// Why no replica that could serve it takes work, if that is what it waits for.
         not_ready: Option<String>,
+        /// What placement saw, where this is news.
+        considered: Option<Considered>,
     },
     /// Send a request to an engine.
     Dispatch(RequestId, Dispatch),
@@ -251,6 +254,8 @@ pub struct Dispatch {
     pub slots: u32,
     /// File with the engine's own key, where this process can read it.
     pub auth_file: Option<String>,
+    /// What placement saw; `None` for a freed slot that was handed to the first in the queue.
+    pub considered: Option<Considered>,
 }
 
 /// What the core is told at start.

@@ -3,9 +3,10 @@
 //!
 //! [`core`] decides with the help of its pure neighbours: [`service_registry`] (nodes, leases, slots),
 //! [`placement`] and [`affinity`] (where), [`admission`] (who waits), [`refusal`] (how to say no). Two
-//! front doors turn HTTP into asks: [`openai`] and [`tasks`]. [`forecast`] says when a waiting request may
-//! start, [`sessions`] records which requests belong together, and [`served_sessions`] where the next of
-//! them should go. [`daemon`] does what was decided.
+//! front doors turn HTTP into asks: [`openai`], which reads bodies through [`peek`] and knows [`aliases`],
+//! and [`tasks`]. [`forecast`] says when a waiting request may start, [`sessions`] records which requests
+//! belong together, and [`served_sessions`] where the next of them should go. [`explain`] remembers why
+//! requests went where they went, [`pages`] shows nodes and pools. [`daemon`] does what was decided.
 
 use std::ffi::OsString;
 
@@ -13,14 +14,19 @@ use crate::settings::Exit;
 
 pub mod admission;
 pub mod affinity;
+pub mod aliases;
 pub mod api;
 pub mod config;
 pub mod core;
 pub mod daemon;
+pub mod envelope;
+pub mod explain;
 pub mod forecast;
 pub mod messages;
 pub mod model_sets;
 pub mod openai;
+pub mod pages;
+pub mod peek;
 pub mod placement;
 pub mod placement_index;
 pub mod poller;

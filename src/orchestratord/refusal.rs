@@ -15,6 +15,9 @@ pub const RETRY_MS_DEFAULT: u64 = 1_000;
 /// Longest `Retry-After`, in seconds: clients ignore much longer ones.
 const RETRY_AFTER_SECONDS_MAX: u64 = 60;
 
+/// Models that a refusal names: enough to see a typing error, few enough to read.
+const KNOWN_NAMED_MAX: usize = 20;
+
 /// Why a request is not served.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Refusal {
@@ -223,7 +226,12 @@ impl Refusal {
                 format!("no engine serves the model {model:?}, or any other at the moment")
             }
             Refusal::UnknownModel { model, known } => {
-                format!("no engine serves the model {model:?}; available: {}", known.join(", "))
+                let named = &known[..known.len().min(KNOWN_NAMED_MAX)];
+                let more = match known.len() - named.len() {
+                    0 => String::new(),
+                    more => format!(" and {more} more"),
+                };
+                format!("no engine serves the model {model:?}; available: {}{more}", named.join(", "))
             }
             Refusal::UnknownPin => "no replica matches the pool, node or device that the request asks for".into(),
             Refusal::ContextTooLong { wanted_tokens, longest_tokens } => format!(
@@ -313,5 +321,8 @@ mod tests {
         let body: serde_json::Value = serde_json::from_slice(&refusal.response(true).body).expect("JSON");
         assert_eq!(body["error"]["code"], "model_not_found");
         assert!(body["error"]["message"].as_str().is_some_and(|m| m.ends_with("available: a, b")));
+        let known = (0..25).map(|n| format!("m{n}")).collect();
+        let message = Refusal::UnknownModel { model: "x".into(), known }.message();
+        assert!(message.ends_with(", m19 and 5 more"), "{message}");
     }
 }

@@ -35,6 +35,18 @@ impl Shell {
     /// # Errors
     /// [`Exit`] that says what could not be had and what to do.
     pub fn start(addr: SocketAddr, variable: &str) -> Result<Shell, Exit> {
+        Shell::start_with(addr, variable, |_| ())
+    }
+
+    /// As [`Shell::start`], with `adjust` to change the limits of the sockets.
+    ///
+    /// # Errors
+    /// As [`Shell::start`].
+    pub fn start_with(
+        addr: SocketAddr,
+        variable: &str,
+        adjust: impl FnOnce(&mut Limits),
+    ) -> Result<Shell, Exit> {
         let kernel = |what: &'static str| {
             move |error: io::Error| Exit::runtime(format!("the kernel gives no {what}: {error}"))
         };
@@ -44,7 +56,9 @@ impl Shell {
         let waker = reactor.waker(Token::only(Kind::Waker)).map_err(kernel("eventfd"))?;
         let signals = Signals::install(&registry).map_err(kernel("socket pair"))?;
         let net_registry = reactor.registry().map_err(kernel("descriptor"))?;
-        let mut net = Net::new(net_registry, waker.clone(), Limits::within_descriptors(descriptors));
+        let mut limits = Limits::within_descriptors(descriptors);
+        adjust(&mut limits);
+        let mut net = Net::new(net_registry, waker.clone(), limits);
         let bound = net.listen(addr).map_err(|error| {
             Exit::runtime(format!(
                 "cannot listen on {addr}: {error}; stop what listens there or set {variable}"

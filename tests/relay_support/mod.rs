@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -530,4 +530,26 @@ pub fn field<'h>(head: &'h str, name: &str) -> Option<&'h str> {
 
 pub fn find(bytes: &[u8], what: &[u8]) -> Option<usize> {
     bytes.windows(what.len()).position(|window| window == what)
+}
+
+/// The byte at a place of a flood.
+pub fn tide(at: u64) -> u8 {
+    (at ^ at >> 8 ^ at >> 16) as u8
+}
+
+/// Writes chunks of 64 KiB of [`tide`] up to `total`, counting, until the peer closes.
+pub fn flood(line: &mut Line, written: &AtomicU64, total: u64) {
+    line.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n");
+    let mut at = 0;
+    while at < total {
+        let mut piece = b"10000\r\n".to_vec();
+        piece.extend((at..at + 0x10000).map(tide));
+        piece.extend_from_slice(b"\r\n");
+        if line.tcp.write_all(&piece).is_err() {
+            return;
+        }
+        at += 0x10000;
+        written.store(at, Ordering::SeqCst);
+    }
+    line.write(b"0\r\n\r\n");
 }

@@ -8,6 +8,7 @@ use crate::http::server::Response;
 use crate::net::buffer::HIGH_WATER_BYTES;
 use crate::net::{Fault, FaultKind, Outcome};
 use crate::orchestratord::core::{Dispatch, Effect, Ending, Input, RequestId};
+use crate::orchestratord::explain;
 use crate::orchestratord::refusal::Refusal;
 use crate::orchestratord::sessions::{self, Turn};
 use crate::orchestratord::tasks::{self, Budget, EVENTS_BYTES_MAX, Measured, NewTask, Progress, Standing};
@@ -46,7 +47,8 @@ impl Daemon {
             return self.net.respond(client, &refusal.response(false), now.mono);
         }
         let front = Front::Task { creator: Some(client), reader: None, path: task.path };
-        let request = self.open_job(front, task.body.clone());
+        let request = self.open_job(front, task.body.clone(), now);
+        self.note_task(request, &task.id, &task.asked, client, now);
         let asked = Box::new(task.asked.clone());
         self.core.handle(Input::Ask { request, asked }, now, &mut self.effects);
         // The core has decided in this call: placed, waiting or refused.
@@ -55,7 +57,7 @@ impl Daemon {
             match effect {
                 // Carrying it out tells the creator.
                 Effect::Refuse(id, _) if *id == request => return,
-                Effect::Waiting { request: id, position, predicted_ms, not_ready } if *id == request => {
+                Effect::Waiting { request: id, position, predicted_ms, not_ready, .. } if *id == request => {
                     standing = Standing {
                         position: Some(*position),
                         predicted_ms: *predicted_ms,
@@ -92,7 +94,7 @@ impl Daemon {
             _ => {
                 // It is over already; what is left are its events.
                 let front = Front::Task { creator: None, reader: Some(client), path: "" };
-                self.jobs.insert(request, Job::new(front, Arc::default()));
+                self.jobs.insert(request, Job::new(front, Vec::new(), now));
             }
         }
         let budget = self.tasks.budget(request, now).map(budget_fields).unwrap_or_default();
@@ -177,6 +179,8 @@ impl Daemon {
         }
         self.push_task_events(request, now);
         if progress == Progress::Unusable {
+            let why = "the engine's answer is of no use";
+            self.explain.ended(request, explain::Outcome::Broken, "", why, now.mono);
             self.net.cancel(exchange, now.mono);
         } else if !self.tasks.is_opened(request) && self.tasks.unread_bytes(request) > EVENTS_BYTES_MAX {
             self.net.pause(exchange, true);

@@ -1,0 +1,124 @@
+//! The shell's part in the front door: requests that go to engines as they came, and what is noted about
+//! them for those who ask why.
+
+use std::sync::Arc;
+
+use crate::http::server::Request;
+use crate::net::{Outcome, Timing};
+use crate::reactor::token::Token;
+use crate::time::Now;
+
+use super::super::affinity::Affinity;
+use super::super::core::{Asked, Input, RequestId};
+use super::super::explain::{self, Received};
+use super::super::openai::Forwarding;
+use super::super::sessions;
+use super::{Daemon, Front, Job, Running, SESSION_FIELD};
+
+impl Job {
+    pub(super) fn new(front: Front, body: Vec<u8>, now: Now) -> Job {
+        Job {
+            front,
+            body: Arc::new(body),
+            room: None,
+            since: now.mono,
+            attempts: 0,
+            exchange: None,
+            on: None,
+            session: None,
+            hold_back: &[],
+            held_back: false,
+        }
+    }
+}
+
+impl Daemon {
+    /// Asks for a place for a request. Its body keeps its room in the budget until an engine answers.
+    pub(super) fn forward(&mut self, client: Token, request: Request, mut forwarding: Forwarding, now: Now) {
+        let Request { head, mut body } = request;
+        if let Some(rewrite) = &forwarding.rewrite {
+            rewrite.apply(&mut body);
+        }
+        let affinity = &mut forwarding.asked.ask.affinity;
+        if let Some(name) = head.fields.get(SESSION_FIELD).filter(|name| sessions::is_name(name)) {
+            // Said to this control plane, it counts more than what the body says to the engine.
+            *affinity = Affinity::session(name);
+        }
+        let session = match affinity {
+            Some(Affinity::Session(name)) if sessions::is_name(name) => Some(name.clone()),
+            _ => None,
+        };
+        let room = self.net.take_body(client);
+        let path = head.path().to_string();
+        let number = self.open_job(Front::Engine { client, head: Box::new(head) }, body, now);
+        if let Some(job) = self.jobs.get_mut(&number) {
+            job.room = room;
+        }
+        self.by_client.insert(client, number);
+        if let Some(name) = session {
+            self.join_session(number, name, now);
+        }
+        let received = Received {
+            id: self.net.request_id(client).unwrap_or_default(),
+            path: &path,
+            model: forwarding.asked.ask.model.as_deref(),
+            alias: forwarding.alias.as_deref(),
+            stream: forwarding.stream,
+            slots: forwarding.asked.ask.slots,
+            began: self.net.began(client).unwrap_or(now.mono),
+        };
+        self.explain.begin(number, &received, now);
+        let asked = Box::new(forwarding.asked);
+        self.core.handle(Input::Ask { request: number, asked }, now, &mut self.effects);
+    }
+
+    /// A task is remembered by its own name, and has its room in the budget: it outlives the request that
+    /// created it.
+    pub(super) fn note_task(
+        &mut self,
+        request: RequestId,
+        id: &str,
+        asked: &Asked,
+        creator: Token,
+        now: Now,
+    ) {
+        let received = Received {
+            id,
+            path: "/v2/tasks",
+            model: asked.ask.model.as_deref(),
+            alias: None,
+            stream: true,
+            slots: asked.ask.slots,
+            began: self.net.began(creator).unwrap_or(now.mono),
+        };
+        self.explain.begin(request, &received, now);
+        let room = self.net.take_body(creator);
+        if let Some(job) = self.jobs.get_mut(&request) {
+            job.room = room;
+        }
+    }
+
+    /// Notes how an exchange ended, before the core decides what follows from it.
+    pub(super) fn explain_attempt(&mut self, exchange: Token, outcome: &Outcome, timing: Timing) {
+        let Some(Running::Request(request)) = self.exchanges.get(&exchange) else { return };
+        // With its status an engine said that it does not take the task: another one is tried.
+        let held_back = self.jobs.get(request).is_some_and(|job| job.held_back);
+        let failure = match outcome {
+            Outcome::Failed(fault) => Some(fault.reason.as_str()),
+            _ if held_back => Some("the engine did not take it"),
+            _ => None,
+        };
+        self.explain.attempt_ended(*request, timing.connected, failure, timing.ended);
+        let (outcome, reason) = match outcome {
+            Outcome::ClientGone | Outcome::Cancelled => (explain::Outcome::Withdrawn, ""),
+            _ if held_back => return,
+            Outcome::Complete { .. } => (explain::Outcome::Answered, ""),
+            // What breaks behind a complete answer breaks nothing.
+            Outcome::Failed(_) if self.tasks.is_answered(*request) => (explain::Outcome::Answered, ""),
+            Outcome::Failed(fault) if fault.answered => (explain::Outcome::Broken, fault.reason.as_str()),
+            // Another engine is tried, or the core refuses it.
+            Outcome::Failed(_) => return,
+        };
+        self.explain.ended(*request, outcome, "", reason, timing.ended);
+    }
+}

@@ -1,0 +1,110 @@
+//! What travels beside a body: the fields of a client's request that go to an engine, and those that an
+//! engine's answer gets on its way back. Pure.
+//!
+//! The engine is sent the client's fields without what concerns one connection, our credentials, and
+//! whatever only we may say; the names of the request, as the client will read them; and its trace, if
+//! that is well formed. The answer keeps every field of the engine, and says which replica gave it.
+
+use crate::http::head::{Fields, RequestHead};
+use crate::net::forwardable;
+
+use super::core::Dispatch;
+
+/// Fields for an engine. `request_id` and `correlation` are the names under which the request is known
+/// here, whether the client gave them or not.
+#[must_use]
+pub fn to_engine(head: &RequestHead, request_id: &str, correlation: &str) -> Vec<(String, Vec<u8>)> {
+    let mut fields = forwardable(head);
+    let trace = has_good_trace(&head.fields);
+    fields.retain(|(name, _)| {
+        let is = |other: &str| name.eq_ignore_ascii_case(other);
+        !(is("x-request-id") || is("x-correlation-id") || !trace && (is("traceparent") || is("tracestate")))
+    });
+    fields.push(("X-Request-Id".into(), request_id.as_bytes().to_vec()));
+    fields.push(("X-Correlation-Id".into(), correlation.as_bytes().to_vec()));
+    fields
+}
+
+/// Fields for the answer. `queue_ms`: from the request's arrival until it was sent to the engine that
+/// answers, vain attempts included.
+#[must_use]
+pub fn to_client(dispatch: &Dispatch, queue_ms: u64, attempts: u32) -> Vec<(&'static str, String)> {
+    vec![
+        ("x-llorch-node", dispatch.node.to_string()),
+        ("x-llorch-pool", dispatch.key.pool.to_string()),
+        ("x-llorch-replica", dispatch.key.replica.to_string()),
+        ("x-llorch-queue-ms", queue_ms.to_string()),
+        ("x-llorch-attempts", attempts.to_string()),
+    ]
+}
+
+/// Whether there is one `traceparent`, and it has the shape that W3C Trace Context gives it: a version, the
+/// ids of the trace and of the caller, and flags. Later versions may go on behind them.
+fn has_good_trace(fields: &Fields) -> bool {
+    let Some(value) = fields.get("traceparent").filter(|_| fields.count("traceparent") == 1) else {
+        return false;
+    };
+    let parts: Vec<&str> = value.splitn(5, '-').collect();
+    let hex = |part: &str, length: usize| {
+        part.len() == length && part.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+    };
+    let named = |part: &str, length: usize| hex(part, length) && part.bytes().any(|b| b != b'0');
+    match parts.as_slice() {
+        [version, trace, parent, flags, rest @ ..] => {
+            hex(version, 2)
+                && *version != "ff"
+                && named(trace, 32)
+                && named(parent, 16)
+                && hex(flags, 2)
+                && (rest.is_empty() || *version != "00")
+        }
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::http::head::parse_request;
+
+    const TRACE: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+
+    fn sent(fields: &str) -> String {
+        let head = format!("POST /v1/completions HTTP/1.1\r\nHost: a\r\n{fields}\r\n");
+        let head = parse_request(head.as_bytes()).expect("a head");
+        let fields = to_engine(&head, "id-1", "c-1");
+        let shown =
+            fields.iter().map(|(name, value)| format!("{name}: {}\n", String::from_utf8_lossy(value)));
+        shown.collect()
+    }
+
+    #[test]
+    fn the_request_is_named_once_and_only_we_speak_for_ourselves() {
+        let fields = sent(
+            "X-Request-ID: theirs\r\nx-correlation-id: theirs\r\nX-Llorch-Slots: 99\r\nx-llorch-node: n\r\nAuthorization: Bearer t\r\nX-Custom: kept\r\nUser-Agent: u\r\n",
+        );
+        assert_eq!(fields, "X-Custom: kept\nUser-Agent: u\nX-Request-Id: id-1\nX-Correlation-Id: c-1\n");
+    }
+
+    #[test]
+    fn good_traces_go_on_and_bad_ones_end_with_their_state() {
+        let good = [TRACE.to_string(), format!("cc-{}-and-more", &TRACE[3..])];
+        for good in good {
+            let fields = sent(&format!("traceparent: {good}\r\ntracestate: a=1\r\n"));
+            assert!(fields.contains(&good) && fields.contains("tracestate: a=1"), "{fields}");
+        }
+        let bad = [
+            "1".to_string(),
+            TRACE.to_uppercase(),
+            TRACE.replace("4bf92f3577b34da6a3ce929d0e0e4736", &"0".repeat(32)),
+            TRACE.replace("00f067aa0ba902b7", &"0".repeat(16)),
+            TRACE.replacen("00", "ff", 1),
+            format!("{TRACE}-more"),
+            format!("{TRACE}\r\ntraceparent: {TRACE}"),
+        ];
+        for bad in bad {
+            let fields = sent(&format!("traceparent: {bad}\r\ntracestate: a=1\r\n"));
+            assert!(!fields.contains("trace"), "{bad}: {fields}");
+        }
+    }
+}
