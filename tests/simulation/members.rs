@@ -400,7 +400,11 @@ impl Members {
     fn polled(&mut self, report: &AgentReport, url: &BaseUrl, now: Mono) {
         self.is_no_ghost(&report.node_id, report.incarnation, now);
         let known = self.nodes.remove(&report.node_id);
-        let is_same_start = known.as_ref().is_some_and(|known| known.incarnation == report.incarnation);
+        let is_same_boot =
+            |known: &Member| report.boot_id.as_ref().is_none_or(|boot_id| *boot_id == known.boot_id);
+        let is_same_start = known
+            .as_ref()
+            .is_some_and(|known| known.incarnation == report.incarnation && is_same_boot(known));
         let boot_id = report.boot_id.clone().or_else(|| known.as_ref().map(|known| known.boot_id.clone()));
         let member = Member {
             incarnation: report.incarnation,
@@ -445,8 +449,9 @@ impl Control {
     pub(crate) fn check_poll(&mut self, poll: PollEnd, now: Now) -> &'static str {
         let PollEnd { url, fate, report, mut counts, node: before } = poll;
         let after = self.view(report.as_deref(), now);
+        let told = report.as_ref().map(|report| (&report.node_id, report.incarnation, &report.boot_id));
         *counts.entry(fate.label()).or_default() += 1;
-        assert_eq!(self.core.counts().polls, counts, "{url}: {fate:?} was to come of its answer {report:?}");
+        assert_eq!(self.core.counts().polls, counts, "{url}: {fate:?} was to come of its answer {told:?}");
         match (fate, report) {
             (Fate::Taken, Some(report)) => {
                 self.members.polled(&report, &url, now.mono);

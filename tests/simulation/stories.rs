@@ -263,8 +263,11 @@ impl World {
         let before = transitions(self);
         self.run_until(until);
         // Whose registrations go on arriving loses its lease, and its place, once.
+        // Of the oldest agents a registration that repeats itself looks like that of a new start, and
+        // their pauses between two of them may be longer than a lease.
+        let is_told_apart = self.nodes[node].dialect != Dialect::Old;
         let steady = before.iter().zip(transitions(self)).all(|(before, after)| after - before <= 2);
-        assert!(steady, "{id} flaps while one direction is cut (up {up})");
+        assert!(steady || !is_told_apart, "{id} flaps while one direction is cut (up {up})");
     }
 
     /// Waits, and looks.
