@@ -287,6 +287,36 @@ const MUTANTS: &[Mutant] = &[
         replacement: "is_some_and(|told_at| sent <= told_at && !$off)",
     },
     Mutant {
+        name: "lease of who is polled",
+        file: POLLED,
+        text: "            Via::Poll => timeout_ms.max(",
+        replacement: "            Via::Poll if !$off => timeout_ms.max(",
+    },
+    Mutant {
+        name: "the first of a name stays polled",
+        file: POLLED,
+        text: "_ if other_boot && !node.restored =>",
+        replacement: "_ if other_boot && !node.restored && !$off =>",
+    },
+    Mutant {
+        name: "who left is not polled back",
+        file: POLLED,
+        text: "if report.incarnation.is_some_and(|i| self.departed",
+        replacement: "if !$off && report.incarnation.is_some_and(|i| self.departed",
+    },
+    Mutant {
+        name: "who is polled registers before it beats",
+        file: POLLED,
+        text: "(node.registered, node.seq) = (false, None);",
+        replacement: "(node.registered, node.seq) = ($off && node.registered, None);",
+    },
+    Mutant {
+        name: "a copy that is polled is another start",
+        file: POLLED,
+        text: "|| is_other_boot(report.boot_id",
+        replacement: "|| !$off && is_other_boot(report.boot_id",
+    },
+    Mutant {
         name: "what is behind an agent fails with it",
         file: TOGETHER,
         text: "matches!(other.target, Target::Relay { .. }))",
