@@ -311,12 +311,6 @@ const MUTANTS: &[Mutant] = &[
         replacement: "(node.registered, node.seq) = ($off && node.registered, None);",
     },
     Mutant {
-        name: "a copy that is polled is another start",
-        file: POLLED,
-        text: "|| is_other_boot(report.boot_id",
-        replacement: "|| !$off && is_other_boot(report.boot_id",
-    },
-    Mutant {
         name: "what is behind an agent fails with it",
         file: TOGETHER,
         text: "matches!(other.target, Target::Relay { .. }))",
