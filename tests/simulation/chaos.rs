@@ -18,7 +18,8 @@ use crate::rules::TTL_MS;
 use crate::world::{Engine, EnginePhase, Event, World};
 
 const MODELS: [&str; 3] = ["m-a", "m-b", "m-c"];
-const DAY_MS: i64 = 24 * 3_600_000;
+const HOUR_MS: i64 = 3_600_000;
+const DAY_MS: i64 = 24 * HOUR_MS;
 
 impl World {
     /// A client wants something.
@@ -177,7 +178,7 @@ impl World {
 
     /// Somebody sets a wall clock, on either side.
     fn set_clock(&mut self, node: usize, plane: usize) {
-        let offset_ms = [DAY_MS, -DAY_MS, 0][self.random.usize(..3)];
+        let offset_ms = [DAY_MS, -DAY_MS, 3 * HOUR_MS, 0][self.random.usize(..4)];
         let of_node = self.random.bool();
         self.totals.count("wall clocks set");
         if !self.clocks_jump {
