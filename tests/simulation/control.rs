@@ -415,7 +415,7 @@ impl World {
                 }
                 written.extend(writer.text(&piece));
                 if !piece.ends {
-                    return;
+                    return self.control_handle(plane, control_core::Input::PieceWritten);
                 }
                 let text = std::mem::take(written);
                 let fails = self.chance(20);
