@@ -204,9 +204,11 @@ impl World {
         twin.twin_of = Some(node);
         twin.saved = original.saved.clone();
         twin.incarnation = original.incarnation;
-        // Where the clock is behind, both count on from the same number.
+        // Where its clock is behind it counts on from what the disk says: one more than the original, or, from a
+        // copy that was made before the original's last start, to the same number.
         if self.random.bool() {
             twin.wall_offset_ms = -DAY_MS;
+            twin.incarnation -= u64::from(self.random.bool());
         }
         self.nodes.push(twin);
         self.links.push(vec![Link::default(); self.planes.len()]);

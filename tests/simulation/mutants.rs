@@ -24,7 +24,7 @@ pub(crate) struct Mutant {
 /// The environment variable that names the missing rule.
 const SWITCH: &str = "LLORCH_MUTANT";
 /// Stories in which a missing rule must be noticed.
-const SEEDS: &str = "200";
+const SEEDS: &str = "600";
 /// Stories in which nothing may be noticed where none is missing.
 const SEEDS_SOUND: &str = "40";
 /// Fewest rules that are worth the effort.
