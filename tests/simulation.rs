@@ -4,6 +4,7 @@
 //! messages over links that delay, lose, repeat, reorder and cut, each way for itself; processes stand
 //! still, machines crash, lose their disks, get twins and have their clocks set; handoff files appear,
 //! change, break, move and vanish under a watcher that misses events; clients ask and sometimes leave.
+//! In every other small story the control planes poll the agents that they do not hear.
 //! The world drives the cores as their daemons do: what arrived, then `Tick`, and `Tick` at every
 //! `deadline()`. What must hold at every step is in `rules.rs` and `members.rs`. At the end everything
 //! is healed, and within two lease times everything must be well.
@@ -28,6 +29,8 @@ mod links;
 mod members;
 #[path = "simulation/mutants.rs"]
 mod mutants;
+#[path = "simulation/polls.rs"]
+mod polls;
 #[path = "simulation/rules.rs"]
 mod rules;
 #[path = "simulation/stories.rs"]

@@ -142,6 +142,7 @@ impl Core {
     pub fn handle(&mut self, input: Input, now: Now, effects: &mut Vec<Effect>) {
         let mut changes = Vec::new();
         let tick = matches!(input, Input::Tick);
+        let is_written = matches!(input, Input::PieceWritten);
         match input {
             Input::Register { reply, peer, body } => {
                 let done = self.registry.register(&body, &peer, now, &mut changes);
@@ -191,7 +192,7 @@ impl Core {
             Input::Shutdown => {
                 self.ends_at.get_or_insert(now.mono.plus_ms(self.drain_timeout_ms));
             }
-            Input::Tick => {}
+            Input::PieceWritten | Input::Tick => {}
         }
         self.show_local(now, &mut changes);
         // Time ends nothing while other inputs may wait: a heartbeat that arrived in time, but was not
@@ -206,7 +207,7 @@ impl Core {
             self.send_polls(now, effects);
         }
         self.end_shutdown(now, effects);
-        self.keep(tick, now, effects);
+        self.keep(is_written, now, effects);
     }
 
     /// When [`Input::Tick`] is wanted next.

@@ -117,6 +117,8 @@ pub enum Input {
     },
     /// What an earlier start of the control plane saved.
     Restore(Saved),
+    /// A piece that was not the last one of a save has been written.
+    PieceWritten,
     /// The last [`Effect::Save`] ended, with the reason if it failed.
     Saved(Result<(), String>),
     /// Something is wrong with what was saved, or with where it is kept, for people.

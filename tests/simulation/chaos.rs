@@ -18,7 +18,8 @@ use crate::rules::TTL_MS;
 use crate::world::{Engine, EnginePhase, Event, World};
 
 const MODELS: [&str; 3] = ["m-a", "m-b", "m-c"];
-const DAY_MS: i64 = 24 * 3_600_000;
+const HOUR_MS: i64 = 3_600_000;
+const DAY_MS: i64 = 24 * HOUR_MS;
 
 impl World {
     /// A client wants something.
@@ -177,7 +178,7 @@ impl World {
 
     /// Somebody sets a wall clock, on either side.
     fn set_clock(&mut self, node: usize, plane: usize) {
-        let offset_ms = [DAY_MS, -DAY_MS, 0][self.random.usize(..3)];
+        let offset_ms = [DAY_MS, -DAY_MS, 3 * HOUR_MS, 0][self.random.usize(..4)];
         let of_node = self.random.bool();
         self.totals.count("wall clocks set");
         if !self.clocks_jump {
@@ -203,9 +204,11 @@ impl World {
         twin.twin_of = Some(node);
         twin.saved = original.saved.clone();
         twin.incarnation = original.incarnation;
-        // Where the clock is behind, both count on from the same number.
+        // Where its clock is behind it counts on from what the disk says: one more than the original, or, from a
+        // copy that was made before the original's last start, to the same number.
         if self.random.bool() {
             twin.wall_offset_ms = -DAY_MS;
+            twin.incarnation -= u64::from(self.random.bool());
         }
         self.nodes.push(twin);
         self.links.push(vec![Link::default(); self.planes.len()]);

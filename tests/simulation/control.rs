@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use llama_orch::orchestratord::core::{self as control_core, Asked, Dispatch, Effect, Ending, Options};
 use llama_orch::orchestratord::placement::Strategy;
+use llama_orch::orchestratord::poller::PollId;
 use llama_orch::orchestratord::saved::{Saved, Writer};
 use llama_orch::orchestratord::service_registry::{Limits, ReplicaRef, Target};
 use llama_orch::pool_managerd::core::CallBody;
@@ -17,7 +18,8 @@ use llama_orch::wire::pool::PoolStatus;
 use crate::agents::boot_id;
 use crate::links::understood;
 use crate::members::Members;
-use crate::rules::Ledger;
+use crate::polls::PollOutcome;
+use crate::rules::{Ledger, TTL_MS};
 use crate::world::{Caller, EnginePhase, Event, LeaseBox, World};
 
 /// How long an unreachable peer is waited for.
@@ -26,7 +28,7 @@ const DRAIN_MS: u64 = 10_000;
 /// The longest shutdown: the drain, and a turn.
 const CONTROL_EXIT_MS: u64 = DRAIN_MS + 100;
 /// How long a process that does not run keeps a caller waiting before it looks again.
-const STALLED_PAUSE_MS: u64 = 500;
+pub(crate) const STALLED_PAUSE_MS: u64 = 500;
 
 /// A control plane's machine.
 #[derive(Default)]
@@ -83,6 +85,7 @@ pub(crate) struct Exchange {
 pub(crate) enum Arrival {
     Call { from: Caller, call: Call, body: CallBody },
     AgentSaid { node: NodeId, pool: PoolId, text: String },
+    Polled(PollId, PollOutcome),
     Ask(Box<Asked>),
     Leaves(u64),
     Answering { exchange: u64, request: u64 },
@@ -119,7 +122,7 @@ impl World {
         }
         let (life, seed) = (self.number(), self.random.u64(..));
         let options = Options {
-            limits: Limits::default(),
+            limits: self.limits(),
             strategy: Strategy::ALL[self.random.usize(..Strategy::ALL.len())],
             prefix_affinity: true,
             admission_capacity: self.scale.admission_capacity,
@@ -127,10 +130,11 @@ impl World {
             drain_timeout_ms: DRAIN_MS,
             hang_suspect_ms: 60_000,
             local: None,
-            polled: Vec::new(),
+            polled: self.polled_agents(),
             addresses: None,
             seed,
         };
+        let lease_polled_ms = TTL_MS.max(3 * options.limits.poll_interval_ms);
         let now = self.now_at(self.planes[plane].wall_offset_ms);
         self.planes[plane].control = Some(Control {
             core: control_core::Core::new(options, now),
@@ -138,7 +142,7 @@ impl World {
             life,
             calls: BTreeMap::new(),
             ledger: Ledger::default(),
-            members: Members::default(),
+            members: Members::new(lease_polled_ms),
             stalled: false,
             inbox: VecDeque::new(),
             exit_by: None,
@@ -146,6 +150,11 @@ impl World {
         });
         self.note(&format!("control plane {plane} starts"));
         self.restore_control(plane);
+    }
+
+    fn limits(&self) -> Limits {
+        let limits = Limits::default();
+        Limits { poll_interval_ms: self.poll_interval_ms.unwrap_or(limits.poll_interval_ms), ..limits }
     }
 
     /// It takes up what it was when it last saved; now and then its state directory is lost with it.
@@ -270,6 +279,7 @@ impl World {
                 self.planes[plane].control.as_mut()?.members.told_of_pool(&node, &pool, &status);
                 Input::AgentSaid { node, pool, replicas: status.replicas }
             }
+            Arrival::Polled(id, outcome) => Input::Polled(id, outcome),
             Arrival::Ask(asked) => {
                 let control = self.planes[plane].control.as_mut()?;
                 control.ledger.asked(number, &asked, self.now.mono);
@@ -328,8 +338,15 @@ impl World {
         let Some(control) = &mut self.planes[plane].control else { return };
         let tick = matches!(input, control_core::Input::Tick);
         control.look_for_silence(now.mono);
+        let poll = match &input {
+            control_core::Input::Polled(id, outcome) => control.poll_is_read(*id, outcome, now),
+            _ => None,
+        };
         let mut effects = Vec::new();
         control.core.handle(input, now, &mut effects);
+        if let Some(poll) = poll {
+            self.totals.count(control.check_poll(poll, now));
+        }
         if thorough {
             control.core.check_invariants();
         }
@@ -399,7 +416,7 @@ impl World {
                 }
                 written.extend(writer.text(&piece));
                 if !piece.ends {
-                    return;
+                    return self.control_handle(plane, control_core::Input::PieceWritten);
                 }
                 let text = std::mem::take(written);
                 let fails = self.chance(20);
@@ -409,7 +426,7 @@ impl World {
                 let result = if fails { Err("no space".into()) } else { Ok(()) };
                 self.control_handle(plane, control_core::Input::Saved(result));
             }
-            Effect::Poll(order) => panic!("{order:?}, and nobody is to be polled"),
+            Effect::Poll(order) => self.send_poll(plane, order),
             Effect::Noted(_) => panic!("nobody sends notices here"),
             Effect::Log(what) => {
                 let happening = what.happening();
@@ -455,7 +472,7 @@ impl World {
     // Requests on their way to engines.
 
     /// The machine that has an address.
-    fn machine_at(&self, ip: std::net::IpAddr) -> usize {
+    pub(crate) fn machine_at(&self, ip: std::net::IpAddr) -> usize {
         let std::net::IpAddr::V4(ip) = ip else { panic!("{ip} is no address of this world") };
         usize::from(ip.octets()[3]) - 1
     }

@@ -162,7 +162,7 @@ fn tell_drains_once(beat: &mut Heartbeat) {
 }
 
 /// The same message with fields that are not known here, in every object.
-fn told_by_a_newer<T: serde::Serialize + serde::de::DeserializeOwned>(body: &T) -> T {
+pub(crate) fn told_by_a_newer<T: serde::Serialize + serde::de::DeserializeOwned>(body: &T) -> T {
     fn add(value: &mut Value) {
         match value {
             Value::Object(fields) => {

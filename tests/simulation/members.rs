@@ -4,17 +4,20 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use llama_orch::orchestratord::core::{Dispatch, Effect};
+use llama_orch::orchestratord::messages::PollError;
+use llama_orch::orchestratord::poller::PollId;
 use llama_orch::orchestratord::saved::{Saved, SavedNode, Standing};
-use llama_orch::orchestratord::service_registry::TRUST_MS;
+use llama_orch::orchestratord::service_registry::{NodeStatus, TRUST_MS, Target, Via};
 use llama_orch::pool_managerd::core::CallBody;
 use llama_orch::service::events::Happening;
 use llama_orch::time::{Mono, Now};
 use llama_orch::wire::id::{NodeId, PoolId, ReplicaKey};
-use llama_orch::wire::node::{Heartbeat, ReplicaBeat};
-use llama_orch::wire::pool::PoolStatus;
+use llama_orch::wire::node::{Heartbeat, RegisterRequest, ReplicaBeat};
+use llama_orch::wire::pool::{AgentReport, PoolStatus};
 use llama_orch::wire::url::BaseUrl;
 
 use crate::control::{Arrival, Control, PendingCall};
+use crate::polls::PollOutcome;
 use crate::rules::TTL_MS;
 
 /// How long a node that left is remembered here; no message lives longer.
@@ -27,7 +30,6 @@ const HOLD_MS: u64 = 300_000;
 const HOLD_NODES_MIN: usize = 3;
 
 /// The books of one control plane, from its start to its end.
-#[derive(Default)]
 pub(crate) struct Members {
     nodes: BTreeMap<NodeId, Member>,
     /// The last incarnation of each node that deregistered, and when.
@@ -36,6 +38,10 @@ pub(crate) struct Members {
     seqs: BTreeMap<(String, u64), u64>,
     /// Since when leases that are over are kept because most nodes are silent.
     hold_since: Option<Mono>,
+    /// How long the lease of a node lasts that was last heard of by a poll.
+    lease_polled_ms: u64,
+    /// Polls that have not ended: whom they ask, and since when.
+    polls: Vec<(PollId, BaseUrl, Mono)>,
     /// Holds that lasted as long as they may.
     pub(crate) holds_ended: u64,
 }
@@ -44,6 +50,16 @@ struct Member {
     incarnation: Option<u64>,
     boot_id: String,
     contact: Mono,
+    /// How long its lease lasts from then on.
+    lease_ms: u64,
+    /// When it last registered or sent a heartbeat.
+    told_at: Option<Mono>,
+    /// It has registered with this incarnation.
+    registered: bool,
+    /// Where it was polled, if that is how it was last heard of.
+    polled: Option<BaseUrl>,
+    /// Its agent, where the machine that last said who it is has it.
+    agent: BaseUrl,
     /// Its lease has ended.
     lapsed: bool,
     /// It has sent a heartbeat at some time: before that its silence says nothing about others.
@@ -97,6 +113,19 @@ impl Snapshot {
         Snapshot { draining: node.standing == Standing::Draining, replicas, unlisted }
     }
 
+    fn polled(report: &AgentReport) -> Snapshot {
+        let mut snapshot = Snapshot { draining: report.draining, ..Snapshot::default() };
+        for pool in &report.pools {
+            for replica in &pool.replicas {
+                let key = ReplicaKey { pool: pool.pool_id.clone(), replica: replica.replica_id.clone() };
+                let takes_work = replica.ready && !replica.draining && !pool.draining;
+                let (generation, slots, url) = (replica.generation, replica.slots_total, replica.url.clone());
+                snapshot.replicas.insert(key, Told { takes_work, generation, slots, url });
+            }
+        }
+        snapshot
+    }
+
     fn of(beat: &Heartbeat) -> Snapshot {
         let mut snapshot = Snapshot { draining: beat.draining, ..Snapshot::default() };
         for pool in &beat.pools {
@@ -120,6 +149,18 @@ impl Snapshot {
 }
 
 impl Members {
+    pub(crate) fn new(lease_polled_ms: u64) -> Members {
+        Members {
+            nodes: BTreeMap::new(),
+            left: BTreeMap::new(),
+            seqs: BTreeMap::new(),
+            hold_since: None,
+            lease_polled_ms,
+            polls: Vec::new(),
+            holds_ended: 0,
+        }
+    }
+
     /// What an earlier start saved is as good as its nodes' last words, until they speak again.
     pub(crate) fn restored(&mut self, saved: &Saved, now: Now) {
         let trusted = saved.age_ms(now.wall) <= TRUST_MS;
@@ -129,6 +170,11 @@ impl Members {
                 incarnation: record.incarnation,
                 boot_id: record.boot_id.clone().unwrap_or_default(),
                 contact: now.mono,
+                lease_ms: TTL_MS,
+                told_at: None,
+                registered: true,
+                polled: None,
+                agent: record.address.clone(),
                 lapsed: node.standing == Standing::Silent,
                 has_beaten: true,
                 restored: true,
@@ -159,13 +205,19 @@ impl Members {
         self.nodes.get(node).map_or(0, |member| member.transitions)
     }
 
-    fn registered(&mut self, node: &NodeId, call: &PendingCall, incarnation: Option<u64>, now: Mono) {
+    fn registered(&mut self, call: &PendingCall, body: &RegisterRequest, now: Mono) {
+        let (node, incarnation) = (&body.node_id, body.incarnation);
         self.is_no_ghost(node, incarnation, now);
         let boot_id = &call.boot_id;
         let mut member = Member {
             incarnation,
             boot_id: boot_id.clone(),
             contact: now,
+            lease_ms: TTL_MS,
+            told_at: Some(now),
+            registered: true,
+            polled: None,
+            agent: body.address.clone(),
             lapsed: false,
             has_beaten: false,
             restored: false,
@@ -174,6 +226,8 @@ impl Members {
         };
         if let Some(known) = self.nodes.remove(node) {
             let is_other_machine = known.boot_id != *boot_id;
+            // Who is polled may be late for as long as its lease lasts.
+            let late_ms = if known.polled.is_some() { known.lease_ms } else { LATE_MS };
             if incarnation.is_some() && known.incarnation.is_some() {
                 assert!(
                     incarnation >= known.incarnation || known.lapsed,
@@ -181,7 +235,7 @@ impl Members {
                     known.incarnation
                 );
                 assert!(
-                    !is_other_machine || known.restored || now.ms_since(known.contact) >= LATE_MS,
+                    !is_other_machine || known.restored || now.ms_since(known.contact) >= late_ms,
                     "{node}: {boot_id} took the name of {}, which was heard of {} ms ago",
                     known.boot_id,
                     now.ms_since(known.contact)
@@ -205,6 +259,7 @@ impl Members {
         let member = self.nodes.get_mut(node).unwrap_or_else(|| panic!("{node} beats and is no member"));
         if let (Some(incarnation), Some(seq)) = (beat.incarnation, beat.seq) {
             assert_eq!(member.incarnation, Some(incarnation), "{node}: an incarnation that did not register");
+            assert!(member.registered, "{node}: an incarnation that only answered polls");
             // Without it, a clone that counted to the same incarnation is not told apart.
             if beat.boot_id.is_some() {
                 assert_eq!(
@@ -215,14 +270,18 @@ impl Members {
             let last = self.seqs.insert((call.boot_id.clone(), incarnation), seq);
             assert!(last.is_none_or(|last| seq > last), "{node}: heartbeat {seq} after {last:?}");
         }
-        member.contact = now;
+        (member.contact, member.lease_ms) = (now, TTL_MS);
+        (member.told_at, member.polled) = (Some(now), None);
         (member.lapsed, member.has_beaten, member.restored) = (false, true, false);
         let mut snapshot = Snapshot::of(beat);
         if let Some(before) = member.snapshot.take() {
             // What its agent was asked for stands until it is asked again.
             let kept = before.replicas.into_iter().filter(|(key, _)| snapshot.unlisted.contains(&key.pool));
             let kept: Vec<_> = kept.collect();
-            snapshot.replicas.extend(kept);
+            // Of these only sums are told from now on.
+            snapshot
+                .replicas
+                .extend(kept.into_iter().map(|(key, told)| (key, Told { takes_work: true, ..told })));
         }
         member.snapshot = Some(snapshot);
     }
@@ -251,9 +310,166 @@ impl Members {
     /// Whether most of those who hold a lease have missed a heartbeat.
     fn is_mass_silent(&self, now: Mono) -> bool {
         let leased = || self.nodes.values().filter(|member| !member.lapsed && member.has_beaten);
-        let late = leased().filter(|member| now.ms_since(member.contact) >= LATE_MS).count();
+        let is_late = |member: &&Member| now.ms_since(member.contact) + TTL_MS >= member.lease_ms + LATE_MS;
+        let late = leased().filter(is_late).count();
         let of = leased().count();
         of >= HOLD_NODES_MIN && late > of / 2
+    }
+}
+
+/// What must come of the answer to a poll.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    /// The node is what it says, and its lease is renewed.
+    Taken,
+    /// The node has registered or sent a heartbeat since the poll was sent.
+    Stale,
+    /// The node's heartbeats arrive.
+    Heartbeats,
+    /// The same agent answers under another URL.
+    Duplicate,
+    /// The name belongs to somebody else, who is alive, or has said goodbye.
+    Refused,
+    Unusable,
+    Unreachable,
+}
+
+impl Fate {
+    /// As it is counted.
+    fn label(self) -> &'static str {
+        match self {
+            Fate::Taken => "taken",
+            Fate::Stale => "stale",
+            Fate::Heartbeats => "heartbeats",
+            Fate::Duplicate => "duplicate",
+            Fate::Refused => "refused",
+            Fate::Unusable => "unusable",
+            Fate::Unreachable => "unreachable",
+        }
+    }
+}
+
+/// A poll's end, before the control plane has read it.
+pub(crate) struct PollEnd {
+    url: BaseUrl,
+    fate: Fate,
+    report: Option<Box<AgentReport>>,
+    counts: BTreeMap<&'static str, u64>,
+    /// The node that it names.
+    node: Option<View>,
+}
+
+/// What a control plane makes of a node.
+type View = (NodeStatus, Option<u64>, Via, Option<u64>);
+
+impl Members {
+    pub(crate) fn poll_sent(&mut self, id: PollId, url: BaseUrl, now: Mono) {
+        let again = self.polls.iter().find(|(_, other, _)| *other == url);
+        assert!(again.is_none(), "{url} is polled during {again:?}");
+        self.polls.push((id, url, now));
+    }
+
+    /// What a node says itself wins over answers to polls, and so does who answered first as long as it
+    /// holds a lease; at its own URL the last answer is the truth.
+    fn fate(&self, report: &AgentReport, url: &BaseUrl, sent: Mono, now: Mono) -> Fate {
+        let has_left = self.left.get(&report.node_id).is_some_and(|(left, at)| {
+            report.incarnation.is_some_and(|incarnation| incarnation <= *left) && now.ms_since(*at) < LEFT_MS
+        });
+        let unless_it_left = if has_left { Fate::Refused } else { Fate::Taken };
+        let Some(member) = self.nodes.get(&report.node_id) else { return unless_it_left };
+        if member.told_at.is_some_and(|told_at| sent <= told_at) {
+            return Fate::Stale;
+        }
+        if member.lapsed || member.polled.as_ref() == Some(url) {
+            return unless_it_left;
+        }
+        let is_other_machine = report.boot_id.as_ref().is_some_and(|boot_id| *boot_id != member.boot_id);
+        let is_older = report.incarnation.zip(member.incarnation).is_some_and(|(told, known)| told < known);
+        let beats = member.told_at.is_some_and(|told_at| now.ms_since(told_at) < LATE_MS);
+        match &member.polled {
+            _ if is_other_machine && !member.restored => Fate::Refused,
+            Some(_) if report.incarnation != member.incarnation => Fate::Refused,
+            Some(_) => Fate::Duplicate,
+            None if beats => Fate::Heartbeats,
+            None if is_older => Fate::Refused,
+            None => unless_it_left,
+        }
+    }
+
+    /// An answer to a poll is as good as a heartbeat, from nodes that have never registered too.
+    fn polled(&mut self, report: &AgentReport, url: &BaseUrl, now: Mono) {
+        self.is_no_ghost(&report.node_id, report.incarnation, now);
+        let known = self.nodes.remove(&report.node_id);
+        let is_same_boot =
+            |known: &Member| report.boot_id.as_ref().is_none_or(|boot_id| *boot_id == known.boot_id);
+        let is_same_start = known
+            .as_ref()
+            .is_some_and(|known| known.incarnation == report.incarnation && is_same_boot(known));
+        let boot_id = report.boot_id.clone().or_else(|| known.as_ref().map(|known| known.boot_id.clone()));
+        let member = Member {
+            incarnation: report.incarnation,
+            boot_id: boot_id.unwrap_or_default(),
+            contact: now,
+            lease_ms: self.lease_polled_ms,
+            told_at: known.as_ref().and_then(|known| known.told_at),
+            registered: is_same_start && known.as_ref().is_some_and(|known| known.registered),
+            polled: Some(url.clone()),
+            agent: url.clone(),
+            lapsed: false,
+            has_beaten: true,
+            restored: false,
+            snapshot: Some(Snapshot::polled(report)),
+            transitions: known.map_or(0, |known| known.transitions),
+        };
+        self.nodes.insert(report.node_id.clone(), member);
+    }
+}
+
+impl Control {
+    fn view(&self, report: Option<&AgentReport>, now: Now) -> Option<View> {
+        let node = self.core.registry().node(&report?.node_id)?;
+        Some((node.status, node.incarnation, node.via(), node.lease_left_ms(now)))
+    }
+
+    /// What must come of a poll's end. `None` where the poll is over.
+    pub(crate) fn poll_is_read(&mut self, id: PollId, outcome: &PollOutcome, now: Now) -> Option<PollEnd> {
+        let at = self.members.polls.iter().position(|(other, ..)| *other == id)?;
+        let (_, url, sent) = self.members.polls.swap_remove(at);
+        let fate = match outcome {
+            Ok(report) => self.members.fate(report, &url, sent, now.mono),
+            Err(PollError::Unusable(_)) => Fate::Unusable,
+            Err(PollError::Unreachable(_)) => Fate::Unreachable,
+        };
+        let report = outcome.as_ref().ok().cloned();
+        let node = self.view(report.as_deref(), now);
+        Some(PollEnd { url, fate, report, counts: self.core.counts().polls.clone(), node })
+    }
+
+    /// Whether that came of it; what it is called in the totals.
+    pub(crate) fn check_poll(&mut self, poll: PollEnd, now: Now) -> &'static str {
+        let PollEnd { url, fate, report, mut counts, node: before } = poll;
+        let after = self.view(report.as_deref(), now);
+        let told = report.as_ref().map(|report| (&report.node_id, report.incarnation, &report.boot_id));
+        *counts.entry(fate.label()).or_default() += 1;
+        assert_eq!(self.core.counts().polls, counts, "{url}: {fate:?} was to come of its answer {told:?}");
+        match (fate, report) {
+            (Fate::Taken, Some(report)) => {
+                self.members.polled(&report, &url, now.mono);
+                let status = if report.draining { NodeStatus::Draining } else { NodeStatus::Online };
+                let lease_ms = self.members.lease_polled_ms;
+                assert_eq!(after, Some((status, report.incarnation, Via::Poll, Some(lease_ms))), "{url}");
+                "polls taken"
+            }
+            (Fate::Refused, _) => {
+                assert_eq!(before, after, "{url}: refused");
+                "polls refused"
+            }
+            (Fate::Unusable | Fate::Unreachable, _) => "polls unanswered",
+            (fate, _) => {
+                assert_eq!(before, after, "{url}: {fate:?}");
+                "polls ignored"
+            }
+        }
     }
 }
 
@@ -266,7 +482,7 @@ impl Control {
                 let node = self.ledger.node_of(call);
                 match (&call.body, effect) {
                     (CallBody::Register(body), Effect::Registered(..)) => {
-                        self.members.registered(&body.node_id, call, body.incarnation, now);
+                        self.members.registered(call, body, now);
                     }
                     (CallBody::Heartbeat(beat), Effect::Beaten(..)) => {
                         self.members.beaten(&node, call, beat, now);
@@ -296,7 +512,10 @@ impl Control {
         }
         let (node, silent_ms) = (&happening.subject, now.ms_since(member.contact));
         let has_beaten = member.has_beaten;
-        assert!(silent_ms >= TTL_MS, "{node}: its lease ended {silent_ms} ms after its last sign of life");
+        assert!(
+            silent_ms >= member.lease_ms,
+            "{node}: its lease ended {silent_ms} ms after its last sign of life"
+        );
         member.lapsed = true;
         let incarnation = member.incarnation;
         let waits = self.inbox.iter().any(|arrival| {
@@ -328,7 +547,7 @@ impl Control {
     /// After time has ended what it may: no lease lasts longer than it should.
     pub(crate) fn check_leases(&mut self, now: Mono) {
         let members = &mut self.members;
-        let is_overdue = |member: &Member| !member.lapsed && now.ms_since(member.contact) >= TTL_MS;
+        let is_overdue = |member: &Member| !member.lapsed && now.ms_since(member.contact) >= member.lease_ms;
         let idle = members.nodes.iter().find(|(_, member)| !member.has_beaten && is_overdue(member));
         assert!(
             idle.is_none(),
@@ -367,6 +586,9 @@ impl Control {
         assert!(told.takes_work, "{name}, which is not ready or drains");
         assert_eq!(told.generation, *generation, "{name}, another engine by now");
         assert_eq!(target.engine(), Some(&told.url), "{name}, at another address");
+        if let Target::Relay { agent, .. } = target {
+            assert_eq!(*agent, member.agent, "{name}, through the agent of another machine");
+        }
         (!snapshot.unlisted.contains(&key.pool)).then_some(told.slots)
     }
 }

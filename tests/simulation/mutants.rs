@@ -24,7 +24,7 @@ pub(crate) struct Mutant {
 /// The environment variable that names the missing rule.
 const SWITCH: &str = "LLORCH_MUTANT";
 /// Stories in which a missing rule must be noticed.
-const SEEDS: &str = "200";
+const SEEDS: &str = "600";
 /// Stories in which nothing may be noticed where none is missing.
 const SEEDS_SOUND: &str = "40";
 /// Fewest rules that are worth the effort.
@@ -164,6 +164,9 @@ fn copy_tree(from: &Path, to: &Path) {
 
 const REGISTRY: &str = "orchestratord/service_registry.rs";
 const EXPIRY: &str = "orchestratord/service_registry/expiry.rs";
+const POLLED: &str = "orchestratord/service_registry/polled.rs";
+const RESTORE: &str = "orchestratord/service_registry/restore.rs";
+const TOGETHER: &str = "orchestratord/service_registry/together.rs";
 const SNAPSHOT: &str = "orchestratord/service_registry/snapshot.rs";
 const TABLE: &str = "orchestratord/replica_table.rs";
 const CONTROL: &str = "orchestratord/core.rs";
@@ -244,6 +247,74 @@ const MUTANTS: &[Mutant] = &[
         file: EXPIRY,
         text: "(Some(hold), true) if now.mono < hold.until => {",
         replacement: "(Some(hold), true) if now.mono < hold.until || $off => {",
+    },
+    Mutant {
+        name: "who never beat is no majority",
+        file: REGISTRY,
+        text: "self.status.leased() && self.newcomer.is_none()",
+        replacement: "self.status.leased() && (self.newcomer.is_none() || $off)",
+    },
+    Mutant {
+        name: "what an old file says takes no work",
+        file: RESTORE,
+        text: "if trusted && !replica.doubted {",
+        replacement: "if (trusted || $off) && !replica.doubted {",
+    },
+    Mutant {
+        name: "who was silent comes back silent",
+        file: RESTORE,
+        text: "Standing::Silent => (NodeStatus::Suspect, RESTORED_SILENT, self.limits.offline_grace_ms),",
+        replacement:
+            "Standing::Silent if $off => (NodeStatus::Registering, RESTORED, self.limits.node_timeout_ms),
+            Standing::Silent => (NodeStatus::Suspect, RESTORED_SILENT, self.limits.offline_grace_ms),",
+    },
+    Mutant {
+        name: "restored incarnations fence",
+        file: RESTORE,
+        text: "node.incarnation = record.incarnation;",
+        replacement: "node.incarnation = record.incarnation.filter(|_| !$off);",
+    },
+    Mutant {
+        name: "heartbeats win over polls",
+        file: POLLED,
+        text: "None if self.node_beats(index, now) =>",
+        replacement: "None if !$off && self.node_beats(index, now) =>",
+    },
+    Mutant {
+        name: "stale answers to polls",
+        file: POLLED,
+        text: "is_some_and(|told_at| sent <= told_at)",
+        replacement: "is_some_and(|told_at| sent <= told_at && !$off)",
+    },
+    Mutant {
+        name: "lease of who is polled",
+        file: POLLED,
+        text: "            Via::Poll => timeout_ms.max(",
+        replacement: "            Via::Poll if !$off => timeout_ms.max(",
+    },
+    Mutant {
+        name: "the first of a name stays polled",
+        file: POLLED,
+        text: "_ if other_boot && !node.restored =>",
+        replacement: "_ if other_boot && !node.restored && !$off =>",
+    },
+    Mutant {
+        name: "who left is not polled back",
+        file: POLLED,
+        text: "if report.incarnation.is_some_and(|i| self.departed",
+        replacement: "if !$off && report.incarnation.is_some_and(|i| self.departed",
+    },
+    Mutant {
+        name: "who is polled registers before it beats",
+        file: POLLED,
+        text: "(node.registered, node.seq) = (false, None);",
+        replacement: "(node.registered, node.seq) = ($off && node.registered, None);",
+    },
+    Mutant {
+        name: "what is behind an agent fails with it",
+        file: TOGETHER,
+        text: "matches!(other.target, Target::Relay { .. }))",
+        replacement: "matches!(other.target, Target::Relay { .. })) && ($off <= (other == replica))",
     },
     Mutant {
         name: "nodes that drain take no work",

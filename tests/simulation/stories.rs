@@ -13,6 +13,8 @@ use crate::world::{EnginePhase, Event, Scale, World};
 const SETTLE_MS: u64 = 2 * TTL_MS;
 /// Longer than any message lives, and than a lease and its grace.
 const STEADY_MS: u64 = 65_000;
+/// The shorter of the intervals in which agents are polled: three of the other are longer than a lease.
+const POLL_MS: u64 = 5_000;
 /// How soon a control plane knows what a node has seen, whatever the interval of heartbeats is.
 const NEWS_MS: u64 = 1_500;
 /// Rounds in which those who stepped back come forward again: each ends a lease that kept one out.
@@ -36,6 +38,11 @@ impl Kind {
             4 => Kind::Silence,
             _ => Kind::Few,
         }
+    }
+
+    /// In every other story, of the small ones.
+    fn polls(self, seed: u64) -> bool {
+        self != Kind::Swarm && (seed + seed / 10).is_multiple_of(2)
     }
 
     fn scale(self, random: &mut fastrand::Rng) -> Scale {
@@ -97,6 +104,9 @@ impl World {
         let kind = Kind::of(seed);
         let scale = kind.scale(&mut random);
         let mut world = World::new(random, scale);
+        if kind.polls(seed) {
+            world.poll_interval_ms = Some([POLL_MS, 3 * POLL_MS][world.random.usize(..2)]);
+        }
         world.is_silent_story = kind == Kind::Silence;
         for index in 0..scale.nodes {
             let dialect = match world.random.u64(0..100) {
@@ -257,8 +267,11 @@ impl World {
         let before = transitions(self);
         self.run_until(until);
         // Whose registrations go on arriving loses its lease, and its place, once.
+        // Of the oldest agents a registration that repeats itself looks like that of a new start, and
+        // their pauses between two of them may be longer than a lease.
+        let is_told_apart = self.nodes[node].dialect != Dialect::Old;
         let steady = before.iter().zip(transitions(self)).all(|(before, after)| after - before <= 2);
-        assert!(steady, "{id} flaps while one direction is cut (up {up})");
+        assert!(steady || !is_told_apart, "{id} flaps while one direction is cut (up {up})");
     }
 
     /// Waits, and looks.

@@ -12,6 +12,7 @@ use llama_orch::wire::url::BaseUrl;
 use crate::agents::Node;
 use crate::control::{Exchange, Site};
 use crate::links::Link;
+use crate::polls::{Poll, PollOutcome};
 use crate::totals::Totals;
 
 /// Turns at one moment of virtual time after which a core counts as spinning.
@@ -46,6 +47,13 @@ pub(crate) enum Event {
         node: NodeId,
         pool: PoolId,
         text: String,
+    },
+    /// A control plane's poll reaches the agent.
+    PollArrives(Poll),
+    /// What came of it reaches the control plane.
+    PollEnds {
+        poll: Poll,
+        outcome: PollOutcome,
     },
     ProbeEnds {
         node: usize,
@@ -203,6 +211,8 @@ pub(crate) struct World {
     /// Nobody loses state or gets a twin: for these only wall clocks decide.
     pub(crate) only_clocks: bool,
     pub(crate) is_silent_story: bool,
+    /// The interval in which control planes poll agents that they do not hear, where they do.
+    pub(crate) poll_interval_ms: Option<u64>,
     pub(crate) turns: u64,
 }
 
@@ -229,6 +239,7 @@ impl World {
             clocks_jump: true,
             only_clocks: false,
             is_silent_story: false,
+            poll_interval_ms: None,
             turns: 0,
         }
     }
@@ -342,6 +353,8 @@ impl World {
             Event::AgentSays { plane, life, node, pool, text } => {
                 self.agent_says(plane, life, node, pool, &text);
             }
+            Event::PollArrives(poll) => self.poll_arrives(poll),
+            Event::PollEnds { poll, outcome } => self.poll_ends(poll, outcome),
             Event::ProbeEnds { node, life, id, outcome } => {
                 self.agent_input(node, life, agent_core::Input::Probed(id, outcome));
             }

@@ -1,7 +1,9 @@
 //! When the registry is saved, and what is told about it.
 //!
 //! ```text
-//!   revision moves ──▶ Effect::Save, a piece a turn ──▶ (a helper writes) ──▶ Input::Saved ──▶ the next
+//!   revision moves ──▶ Effect::Save ──▶ (a helper writes) ──▶ Input::Saved ──▶ the next save, if any
+//!                          ▲ a piece         │ Input::PieceWritten
+//!                          └─────────────────┘
 //! ```
 //!
 //! One save is under way at a time, at most one begins in [`SAVE_INTERVAL_MS`], and what changes
@@ -48,8 +50,8 @@ pub(super) struct Keeper {
     /// The file is to be written again by then.
     refresh_at: Option<Mono>,
     pause_ms: u64,
-    /// Since when pieces are handed out, and the last node that was in one.
-    pieces: Option<(Mono, NodeId)>,
+    /// The last node of the piece that is being written, where others follow.
+    last_written: Option<NodeId>,
     /// At shutdown: when the process ends at the latest, and whether the last save has begun.
     last: Option<(Mono, bool)>,
 }
@@ -64,7 +66,7 @@ impl Keeper {
             not_before: None,
             refresh_at,
             pause_ms: RETRY_MS_MIN,
-            pieces: None,
+            last_written: None,
             last: None,
         }
     }
@@ -89,7 +91,7 @@ impl Keeper {
 
     /// A save ended. True if it is the first one to fail in a row.
     fn ended(&mut self, succeeded: bool, now: Mono) -> bool {
-        self.pieces = None;
+        self.last_written = None;
         let Some(revision) = self.under_way.take() else { return false };
         if succeeded {
             self.saved = revision;
@@ -115,9 +117,6 @@ impl Keeper {
     /// When [`Keeper::begins`] or [`Keeper::may_end`] is to be asked again.
     fn deadline(&self, revision: u64) -> Option<Mono> {
         let end = self.last.map(|(by, _)| by);
-        if let Some((since, _)) = &self.pieces {
-            return Some(*since);
-        }
         if self.under_way.is_some() {
             return end;
         }
@@ -147,12 +146,13 @@ impl Core {
         self.keeper = Keeper::new(self.registry.revision(), now.mono);
     }
 
-    /// Begins a save if one is due, and goes on with the one under way at each tick.
-    pub(super) fn keep(&mut self, tick: bool, now: Now, effects: &mut Vec<Effect>) {
+    /// Begins a save if one is due, and goes on with the one under way when a piece `is_written`: one piece
+    /// at a time, or all of a large registry would be in memory twice.
+    pub(super) fn keep(&mut self, is_written: bool, now: Now, effects: &mut Vec<Effect>) {
         let begins = !self.over && self.keeper.begins(self.registry.revision(), now.mono);
-        let last = match &self.keeper.pieces {
+        let last = match &self.keeper.last_written {
             None if begins => None,
-            Some((_, last)) if tick => Some(last),
+            Some(last) if is_written => Some(last),
             _ => return,
         };
         if begins {
@@ -160,8 +160,7 @@ impl Core {
             self.keeper.not_before = Some(now.mono.plus_ms(SAVE_INTERVAL_MS + more_ms));
         }
         let (nodes, ends) = self.registry.saved_after(last, PIECE_NODES);
-        let last = nodes.last().map(|saved| saved.node.id.clone()).filter(|_| !ends);
-        self.keeper.pieces = last.map(|last| (now.mono, last));
+        self.keeper.last_written = nodes.last().map(|saved| saved.node.id.clone()).filter(|_| !ends);
         effects.push(Effect::Save(Piece { begins: begins.then_some(now.wall), nodes, ends }));
     }
 

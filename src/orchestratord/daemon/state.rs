@@ -14,8 +14,8 @@ use crate::time::Now;
 /// Encodes pieces, and writes them all with the last one.
 pub(super) type Saver = Offload<Piece, Option<Result<(), String>>>;
 
-/// Pieces that wait to be encoded: those of the largest fleet.
-const PIECES_MAX: usize = 128;
+/// Pieces that wait to be encoded: there is one at a time, and at shutdown perhaps another one.
+const PIECES_MAX: usize = 2;
 
 impl Daemon {
     /// Takes up what an earlier start saved. What cannot be used is put aside and named, and so is a
@@ -79,9 +79,8 @@ impl Daemon {
 
     pub(super) fn take_saved(&mut self, now: Now) {
         while let Some(result) = self.saver.as_ref().and_then(Offload::take) {
-            if let Some(result) = result {
-                self.core.handle(Input::Saved(result), now, &mut self.effects);
-            }
+            let input = result.map_or(Input::PieceWritten, Input::Saved);
+            self.core.handle(input, now, &mut self.effects);
         }
     }
 

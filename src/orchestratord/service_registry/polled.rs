@@ -19,7 +19,9 @@ use crate::wire::pool::{AgentReport, PoolStatus};
 use crate::wire::url::BaseUrl;
 
 use super::snapshot::{asked, cut, too_large};
-use super::{Change, Fenced, GPUS_MAX, LEASE_POLLS, Node, NodeStatus, ServiceRegistry, refs_of, shown};
+use super::{
+    Change, Fenced, GPUS_MAX, LEASE_POLLS, Node, NodeStatus, ServiceRegistry, is_other_boot, refs_of, shown,
+};
 
 /// How a node was last heard of. Written in the API as spelt here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -198,7 +200,10 @@ impl ServiceRegistry {
         let before = (node.incarnation, node.boot_id.clone(), node.machine_id.clone(), node.version.clone());
         let capabilities = shown(&report.capabilities);
         let is_same_machine = *node.capabilities == capabilities;
-        if node.incarnation != report.incarnation {
+        // A copy of its disk may have counted to the same number.
+        if node.incarnation != report.incarnation
+            || is_other_boot(report.boot_id.as_deref(), node.boot_id.as_deref())
+        {
             node.incarnation = report.incarnation;
             // What was saved of its earlier start is not true of this one.
             self.revision += u64::from(node.registered);

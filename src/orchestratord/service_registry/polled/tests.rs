@@ -286,6 +286,22 @@ fn the_first_of_two_agents_of_one_name_stays() {
     world.register(9, "boot").expect("so it is the same");
 }
 
+/// Its engines are behind its own agent, whatever address the machine gave that it was made from.
+#[test]
+fn a_copy_that_counted_to_the_same_number_is_another_start() {
+    let mut world = World::new();
+    let engine = replica("r0", "http://127.0.0.1:8000", true);
+    world.register(1, "boot").expect("it is new");
+    world.beat(std::slice::from_ref(&engine)).expect("it registered");
+    world.pass(30_000);
+    let copy = url("http://10.0.0.2:9200");
+    let told = report(1, "another boot", std::slice::from_ref(&engine));
+    assert_eq!(world.poll_at(&copy, &told).expect("nobody else is alive"), Polled::Taken);
+    let (_, replica) = world.replicas()[0];
+    assert!(matches!(&replica.target, Target::Relay { agent, .. } if *agent == copy), "{:?}", replica.target);
+    assert!(matches!(world.beat(&[engine]), Err(Fenced::UnknownNode)), "it has not registered");
+}
+
 #[test]
 fn a_draining_node_says_so_by_polls_too() {
     let mut world = World::new();
