@@ -22,6 +22,7 @@ use std::sync::Arc;
 
 use crate::http::head::RequestHead;
 use crate::http::server::{Request, Response};
+use crate::metrics::Histogram;
 use crate::reactor::ready::ReadyList;
 use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Edge, Registry, Waker};
@@ -29,11 +30,13 @@ use crate::time::{DeadlineQueue, Mono, earliest};
 use crate::wire::url::BaseUrl;
 
 pub mod buffer;
+pub mod meter;
 pub mod relay;
 pub mod resolve;
 mod server;
 mod upstream;
 
+use meter::Tokens;
 use relay::Forward;
 use resolve::Resolver;
 use server::{ClientNext, Server};
@@ -230,6 +233,8 @@ pub struct Fault {
     pub answered: bool,
     /// Whether a byte of the request may have reached the engine.
     pub sent: bool,
+    /// After how many seconds the peer wants to be asked again, if its status was held back and it said so.
+    pub retry_after_s: Option<u64>,
 }
 
 /// Kinds of fault, as they differ in what may be done next.
@@ -251,15 +256,20 @@ pub enum FaultKind {
     Aborted,
 }
 
-/// Points in an exchange's life.
+/// Points in an exchange's life, and what it took.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Timing {
     /// [`Net::start`] was called.
     pub started: Mono,
     /// The answer's head was complete.
     pub first_byte: Option<Mono>,
+    /// The first piece of a stream that said something came: no head, no comment. `None` for what is no stream
+    /// of events.
+    pub first_token: Option<Mono>,
     /// It ended.
     pub ended: Mono,
+    /// What the engine told at its answer's end.
+    pub tokens: Tokens,
 }
 
 /// How far an exchange has come.
@@ -284,6 +294,7 @@ pub struct Net {
     events: VecDeque<NetEvent>,
     scratch: Vec<u8>,
     limits: Limits,
+    token_gaps: Histogram,
 }
 
 /// Most sessions that are ended in one turn because their time is over: thousands may have begun together.
@@ -305,6 +316,7 @@ impl Net {
             events: VecDeque::new(),
             scratch: vec![0; SCRATCH_BYTES],
             limits,
+            token_gaps: Histogram::default(),
         }
     }
 
@@ -378,6 +390,18 @@ impl Net {
     #[must_use]
     pub fn exchanges(&self) -> usize {
         self.upstreams.exchanges.len()
+    }
+
+    /// Times between two pieces of one relayed stream, of all streams.
+    #[must_use]
+    pub fn token_gaps(&self) -> &Histogram {
+        &self.token_gaps
+    }
+
+    /// Whether the head of an exchange's answer has come.
+    #[must_use]
+    pub fn is_answered(&self, exchange: Token) -> bool {
+        self.upstreams.exchanges.get(exchange).is_some_and(|session| session.is_answered())
     }
 
     /// Answers a request. Nothing happens if the client has left.

@@ -12,6 +12,8 @@ use crate::http::head::{BadMessage, Framing, ResponseHead, Version, is_hop_by_ho
 use crate::http::server::{AnswerTo, LAST_CHUNK, begin_head, encode_chunk, push_connection, push_field};
 use crate::http::sse::Tail;
 
+use super::meter::{Meter, Tokens};
+
 /// How to forward an answer to a client.
 #[derive(Debug)]
 pub struct Forward {
@@ -53,6 +55,8 @@ pub struct Relay {
     /// Part of a head that has not ended yet.
     held: Vec<u8>,
     head: Option<Answer>,
+    /// `Retry-After` of an answer that was held back.
+    retry_after_s: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -62,6 +66,7 @@ struct Answer {
     client_keeps_alive: bool,
     body: Body,
     events: Option<Tail>,
+    meter: Meter,
 }
 
 impl Relay {
@@ -69,7 +74,13 @@ impl Relay {
     /// out alone.
     #[must_use]
     pub fn new(method: &str, forward: Option<Forward>) -> Relay {
-        Relay { reader: ResponseReader::new(method == "HEAD"), forward, held: Vec::new(), head: None }
+        Relay {
+            reader: ResponseReader::new(method == "HEAD"),
+            forward,
+            held: Vec::new(),
+            head: None,
+            retry_after_s: None,
+        }
     }
 
     /// The status, once the head is known.
@@ -88,6 +99,24 @@ impl Relay {
     #[must_use]
     pub fn said_done(&self) -> bool {
         self.head.as_ref().and_then(|answer| answer.events.as_ref()).is_some_and(Tail::done)
+    }
+
+    /// Whether the answer is a stream of events.
+    #[must_use]
+    pub fn is_event_stream(&self) -> bool {
+        self.head.as_ref().is_some_and(|answer| answer.events.is_some())
+    }
+
+    /// The tokens that the engine told of so far.
+    #[must_use]
+    pub fn tokens(&self) -> Tokens {
+        self.head.as_ref().map_or_else(Tokens::default, |answer| answer.meter.tokens())
+    }
+
+    /// After how many seconds the engine wants to be asked again, if its answer was held back and says so.
+    #[must_use]
+    pub fn retry_after_s(&self) -> Option<u64> {
+        self.retry_after_s
     }
 
     /// Whether the engine's connection may serve another request after the answer.
@@ -186,9 +215,12 @@ impl Relay {
             client_keeps_alive: false,
             body: Body::Data,
             events: head.is_event_stream().then(Tail::default),
+            meter: Meter::default(),
         };
         if let Some(forward) = &self.forward {
             if forward.hold_back.contains(&head.status) {
+                let after = head.fields.get("retry-after");
+                self.retry_after_s = after.and_then(|seconds| seconds.trim().parse().ok());
                 return Ok(Step::HeldBack(head.status));
             }
             answer.body = match (head.framing, forward.to.version) {
@@ -219,6 +251,7 @@ impl Relay {
             if let Some(tail) = &mut answer.events {
                 tail.passed(data);
             }
+            answer.meter.passed(data);
             rest = &rest[piece.consumed..];
         }
         if !decoder.finished() {

@@ -48,6 +48,12 @@ pub(super) struct Exchange {
     resolving: bool,
 }
 
+impl Exchange {
+    pub(super) fn is_answered(&self) -> bool {
+        self.relay.status().is_some()
+    }
+}
+
 #[derive(Debug)]
 enum SinkState {
     Client(Token),
@@ -108,7 +114,7 @@ impl Upstreams {
             },
             patience: outbound.patience,
             keep_ms: outbound.keep_ms,
-            timing: Timing { started: now, first_byte: None, ended: now },
+            timing: Timing { started: now, ended: now, ..Timing::default() },
             connection: None,
             received: false,
             last_byte: None,
@@ -358,7 +364,11 @@ impl Net {
             budget = budget.saturating_sub(length);
             session.received = true;
             if is_progress(&self.scratch[..length], session.relay.status().is_some()) {
-                session.last_byte = Some(now);
+                let before = session.last_byte.replace(now);
+                session.timing.first_token.get_or_insert(now);
+                if let Some(before) = before.filter(|_| session.relay.is_event_stream()) {
+                    self.token_gaps.observe_ns(now.ns_since(before));
+                }
             }
             if !matches!(session.sink, SinkState::Collect { .. }) {
                 self.timers.arm(exchange, &mut session.deadline, now.plus_ms(session.patience.idle_ms));
@@ -550,7 +560,9 @@ impl Net {
             }
             SinkState::Collect { .. } | SinkState::Owner { .. } => session.relay.status().is_some(),
         };
-        let fault = Fault { kind, reason: reason.to_string(), answered, sent: session.sent > 0 };
+        let retry_after_s = session.relay.retry_after_s();
+        let fault =
+            Fault { kind, reason: reason.to_string(), answered, sent: session.sent > 0, retry_after_s };
         let client = self.upstreams.client_of(exchange);
         self.finish_exchange(exchange, Outcome::Failed(fault), now);
         if answered && let Some(client) = client {
@@ -564,7 +576,9 @@ impl Net {
         if let Some(connection) = session.connection {
             self.close_connection(connection);
         }
-        let timing = Timing { ended: now, ..session.timing };
+        let first_token = session.timing.first_token.filter(|_| session.relay.is_event_stream());
+        let tokens = session.relay.tokens();
+        let timing = Timing { ended: now, first_token, tokens, ..session.timing };
         self.events.push_back(NetEvent::Finished { exchange, outcome, timing });
     }
 

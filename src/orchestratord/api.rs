@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use crate::http::server::{Request, Response};
-use crate::metrics::{self, Scrape};
+use crate::metrics::{self, Histogram, Scrape};
 use crate::service::auth::Tokens;
 use crate::service::lag::LoopLag;
 use crate::time::Now;
@@ -16,10 +16,12 @@ use crate::wire::node::{Heartbeat, RegisterRequest};
 
 use super::core::{Asked, Core};
 use super::messages::PoolReady;
+use super::meters;
 use super::openai;
+use super::patience::ClientPatience;
 use super::poller::{POLL_OUTCOMES, POLL_STATES};
 use super::refusal::Refusal;
-use super::service_registry::{Confirmation, Node, NodeStatus, Replica, ServiceRegistry};
+use super::service_registry::{Circuit, Confirmation, Node, NodeStatus, Replica, ServiceRegistry};
 use super::tasks::{self, NewTask};
 
 /// Largest body of a node's message, in bytes: a heartbeat of the largest node is below it.
@@ -72,6 +74,8 @@ pub struct Facts<'a> {
     pub clients: usize,
     /// How far the loop lags behind.
     pub lag: &'a LoopLag,
+    /// Times between two pieces of one relayed stream.
+    pub token_gaps: &'a Histogram,
 }
 
 /// Decides about a request.
@@ -93,8 +97,12 @@ pub fn route(request: &Request, core: &Core, facts: &Facts<'_>, now: Now) -> Act
             if !post {
                 return refuse(Refusal::Method("POST"));
             }
-            match openai::asked(&request.body, Arc::from(facts.peer)) {
-                Ok(asked) => Action::Engine(Box::new(asked)),
+            let patience = ClientPatience::read(&head.fields);
+            match patience.and_then(|own| Ok((own, openai::asked(&request.body, client_of(facts))?))) {
+                Ok((own, mut asked)) => {
+                    asked.wait_ms_max = asked.wait_ms_max.min(own.wait_ms_max());
+                    Action::Engine(Box::new(asked))
+                }
                 Err(refusal) => refuse(refusal),
             }
         }
@@ -131,11 +139,11 @@ pub fn route(request: &Request, core: &Core, facts: &Facts<'_>, now: Now) -> Act
             refuse(Refusal::CloudDisabled)
         }
         ["v2", "nodes", rest @ ..] => nodes(rest, request, core, now),
-        ["v2", "pools"] if get => respond(200, &pools(core.registry())),
+        ["v2", "pools"] if get => respond(200, &pools(core.registry(), now)),
         ["v2", "pools", pool, "health"] | ["control", "pools", pool, "health"] if get => {
             pool_health(core, pool)
         }
-        ["v2", "tasks"] if post => match tasks::parse(&request.body, Arc::from(facts.peer)) {
+        ["v2", "tasks"] if post => match tasks::parse(&request.body, client_of(facts)) {
             Ok(task) => Action::CreateTask(Box::new(task)),
             Err(refusal) => refuse(refusal),
         },
@@ -150,6 +158,12 @@ pub fn route(request: &Request, core: &Core, facts: &Facts<'_>, now: Now) -> Act
         ["v2", "tasks"] | ["v2", "tasks", _, "cancel"] => refuse(Refusal::Method("POST")),
         _ => refuse(Refusal::NoSuchPath),
     }
+}
+
+/// With whom a request shares a turn in the queue: everybody at one address. The token tells clients apart
+/// no further: all of them have the same.
+fn client_of(facts: &Facts<'_>) -> Arc<str> {
+    Arc::from(facts.peer)
 }
 
 fn respond(status: u16, body: &impl serde::Serialize) -> Action {
@@ -224,7 +238,7 @@ fn node_view(registry: &ServiceRegistry, node: &Node, now: Now) -> Value {
     let replicas: Vec<Value> = registry
         .replicas_of(node)
         .filter_map(|replica| registry.replica(replica))
-        .map(replica_view)
+        .map(|replica| replica_view(replica, now))
         .collect();
     let pools: Vec<&PoolId> = node.pools.iter().map(|pool| &pool.pool_id).collect();
     json!({
@@ -248,7 +262,7 @@ fn node_view(registry: &ServiceRegistry, node: &Node, now: Now) -> Value {
     })
 }
 
-fn replica_view(replica: &Replica) -> Value {
+fn replica_view(replica: &Replica, now: Now) -> Value {
     let obstacle = replica.obstacle();
     json!({
         "node_id": replica.node,
@@ -258,6 +272,7 @@ fn replica_view(replica: &Replica) -> Value {
         "routable": obstacle.is_none(),
         "reason": obstacle.map(|why| why.to_string()),
         "since_ms": replica.since.unix_ms(),
+        "circuit": circuit_view(&replica.circuit, now),
         "ready": replica.ready,
         "draining": replica.draining,
         "generation": replica.generation,
@@ -273,8 +288,21 @@ fn replica_view(replica: &Replica) -> Value {
     })
 }
 
+fn circuit_view(circuit: &Circuit, now: Now) -> Value {
+    match circuit {
+        Circuit::Closed => json!({"state": "closed"}),
+        Circuit::Open { until, failures, reason } => json!({
+            "state": "open", "failures": failures, "reason": reason,
+            "tried_again_in_ms": until.ms_since(now.mono),
+        }),
+        Circuit::HalfOpen { failures, reason, trying } => {
+            json!({"state": "half_open", "failures": failures, "reason": reason, "trying": trying})
+        }
+    }
+}
+
 /// Every pool over all nodes, by name.
-fn pools(registry: &ServiceRegistry) -> Value {
+fn pools(registry: &ServiceRegistry, now: Now) -> Value {
     let mut names: Vec<&PoolId> =
         registry.nodes().flat_map(|node| node.pools.iter().map(|pool| &pool.pool_id)).collect();
     names.sort_unstable();
@@ -297,7 +325,7 @@ fn pools(registry: &ServiceRegistry) -> Value {
                 "ready": routable().next().is_some(),
                 "slots_total": routable().map(|replica| replica.slots_total).sum::<u32>(),
                 "slots_free": routable().map(|replica| replica.slots_free()).sum::<u32>(),
-                "replicas": members.iter().map(|replica| replica_view(replica)).collect::<Vec<_>>(),
+                "replicas": members.iter().map(|replica| replica_view(replica, now)).collect::<Vec<_>>(),
             })
         })
         .collect();
@@ -417,6 +445,7 @@ fn scrape(core: &Core, facts: &Facts<'_>, now: Now) -> Response {
         &counts.first_byte,
     );
     scrape.histogram("orchestratord_request_seconds", "From ask to the answer's end.", &counts.duration);
+    meters::scrape(core, facts.token_gaps, &mut scrape);
     facts.lag.scrape("orchestratord", now.mono, &mut scrape);
     if let Some(bytes) = facts.resident_bytes {
         scrape.gauge("process_resident_memory_bytes", "Resident memory.", &[("", bytes as f64)]);

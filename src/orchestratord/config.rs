@@ -84,6 +84,30 @@ pub static TABLE: &[Setting] = &[
         help: "How long a request waits for a slot; 0 to 3600000",
     },
     Setting {
+        flag: "first-byte-timeout-ms",
+        env: "ORCHESTRATORD_FIRST_BYTE_TIMEOUT_MS",
+        aliases: &[],
+        default: Some("900000"),
+        value: "MS",
+        help: "How long an engine may take from the request to the first byte of its answer; 100 to 86400000",
+    },
+    Setting {
+        flag: "idle-timeout-ms",
+        env: "ORCHESTRATORD_IDLE_TIMEOUT_MS",
+        aliases: &[],
+        default: Some("300000"),
+        value: "MS",
+        help: "How long an answer may pause between two bytes; 100 to 86400000",
+    },
+    Setting {
+        flag: "request-timeout-ms",
+        env: "ORCHESTRATORD_REQUEST_TIMEOUT_MS",
+        aliases: &[],
+        default: Some("0"),
+        value: "MS",
+        help: "How long a request may take altogether, its wait included; 0 to 86400000, 0 for no limit",
+    },
+    Setting {
         flag: "runtime-dir",
         env: "ORCHD_RUNTIME_DIR",
         aliases: &[],
@@ -182,6 +206,12 @@ pub struct Config {
     pub admission_capacity: usize,
     /// How long one waits.
     pub admission_timeout_ms: u64,
+    /// From a request to the first byte of its answer.
+    pub first_byte_timeout_ms: u64,
+    /// Between two bytes of an answer.
+    pub idle_timeout_ms: u64,
+    /// From a request to the last byte of its answer; 0 for no limit.
+    pub request_timeout_ms: u64,
     /// Where handoffs appear in the HOME profile.
     pub runtime_dir: PathBuf,
     /// Listing interval without events.
@@ -251,6 +281,9 @@ impl Config {
             strategy: settings.need("placement-strategy", str::parse)?,
             admission_capacity: usize::try_from(capacity).unwrap_or(usize::MAX),
             admission_timeout_ms: settings.need("admission-timeout-ms", number(0, 3_600_000))?,
+            first_byte_timeout_ms: settings.need("first-byte-timeout-ms", number(100, 86_400_000))?,
+            idle_timeout_ms: settings.need("idle-timeout-ms", number(100, 86_400_000))?,
+            request_timeout_ms: settings.need("request-timeout-ms", number(0, 86_400_000))?,
             runtime_dir: settings.need("runtime-dir", |text| Ok(PathBuf::from(text)))?,
             watch_interval_ms: settings.need("watch-interval-ms", number(100, 10_000))?,
             pool_managers,

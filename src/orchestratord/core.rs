@@ -13,7 +13,7 @@
 //! becomes free goes to the first waiter that fits in the same turn. A slot is taken by exactly one
 //! grant and given back exactly once, when the exchange behind it has ended.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::replicas::{self, Fault, Trouble};
@@ -22,18 +22,26 @@ use crate::time::{Mono, Now, earliest};
 use crate::wire::id::NodeId;
 
 use self::keeping::Keeper;
-use super::admission::{Admission, Waiter};
+use self::limits::Abort;
+use self::waiting::{Hopes, Wanted};
+use super::admission::{Admission, Priority, Waiter};
+use super::drain_rate::DrainRate;
 pub use super::messages::{Asked, Counts, Dispatch, Effect, Ending, Input, Options, RequestId};
-use super::placement::{Ask, Choice, Strategy, StrategyState, choose, fits};
+use super::meters::{Ended, Meters};
+use super::placement::{Ask, Choice, Strategy, StrategyState, choose};
 use super::poller::Poller;
-use super::refusal::{RETRY_MS_DEFAULT, Refusal};
+use super::refusal::Refusal;
 use super::report::happening;
-use super::service_registry::{Change, Fenced, Grant, Replica, ReplicaRef, ServiceRegistry};
+use super::service_registry::{Change, Fenced, Grant, NodeStatus, Replica, ReplicaRef, ServiceRegistry};
 
 mod keeping;
+mod limits;
 mod polling;
 #[cfg(test)]
 mod tests;
+mod waiting;
+
+pub use self::waiting::NOBODY_GRACE_MS;
 
 /// Engines that one request is tried on before it is given up.
 pub const ATTEMPTS_MAX: u32 = 3;
@@ -55,13 +63,18 @@ struct Request {
     tried: Vec<ReplicaRef>,
     running: Option<Run>,
     predicted_ms: u64,
+    /// When its time is over, and how long that is after its ask.
+    limit: Option<(Mono, u64)>,
 }
 
 #[derive(Debug)]
 struct Run {
     grant: Grant,
+    node: NodeId,
     since: Mono,
     answering: bool,
+    /// It is being ended from here.
+    abort: Option<Abort>,
 }
 
 /// The engines of this machine, in the HOME profile.
@@ -76,7 +89,11 @@ struct Local {
 #[derive(Debug)]
 pub struct Core {
     registry: ServiceRegistry,
-    admission: Admission<Ask>,
+    admission: Admission<Wanted>,
+    hopes: Hopes,
+    drains: DrainRate,
+    limits: BTreeSet<(Mono, RequestId)>,
+    meters: Meters,
     requests: BTreeMap<RequestId, Request>,
     local: Option<Local>,
     poller: Poller,
@@ -107,6 +124,10 @@ impl Core {
             poller: Poller::new(&options.polled, options.limits.poll_interval_ms, options.seed, now),
             registry: ServiceRegistry::new(options.limits, now.wall.unix_ms()),
             admission: Admission::new(options.admission_capacity),
+            hopes: Hopes::default(),
+            drains: DrainRate::new(options.seed),
+            limits: BTreeSet::new(),
+            meters: Meters::default(),
             requests: BTreeMap::new(),
             local,
             strategy: options.strategy,
@@ -168,6 +189,13 @@ impl Core {
             Input::Polled(id, outcome) => self.polled(id, outcome, now, &mut changes, effects),
             Input::PoolReady { reply, notice } => self.pool_ready(reply, &notice, now, effects),
             Input::Ask { request, asked } => self.ask(request, *asked, now, effects),
+            Input::Limit { request, total_ms } => self.limit(request, total_ms),
+            Input::Metered(id, metered) => {
+                if let Some(request) = self.requests.get(&id) {
+                    let model = request.asked.ask.model.as_deref();
+                    self.meters.metered(model, metered, request.since);
+                }
+            }
             Input::Answering(request) => self.answering(request, now, &mut changes),
             Input::Ended(request, ending) => self.ended(request, ending, now, &mut changes, effects),
             Input::Withdraw(request) => self.withdraw(request),
@@ -186,6 +214,8 @@ impl Core {
         self.send_probes(now, effects);
         if tick {
             self.end_waits(now, effects);
+            self.end_overdue(now, effects);
+            self.look_for_hope(now, effects);
             self.send_polls(now, effects);
         }
         self.end_shutdown(now, effects);
@@ -198,7 +228,8 @@ impl Core {
         // As long as probes are sent: a deadline that nothing meets would make the loop spin.
         let local = self.local.as_ref().filter(|_| self.ends_at.is_none());
         let local = local.and_then(|local| local.replicas.deadline());
-        let queue = self.admission.deadline();
+        let queue =
+            earliest(self.admission.deadline(), earliest(self.limits_deadline(), self.look_deadline()));
         let end = self.ends_at.filter(|_| !self.over && !self.is_keeping_last());
         earliest(
             earliest(self.registry.deadline(), earliest(queue, self.poller.deadline())),
@@ -234,6 +265,18 @@ impl Core {
     #[must_use]
     pub fn waiting(&self) -> usize {
         self.admission.len()
+    }
+
+    /// Of these, the ones of this priority.
+    #[must_use]
+    pub fn waiting_of(&self, priority: Priority) -> usize {
+        self.admission.len_of(priority)
+    }
+
+    /// What is counted by model.
+    #[must_use]
+    pub fn meters(&self) -> &Meters {
+        &self.meters
     }
 
     /// Requests that run on an engine.
@@ -276,6 +319,8 @@ impl Core {
         }
         let waiting = self.requests.values().filter(|request| request.running.is_none()).count();
         assert_eq!(waiting, self.admission.len(), "a request neither runs nor waits");
+        let limited = self.requests.values().filter(|request| request.limit.is_some()).count();
+        assert_eq!(limited, self.limits.len(), "a stray limit");
         let mut granted: BTreeMap<ReplicaRef, u32> = BTreeMap::new();
         for run in self.requests.values().filter_map(|request| request.running.as_ref()) {
             *granted.entry(run.grant.replica()).or_default() += run.grant.slots();
@@ -307,6 +352,12 @@ impl Core {
             match change {
                 Change::ReplicaReady(replica) | Change::ReplicaCapacity(replica) => {
                     self.serve_waiters(replica, now, effects);
+                }
+                Change::ReplicaNotReady { .. } | Change::ReplicaGone { .. } => {
+                    self.serve_who_failed(now, effects);
+                }
+                Change::NodeStatus { node, to: NodeStatus::Offline, .. } | Change::NodeGone { node, .. } => {
+                    self.recall(&node, effects);
                 }
                 Change::AskNode { node, pool, agent } => effects.push(Effect::AskAgent { node, pool, agent }),
                 _ => {}
@@ -365,6 +416,7 @@ impl Core {
             tried: Vec::new(),
             running: None,
             predicted_ms: 0,
+            limit: None,
         };
         self.requests.insert(id, request);
         self.place(id, now, effects);
@@ -384,28 +436,28 @@ impl Core {
                 self.refuse(id, Refusal::UnknownModel { model, known }, effects);
             }
             Choice::UnknownPin if first => self.refuse(id, Refusal::UnknownPin, effects),
-            // One that failed is as good as any once its circuit allows it; `attempts` bounds this.
+            Choice::Busy => self.wait(id, now, effects),
+            // Nobody else could: one that failed is as good as any once its circuit allows it.
             _ if tried => {
-                if let Some(request) = self.requests.get_mut(&id) {
-                    request.tried.clear();
+                let (strategy, state) = (self.strategy, &mut self.strategy_state);
+                match choose(&self.registry, &request.asked.ask, &[], strategy, state).choice {
+                    Choice::Replica { replica, slots } => self.dispatch(id, replica, slots, now, effects),
+                    _ => self.wait(id, now, effects),
                 }
-                self.place(id, now, effects);
             }
-            Choice::Busy
-            | Choice::NotReady { .. }
-            | Choice::Nothing
-            | Choice::UnknownModel
-            | Choice::UnknownPin => self.wait(id, effects),
+            Choice::NotReady { .. } | Choice::Nothing | Choice::UnknownModel | Choice::UnknownPin => {
+                self.wait(id, now, effects);
+            }
         }
     }
 
-    fn wait(&mut self, id: RequestId, effects: &mut Vec<Effect>) {
+    fn wait(&mut self, id: RequestId, now: Now, effects: &mut Vec<Effect>) {
         let slots: u64 = self.registry.replicas().map(|(_, replica)| u64::from(replica.slots_total)).sum();
         let Some(request) = self.requests.get_mut(&id) else { return };
         let wait_ms = self.wait_ms_max.min(request.asked.wait_ms_max);
         let waiter = Waiter {
             id,
-            ask: request.asked.ask.clone(),
+            ask: request.wanted(),
             priority: request.asked.priority,
             client: request.asked.client.clone(),
             since: request.since,
@@ -413,15 +465,15 @@ impl Core {
         };
         match self.admission.push(waiter) {
             Ok(position) => {
+                self.hopes.looked.get_or_insert(now.mono);
                 let ahead = position as u64 + 1;
                 request.predicted_ms = ahead.saturating_mul(self.service_ms_average) / slots.max(1);
                 let predicted_ms = request.predicted_ms;
                 effects.push(Effect::Waiting { request: id, position, predicted_ms });
             }
             Err(_) => {
-                let (capacity, waiting) = (self.admission.len(), self.admission.len() as u64);
-                let drained_ms = waiting.saturating_mul(self.service_ms_average) / slots.max(1);
-                let retry_ms = drained_ms.clamp(RETRY_MS_DEFAULT, 60_000);
+                let (capacity, ask) = (self.admission.len(), request.asked.ask.clone());
+                let retry_ms = self.retry_ms(&ask, now);
                 self.refuse(id, Refusal::QueueFull { capacity, retry_ms }, effects);
             }
         }
@@ -436,7 +488,9 @@ impl Core {
         effects: &mut Vec<Effect>,
     ) {
         let Some(request) = self.requests.get_mut(&id) else { return };
-        let Some(grant) = self.registry.acquire(replica, slots) else { return self.wait(id, effects) };
+        let Some(grant) = self.registry.acquire(replica, slots) else {
+            return self.wait(id, now, effects);
+        };
         let Some(known) = self.registry.replica(replica) else { return };
         let auth_file =
             self.local.as_ref().and_then(|local| local.replicas.handoff(&known.key)?.auth_file.clone());
@@ -452,20 +506,10 @@ impl Core {
             self.counts.waited.observe_ns(now.mono.ns_since(request.since));
         }
         request.attempts += 1;
-        request.running = Some(Run { grant, since: now.mono, answering: false });
+        self.meters.dispatched(request.asked.ask.model.as_deref());
+        let node = known.node.clone();
+        request.running = Some(Run { grant, node, since: now.mono, answering: false, abort: None });
         effects.push(Effect::Dispatch(id, dispatch));
-    }
-
-    /// Gives what `replica` has free to waiters, in their order.
-    fn serve_waiters(&mut self, replica: ReplicaRef, now: Now, effects: &mut Vec<Effect>) {
-        while let Some(waiter) = self.admission.next_fitting(|ask| fits(&self.registry, replica, ask)) {
-            let total = self.registry.replica(replica).map_or(1, |known| known.slots_total);
-            self.dispatch(waiter.id, replica, waiter.ask.slots.clamp(1, total.max(1)), now, effects);
-            // Judged to fit and yet not taken: it waits again, and so must this loop.
-            if self.requests.get(&waiter.id).is_some_and(|request| request.running.is_none()) {
-                return;
-            }
-        }
     }
 
     fn answering(&mut self, id: RequestId, now: Now, changes: &mut Vec<Change>) {
@@ -496,39 +540,82 @@ impl Core {
         let is_untried = self.registry.replica(replica).is_some_and(Replica::is_untried);
         request.untried += u32::from(is_untried && request.untried < UNTRIED_ATTEMPTS_MAX);
         let (since, attempts) = (request.since, request.attempts - request.untried);
+        let (ask, abort): (Ask, _) = (request.asked.ask.clone(), run.abort);
         match ending {
             Ending::Complete => {
                 self.counts.answered += 1;
                 self.counts.duration.observe_ns(now.mono.ns_since(since));
                 self.learn_duration(now.mono.ms_since(run.since));
-                self.requests.remove(&id);
-                self.release(run.grant, now, effects);
+                self.over(id, Ended::Answered, now);
             }
             Ending::Withdrawn => {
                 self.counts.withdrawn += 1;
-                self.requests.remove(&id);
-                self.release(run.grant, now, effects);
+                self.over(id, Ended::Withdrawn, now);
             }
-            Ending::NotTried(reason) => {
-                self.refuse(id, Refusal::Overloaded(reason), effects);
-                self.release(run.grant, now, effects);
-            }
+            Ending::NotTried(reason) => self.refuse(id, Refusal::Overloaded(reason), effects),
             Ending::Failed { reason, connect, timeout, answered } => {
                 request.tried.push(replica);
+                self.counts.failures.add(connect, timeout);
                 self.engine_failed(replica, &reason, connect, timeout, now, changes, effects);
                 self.registry.release(run.grant);
                 if answered {
                     self.counts.broken += 1;
-                    self.requests.remove(&id);
+                    self.over(id, Ended::Broken, now);
                 } else if timeout || attempts >= ATTEMPTS_MAX {
-                    self.refuse(id, Refusal::EngineFailed { reason, timeout }, effects);
+                    let retry_ms = self.retry_ms(&ask, now);
+                    self.refuse(id, Refusal::EngineFailed { reason, timeout, retry_ms }, effects);
                 } else {
                     self.counts.retried += 1;
                     self.place(id, now, effects);
                 }
-                self.serve_waiters(replica, now, effects);
+                return self.serve_waiters(replica, now, effects);
             }
+            Ending::NotReady { reason, pause_ms } => {
+                request.tried.push(replica);
+                self.counts.failures.not_ready += 1;
+                self.registry.data_path_not_ready(replica, pause_ms, &reason, now, changes);
+                self.registry.release(run.grant);
+                if attempts >= ATTEMPTS_MAX {
+                    let retry_ms = self.retry_ms(&ask, now);
+                    self.refuse(id, Refusal::EngineFailed { reason, timeout: false, retry_ms }, effects);
+                } else {
+                    self.counts.retried += 1;
+                    self.place(id, now, effects);
+                }
+                return self.serve_waiters(replica, now, effects);
+            }
+            Ending::Aborted { answered: true } => {
+                self.counts.broken += 1;
+                self.over(id, Ended::Broken, now);
+            }
+            Ending::Aborted { .. } if abort == Some(Abort::Moved) => {
+                request.tried.push(replica);
+                self.counts.failures.vanished += 1;
+                self.counts.retried += 1;
+                self.registry.release(run.grant);
+                self.place(id, now, effects);
+                return self.serve_waiters(replica, now, effects);
+            }
+            Ending::Aborted { .. } => self.refuse(id, Refusal::OutOfTime, effects),
         }
+        self.release(run.grant, now, effects);
+    }
+
+    /// A request has ended that held a slot.
+    fn over(&mut self, id: RequestId, how: Ended, now: Now) {
+        if let Some(request) = self.forget(id) {
+            let model = request.asked.ask.model.as_deref();
+            self.meters.ended(model, how);
+            self.drains.ended(model, now.mono);
+        }
+    }
+
+    fn forget(&mut self, id: RequestId) -> Option<Request> {
+        let request = self.requests.remove(&id)?;
+        if let Some((at, _)) = request.limit {
+            self.limits.remove(&(at, id));
+        }
+        Some(request)
     }
 
     #[expect(clippy::too_many_arguments, reason = "they are one failure")]
@@ -564,13 +651,17 @@ impl Core {
     fn withdraw(&mut self, id: RequestId) {
         if self.admission.remove(id).is_some() {
             self.counts.withdrawn += 1;
-            self.requests.remove(&id);
+            if let Some(request) = self.forget(id) {
+                self.meters.ended(request.asked.ask.model.as_deref(), Ended::Withdrawn);
+            }
         }
     }
 
     fn refuse(&mut self, id: RequestId, refusal: Refusal, effects: &mut Vec<Effect>) {
         *self.counts.refused.entry(refusal.label()).or_default() += 1;
-        self.requests.remove(&id);
+        if let Some(request) = self.forget(id) {
+            self.meters.ended(request.asked.ask.model.as_deref(), Ended::Refused);
+        }
         effects.push(Effect::Refuse(id, refusal));
     }
 
@@ -591,19 +682,6 @@ impl Core {
             local.replicas.due_probes(now, &mut orders);
         }
         effects.extend(orders.into_iter().map(Effect::Probe));
-    }
-
-    /// Refuses waiters whose time is over, with what they waited for.
-    fn end_waits(&mut self, now: Now, effects: &mut Vec<Effect>) {
-        for waiter in self.admission.expire(now.mono) {
-            let placement = choose(&self.registry, &waiter.ask, &[], self.strategy, &mut self.strategy_state);
-            let (reason, full) = match placement.choice {
-                Choice::Busy | Choice::Replica { .. } => ("every slot was busy".to_string(), true),
-                Choice::NotReady { reason } => (reason, false),
-                _ => ("no engine is known that could serve it".to_string(), false),
-            };
-            self.refuse(waiter.id, Refusal::Waited { reason, full }, effects);
-        }
     }
 
     fn end_shutdown(&mut self, now: Now, effects: &mut Vec<Effect>) {

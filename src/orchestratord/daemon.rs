@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::http::head::RequestHead;
 use crate::http::server::{Request, Response};
 use crate::net::buffer::HIGH_WATER_BYTES;
-use crate::net::{FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Sink, forwardable};
+use crate::net::{FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Sink, Timing, forwardable};
 use crate::reactor::signal::Signals;
 use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Reactor, Registry, Waker, now};
@@ -23,8 +23,11 @@ use crate::wire::id::{NodeId, PoolId, ReplicaKey};
 
 use self::state::Saver;
 use super::api::{self, Action};
+use super::blame;
 use super::config::Config;
 use super::core::{Core, Dispatch, Effect, Ending, Input, Options, RequestId};
+use super::meters::Metered;
+use super::patience::ClientPatience;
 use super::poller::PollId;
 use super::refusal::Refusal;
 use super::service_registry::Target;
@@ -33,8 +36,8 @@ use super::tasks::{self, EVENTS_BYTES_MAX, NewTask, Tasks};
 mod agents;
 mod state;
 
-/// What a request to an engine may take: prompts are read for minutes before the first token.
-const ENGINE_PATIENCE: Patience = Patience { connect_ms: 2_000, first_byte_ms: 900_000, idle_ms: 300_000 };
+/// How long a connection to an engine may take to come about, in milliseconds.
+const CONNECT_MS: u64 = 2_000;
 /// An engine that answers so did not take the request: another one may.
 const HOLD_BACK: &[u16] = &[502, 503, 504];
 /// An agent also answers 409 when another engine stands behind the name by now.
@@ -233,7 +236,10 @@ impl Daemon {
                 NetEvent::Drained { client } => self.resume_task(client),
                 NetEvent::Head { exchange, status } => self.head(exchange, status, now),
                 NetEvent::Data { exchange, bytes } => self.data(exchange, &bytes, now),
-                NetEvent::Finished { exchange, outcome, .. } => self.finished(exchange, outcome, now),
+                NetEvent::Finished { exchange, outcome, timing } => {
+                    self.meter(exchange, &timing, now);
+                    self.finished(exchange, outcome, now);
+                }
             }
             self.perform(now);
         }
@@ -252,6 +258,14 @@ impl Daemon {
                     // Tasks were told when they were created; other clients just wait.
                     Effect::Waiting { .. } => {}
                     Effect::Dispatch(request, dispatch) => self.dispatch(request, &dispatch, now),
+                    Effect::Abort { request, reason, even_answered } => {
+                        let exchange = self.jobs.get(&request).and_then(|job| job.exchange);
+                        if let Some(exchange) = exchange
+                            && (even_answered || !self.net.is_answered(exchange))
+                        {
+                            self.net.abort(exchange, &reason, now.mono);
+                        }
+                    }
                     Effect::Process(order) => {
                         if let Some((key, generation, seen)) = self.processes.carry_out(order, &self.registry)
                         {
@@ -283,6 +297,7 @@ impl Daemon {
             resident_bytes: (request.head.path() == "/metrics").then(machine::resident_bytes).flatten(),
             clients: self.net.clients(),
             lag: &self.lag,
+            token_gaps: self.net.token_gaps(),
         };
         match api::route(&request, &self.core, &facts, now) {
             Action::Respond(response) => self.net.respond(client, &response, now.mono),
@@ -307,10 +322,13 @@ impl Daemon {
                 self.core.handle(Input::PoolReady { reply, notice }, now, &mut self.effects);
             }
             Action::Engine(asked) => {
+                // Checked by the route.
+                let own_ms = ClientPatience::read(&request.head.fields).ok().and_then(|own| own.total_ms);
                 let front = Front::Engine { client, head: Box::new(request.head) };
                 let job = self.open_job(front, request.body);
                 self.by_client.insert(client, job);
                 self.core.handle(Input::Ask { request: job, asked }, now, &mut self.effects);
+                self.limit(job, own_ms, now);
             }
             Action::CreateTask(task) => self.create_task(client, *task, now),
             Action::TaskEvents(id) => self.open_task(client, &id, now),
@@ -411,8 +429,12 @@ impl Daemon {
         };
         let method = method.to_string();
         let body = job.body.clone();
-        let outbound =
-            Outbound { to, method, target, fields, body, sink, patience: ENGINE_PATIENCE, keep_ms: None };
+        let patience = Patience {
+            connect_ms: CONNECT_MS,
+            first_byte_ms: self.config.first_byte_timeout_ms,
+            idle_ms: self.config.idle_timeout_ms,
+        };
+        let outbound = Outbound { to, method, target, fields, body, sink, patience, keep_ms: None };
         let exchange = self.net.start(outbound, now.mono);
         self.exchanges.insert(exchange, Running::Request(request));
         if let Some(job) = self.jobs.get_mut(&request) {
@@ -425,6 +447,25 @@ impl Daemon {
         let reason = "the engine's address is not known yet".to_string();
         let ending = Ending::Failed { reason, connect: true, timeout: false, answered: false };
         self.core.handle(Input::Ended(request, ending), now, &mut self.effects);
+    }
+
+    /// A request may take no longer than its client says, or than is configured.
+    fn limit(&mut self, request: RequestId, own_ms: Option<u64>, now: Now) {
+        let configured_ms = Some(self.config.request_timeout_ms).filter(|ms| *ms > 0);
+        if let Some(total_ms) = own_ms.into_iter().chain(configured_ms).min() {
+            self.core.handle(Input::Limit { request, total_ms }, now, &mut self.effects);
+        }
+    }
+
+    fn meter(&mut self, exchange: Token, timing: &Timing, now: Now) {
+        if let Some(Running::Request(request)) = self.exchanges.get(&exchange) {
+            let metered = Metered {
+                first_token: timing.first_token,
+                tokens_in: timing.tokens.prompt,
+                tokens_out: timing.tokens.completion,
+            };
+            self.core.handle(Input::Metered(*request, metered), now, &mut self.effects);
+        }
     }
 
     fn head(&mut self, exchange: Token, status: u16, now: Now) {
@@ -481,18 +522,14 @@ impl Daemon {
                 (Ending::Complete, true)
             }
             Outcome::ClientGone | Outcome::Cancelled => (Ending::Withdrawn, true),
-            Outcome::Failed(fault) if fault.kind == FaultKind::Local => {
-                (Ending::NotTried(fault.reason), false)
-            }
             Outcome::Failed(fault) => {
                 let timeout = fault.kind == FaultKind::Timeout;
                 if is_task && fault.answered {
                     let code = if timeout { "DECODE_TIMEOUT" } else { "WORKER_RESET" };
                     self.tasks.failed(request, code, &fault.reason, Some(super::refusal::RETRY_MS_DEFAULT));
                 }
-                let connect = fault.kind == FaultKind::Connect;
                 let answered = fault.answered;
-                (Ending::Failed { reason: fault.reason, connect, timeout, answered }, answered)
+                (blame::ending(fault), answered)
             }
         };
         self.core.handle(Input::Ended(request, ending), now, &mut self.effects);
@@ -530,6 +567,7 @@ impl Daemon {
         let front = Front::Task { creator: Some(client), reader: None };
         let request = self.open_job(front, task.body);
         self.core.handle(Input::Ask { request, asked: Box::new(task.asked) }, now, &mut self.effects);
+        self.limit(request, None, now);
         // The core has decided in this call: placed, waiting or refused.
         let (mut position, mut predicted_ms) = (0, 0);
         for effect in &self.effects {

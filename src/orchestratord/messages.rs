@@ -16,6 +16,7 @@ use crate::wire::pool::{AgentReport, ReplicaStatus};
 use crate::wire::url::BaseUrl;
 
 use super::admission::Priority;
+use super::meters::Metered;
 use super::placement::{Ask, Strategy};
 use super::poller::{PollId, PollOrder};
 use super::refusal::Refusal;
@@ -55,6 +56,18 @@ pub enum Ending {
         connect: bool,
         /// It was too slow.
         timeout: bool,
+        /// The client has seen a part of the answer.
+        answered: bool,
+    },
+    /// The engine said that it is not ready. Nothing of that has reached the client.
+    NotReady {
+        /// What it said, for people.
+        reason: String,
+        /// How long it wants to be left alone, in milliseconds.
+        pause_ms: u64,
+    },
+    /// It was ended as [`Effect::Abort`] demanded.
+    Aborted {
         /// The client has seen a part of the answer.
         answered: bool,
     },
@@ -162,6 +175,15 @@ pub enum Input {
         /// What it wants.
         asked: Box<Asked>,
     },
+    /// A request that was just asked for may take so long altogether, in milliseconds.
+    Limit {
+        /// The request.
+        request: RequestId,
+        /// From its ask to the last byte of its answer.
+        total_ms: u64,
+    },
+    /// What was measured of an exchange that is about to end.
+    Metered(RequestId, Metered),
     /// The head of an engine's answer came.
     Answering(RequestId),
     /// An exchange ended.
@@ -200,6 +222,15 @@ pub enum Effect {
     },
     /// Send a request to an engine.
     Dispatch(RequestId, Dispatch),
+    /// End an exchange, if it still runs. [`Ending::Aborted`] is the answer.
+    Abort {
+        /// The request.
+        request: RequestId,
+        /// Why, for people.
+        reason: String,
+        /// Also where the answer has begun.
+        even_answered: bool,
+    },
     /// Watch a process, or forget it.
     Process(ProcessOrder),
     /// Send a probe.
@@ -272,6 +303,8 @@ pub struct Counts {
     pub broken: u64,
     /// Requests sent to another engine after a failure.
     pub retried: u64,
+    /// Exchanges that engines failed.
+    pub failures: Failures,
     /// Refusals by their label.
     pub refused: BTreeMap<&'static str, u64>,
     /// Registrations accepted.
@@ -292,4 +325,30 @@ pub struct Counts {
     pub first_byte: Histogram,
     /// From ask to end, answered requests only.
     pub duration: Histogram,
+}
+
+/// Exchanges that engines failed, by what that means for them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Failures {
+    /// No connection.
+    pub connect: u64,
+    /// Reset, cut off, or answered with 502, 503 or 504.
+    pub broken: u64,
+    /// Too slow.
+    pub timeout: u64,
+    /// Not ready, as the engine said itself.
+    pub not_ready: u64,
+    /// Its node vanished before the answer began.
+    pub vanished: u64,
+}
+
+impl Failures {
+    /// One more.
+    pub fn add(&mut self, connect: bool, timeout: bool) {
+        match (connect, timeout) {
+            (_, true) => self.timeout += 1,
+            (true, false) => self.connect += 1,
+            (false, false) => self.broken += 1,
+        }
+    }
 }

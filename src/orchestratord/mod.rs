@@ -11,11 +11,15 @@ use crate::settings::Exit;
 
 pub mod admission;
 pub mod api;
+pub mod blame;
 pub mod config;
 pub mod core;
 pub mod daemon;
+pub mod drain_rate;
 pub mod messages;
+pub mod meters;
 pub mod openai;
+pub mod patience;
 pub mod placement;
 pub mod poller;
 pub mod refusal;

@@ -18,7 +18,7 @@ use super::replica_table::{Hot, NO_MODELS, ReplicaTable};
 use super::service_registry::{NodeStatus, Replica, ReplicaRef, ServiceRegistry};
 
 /// What a request needs.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Ask {
     /// The model by name; `None` or empty takes any.
     pub model: Option<String>,

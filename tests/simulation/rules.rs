@@ -89,7 +89,10 @@ impl Ledger {
             Ending::Complete => State::Done("answered"),
             Ending::Withdrawn => State::Done("withdrawn"),
             Ending::Failed { answered: true, .. } => State::Done("broken"),
-            Ending::Failed { .. } | Ending::NotTried(_) => State::Pending,
+            Ending::Failed { .. }
+            | Ending::NotTried(_)
+            | Ending::NotReady { .. }
+            | Ending::Aborted { .. } => State::Pending,
         };
         let State::Running { place, slots, exchange } = std::mem::replace(&mut known.state, next) else {
             panic!("request {request} ends and did not run");

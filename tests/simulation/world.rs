@@ -740,7 +740,10 @@ impl World {
                     Ending::Complete => self.totals.answered += 1,
                     Ending::Withdrawn => self.totals.withdrawn += 1,
                     Ending::Failed { answered: true, .. } => self.totals.broken += 1,
-                    Ending::Failed { .. } | Ending::NotTried(_) => {}
+                    Ending::Failed { .. }
+                    | Ending::NotTried(_)
+                    | Ending::NotReady { .. }
+                    | Ending::Aborted { .. } => {}
                 }
                 control_core::Input::Ended(request, ending)
             }
@@ -768,6 +771,16 @@ impl World {
         use control_core::Effect;
         match effect {
             Effect::Process(_) => {}
+            Effect::Abort { request, even_answered, .. } => {
+                let of = |(id, exchange): (&u64, &Exchange)| {
+                    let is_meant = exchange.request == request && (even_answered || !exchange.answered);
+                    is_meant.then_some((*id, exchange.answered))
+                };
+                let found = self.control.as_ref().and_then(|control| control.exchanges.iter().find_map(of));
+                if let Some((exchange, answered)) = found {
+                    self.end_exchange(exchange, Ending::Aborted { answered }, None);
+                }
+            }
             Effect::Registered(call, reply) => {
                 let answer = Answer::Ok {
                     next_heartbeat_ms: reply.next_heartbeat_ms,
