@@ -65,6 +65,8 @@ struct Request {
     predicted_ms: u64,
     /// When its time is over, and how long that is after its ask.
     limit: Option<(Mono, u64)>,
+    /// Its time is over.
+    is_overdue: bool,
 }
 
 #[derive(Debug)]
@@ -417,6 +419,7 @@ impl Core {
             running: None,
             predicted_ms: 0,
             limit: None,
+            is_overdue: false,
         };
         self.requests.insert(id, request);
         self.place(id, now, effects);
@@ -425,6 +428,9 @@ impl Core {
     /// Gives a request a slot, or a place in the queue, or a refusal.
     fn place(&mut self, id: RequestId, now: Now, effects: &mut Vec<Effect>) {
         let Some(request) = self.requests.get(&id) else { return };
+        if request.is_overdue {
+            return self.refuse(id, Refusal::OutOfTime, effects);
+        }
         let (strategy, state) = (self.strategy, &mut self.strategy_state);
         let placement = choose(&self.registry, &request.asked.ask, &request.tried, strategy, state);
         let (first, tried) = (request.attempts == 0, !request.tried.is_empty());

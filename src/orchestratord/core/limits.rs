@@ -46,6 +46,7 @@ impl Core {
             let limit_ms = request.limit.take().map_or(0, |(_, total_ms)| total_ms);
             match &mut request.running {
                 Some(run) => {
+                    request.is_overdue = true;
                     run.abort = Some(Abort::OutOfTime);
                     let reason = format!("the request took longer than the {limit_ms} ms that it may take");
                     effects.push(Effect::Abort { request: id, reason, even_answered: true });
