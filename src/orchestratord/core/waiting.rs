@@ -181,3 +181,6 @@ fn may_serve(replica: &Replica, ask: &Ask) -> bool {
         && ask.device_mask.as_ref().is_none_or(|mask| replica.device_mask.as_ref() == Some(mask))
         && !ask.avoid_pools.contains(&replica.key.pool)
 }
+
+#[cfg(test)]
+mod tests;
