@@ -190,15 +190,15 @@ impl World {
 
     fn ask(&mut self, a: u8, b: u8) {
         let model = [Some("a"), Some("b"), None][usize::from(a % 3)].map(String::from);
-        let pool = (b % 4 == 0).then(|| PoolId::new("p1").expect("an id"));
-        let slots = 1 + u32::from(b % 7 == 0);
+        let pool = (b.is_multiple_of(4)).then(|| PoolId::new("p1").expect("an id"));
+        let slots = 1 + u32::from(b.is_multiple_of(7));
         let ask = Ask { model, pool, slots, ..Ask::default() };
-        let priority = if b % 2 == 0 { Priority::Interactive } else { Priority::Batch };
+        let priority = if b.is_multiple_of(2) { Priority::Interactive } else { Priority::Batch };
         let asked = Asked {
             ask: ask.clone(),
             priority,
             client: ["x", "y", "z"][usize::from(a / 3 % 3)].into(),
-            wait_ms_max: if b % 5 == 0 { 3_000 } else { u64::MAX },
+            wait_ms_max: if b.is_multiple_of(5) { 3_000 } else { u64::MAX },
         };
         let id = self.next;
         self.next += 1;
@@ -206,7 +206,7 @@ impl World {
         let known = Known { ask, state: State::Waits, deadline, limit: None, tried: Vec::new(), passed: 0 };
         self.known.insert(id, known);
         self.handle(Input::Ask { request: id, asked: Box::new(asked) });
-        if a % 4 == 0 && !matches!(self.known[&id].state, State::Over) {
+        if a.is_multiple_of(4) && !matches!(self.known[&id].state, State::Over) {
             let known = self.known.get_mut(&id).expect("just asked");
             known.limit = Some(self.now.mono.plus_ms(5_000));
             known.deadline = known.deadline.min(self.now.mono.plus_ms(5_000));
@@ -232,7 +232,7 @@ impl World {
         let Some(id) = running.get(usize::from(nth) % running.len().max(1)).copied() else { return };
         let known = self.known.get_mut(&id).expect("it runs");
         let State::Runs(dispatch, answered) = &mut known.state else { return };
-        if how % 8 == 0 {
+        if how.is_multiple_of(8) {
             *answered = true;
             return self.handle(Input::Answering(id));
         }

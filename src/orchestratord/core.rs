@@ -6,7 +6,7 @@
 //!   Listing, Probed ─▶ local replicas (HOME) ┤
 //!                                            ▼
 //!   Ask ─▶ placement ──slot taken──▶ Effect::Dispatch ─▶ Answering ─▶ Ended ─▶ slot given back
-//!             └─ no slot ─▶ admission queue ──▲                        └─ failed unanswered: once more
+//!             └─ no slot ─▶ admission queue ──▲                        └─ failed unanswered: elsewhere
 //! ```
 //!
 //! A request is placed, or put into the queue, in the turn in which it is asked for; a slot that
