@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use llama_orch::orchestratord::core::{Core, Dispatch, Effect, Ending, Input};
 use llama_orch::orchestratord::placement::{Ask, Choice, Strategy, StrategyState, choose};
-use llama_orch::orchestratord::service_registry::{Confirmation, NodeStatus};
+use llama_orch::orchestratord::service_registry::{Confirmation, NodeStatus, Replica, ReplicaRef};
 use llama_orch::time::{Mono, Now};
 use llama_orch::wire::id::NodeId;
 
@@ -29,6 +29,8 @@ pub(crate) struct Ledger {
 struct Request {
     ask: Ask,
     state: State,
+    /// Where it failed before the answer began.
+    failed_at: Vec<Place>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,7 +57,8 @@ pub(crate) struct Before {
 
 impl Ledger {
     pub(crate) fn asked(&mut self, request: u64, ask: &Ask) {
-        self.requests.insert(request, Request { ask: ask.clone(), state: State::Pending });
+        self.requests
+            .insert(request, Request { ask: ask.clone(), state: State::Pending, failed_at: Vec::new() });
     }
 
     /// Requests that are neither answered nor refused.
@@ -97,6 +100,9 @@ impl Ledger {
         let State::Running { place, slots, exchange } = std::mem::replace(&mut known.state, next) else {
             panic!("request {request} ends and did not run");
         };
+        if known.state == State::Pending {
+            known.failed_at.push(place.clone());
+        }
         assert_eq!(exchange, Some(id), "request {request} runs twice");
         let in_use = self.in_use.get_mut(&place).expect("counted when it began");
         *in_use -= slots;
@@ -219,7 +225,17 @@ impl World {
             if request.state == State::Pending {
                 let state = &mut StrategyState::new(1);
                 let registry = control.core.registry();
-                let placement = choose(registry, &request.ask, &[], Strategy::LeastLoaded, state);
+                // One on which it failed will do where no other could serve it.
+                let failed_there = |replica: &Replica| {
+                    let place = (&replica.node, &replica.key, replica.generation);
+                    request.failed_at.iter().any(|(node, key, serial)| (node, key, *serial) == place)
+                };
+                let replicas = registry.replicas().filter(|(_, replica)| failed_there(replica));
+                let tried: Vec<ReplicaRef> = replicas.map(|(replica, _)| replica).collect();
+                let mut placement = choose(registry, &request.ask, &tried, Strategy::LeastLoaded, state);
+                if !matches!(placement.choice, Choice::Busy) {
+                    placement = choose(registry, &request.ask, &[], Strategy::LeastLoaded, state);
+                }
                 assert!(
                     !matches!(placement.choice, Choice::Replica { .. }),
                     "request {id} waits for {:?} while a slot is free",
