@@ -323,9 +323,10 @@ impl Road {
     fn build() -> Road {
         let directory = tempfile::tempdir().expect("a directory");
         let (control, agent) = (free_port(), free_port());
+        let state = directory.path().join("control").display().to_string();
         let plane = start(
             env!("CARGO_BIN_EXE_orchestratord"),
-            &["--addr", &format!("127.0.0.1:{control}"), "--cloud-profile=true"],
+            &["--addr", &format!("127.0.0.1:{control}"), "--cloud-profile=true", "--state-dir", &state],
         );
         until("the control plane", || get(control, "/ready"));
         let (agent, engines) = start_agent(directory.path(), agent, control);

@@ -57,6 +57,8 @@ impl Road {
                     "--addr",
                     &listen(control),
                     &format!("--cloud-profile={cloud}"),
+                    "--state-dir",
+                    &directory.path().join("control").display().to_string(),
                     "--runtime-dir",
                     &watched,
                     "--watch-interval-ms",

@@ -1,7 +1,7 @@
 //! What does one heartbeat cost the control plane, and does it depend on how many nodes there are?
 //!
-//! One heartbeat of four pools with one replica each, its reading from JSON aside, into registries
-//! of 10, 1,000 and 10,000 nodes. The load of each pool changes with every heartbeat.
+//! One heartbeat of four pools with one replica each into registries of 10, 1,000 and 10,000 nodes,
+//! read from JSON before or not. The load of each pool changes with every heartbeat.
 
 use std::hint::black_box;
 
@@ -11,6 +11,9 @@ use llama_orch::time::Now;
 use llama_orch::wire::id::NodeId;
 use llama_orch::wire::node::{Heartbeat, RegisterRequest};
 
+/// Sequence numbers begin here, so that all have ten digits.
+const SEQ_FIRST: u64 = 1_000_000_000;
+
 fn register(node: usize) -> RegisterRequest {
     let body = format!(
         r#"{{"node_id":"gpu-{node:05}","address":"http://gpu-{node:05}:9200","incarnation":1,"boot_id":"b{node}"}}"#
@@ -18,7 +21,9 @@ fn register(node: usize) -> RegisterRequest {
     serde_json::from_str(&body).expect("a registration")
 }
 
-fn beat(seq: u64) -> Heartbeat {
+/// A heartbeat as it comes from the network. The number of digits of `seq` does not change, and it stands
+/// first.
+fn body(seq: u64) -> String {
     let pools: Vec<String> = (0..4)
         .map(|pool| {
             let free = (seq + pool) % 5;
@@ -30,24 +35,34 @@ fn beat(seq: u64) -> Heartbeat {
             )
         })
         .collect();
-    let body = format!(r#"{{"incarnation":1,"seq":{seq},"pools":[{}]}}"#, pools.join(","));
-    serde_json::from_str(&body).expect("a heartbeat")
+    format!(r#"{{"seq":{:010},"incarnation":1,"pools":[{}]}}"#, SEQ_FIRST + seq, pools.join(","))
+}
+
+fn beat(seq: u64) -> Heartbeat {
+    serde_json::from_str(&body(seq)).expect("a heartbeat")
+}
+
+/// A registry with so many nodes that have each sent one heartbeat.
+fn registry(nodes: usize, now: Now) -> (ServiceRegistry, Vec<NodeId>) {
+    let mut registry = ServiceRegistry::new(Limits::default(), 1);
+    let (mut changes, first) = (Vec::new(), beat(1));
+    let ids: Vec<NodeId> = (0..nodes).map(|n| NodeId::new(&format!("gpu-{n:05}")).expect("an id")).collect();
+    for (n, id) in ids.iter().enumerate() {
+        registry.register(&register(n), "10.0.0.1", now, &mut changes).expect("registered");
+        registry.heartbeat(id, &first, "10.0.0.1", now, &mut changes).expect("accepted");
+        changes.clear();
+    }
+    (registry, ids)
 }
 
 fn heartbeat(c: &mut Criterion) {
     let mut group = c.benchmark_group("heartbeat");
     for nodes in [10usize, 1_000, 10_000] {
-        let mut registry = ServiceRegistry::new(Limits::default(), 1);
         let mut now = Now::default();
+        let (mut registry, ids) = registry(nodes, now);
         let mut changes = Vec::new();
         let mut beats: Vec<Heartbeat> = (1..=2).map(beat).collect();
-        let ids: Vec<NodeId> =
-            (0..nodes).map(|n| NodeId::new(&format!("gpu-{n:05}")).expect("an id")).collect();
-        for (n, id) in ids.iter().enumerate() {
-            registry.register(&register(n), "10.0.0.1", now, &mut changes).expect("registered");
-            registry.heartbeat(id, &beats[0], "10.0.0.1", now, &mut changes).expect("accepted");
-        }
-        let (mut turn, mut seq) = (0, 2);
+        let (mut turn, mut seq) = (0, SEQ_FIRST + 2);
         group.bench_function(BenchmarkId::new("nodes", nodes), |b| {
             b.iter(|| {
                 turn = (turn + 7919) % nodes;
@@ -60,8 +75,29 @@ fn heartbeat(c: &mut Criterion) {
                 black_box(reply).expect("accepted")
             });
         });
+        let mut bodies: Vec<Vec<u8>> = (1..=2).map(|seq| body(seq).into_bytes()).collect();
+        group.bench_function(BenchmarkId::new("nodes, with JSON", nodes), |b| {
+            b.iter(|| {
+                turn = (turn + 7919) % nodes;
+                seq += 1;
+                now = now.plus_ms(1);
+                let body = &mut bodies[seq as usize % 2];
+                write_digits(&mut body[7..17], seq);
+                changes.clear();
+                let beat: Heartbeat = serde_json::from_slice(black_box(body)).expect("a heartbeat");
+                let reply = registry.heartbeat(&ids[turn], &beat, "10.0.0.1", now, &mut changes);
+                black_box(reply).expect("accepted")
+            });
+        });
     }
     group.finish();
+}
+
+fn write_digits(place: &mut [u8], mut number: u64) {
+    for digit in place.iter_mut().rev() {
+        *digit = b'0' + (number % 10) as u8;
+        number /= 10;
+    }
 }
 
 criterion_group!(benches, heartbeat);

@@ -176,7 +176,7 @@ impl From<&Node> for NodeInfo {
             machine_id: node.machine_id.clone(),
             address: node.address.as_ref().map(ToString::to_string).unwrap_or_default(),
             pools: node.pools.iter().map(|pool| pool.pool_id.to_string()).collect(),
-            capabilities: node.capabilities.clone(),
+            capabilities: (*node.capabilities).clone(),
             version: node.version.clone(),
             incarnation: node.incarnation,
             boot_id: node.boot_id.clone(),
@@ -511,9 +511,9 @@ fn replica_status(replica: &core::Replica) -> ReplicaStatus {
         models: replica.models.to_vec(),
         context_length: None,
         reason: replica.reason.clone(),
-        device_mask: replica.device_mask.clone(),
-        engine: replica.engine.clone(),
-        engine_version: replica.engine_version.clone(),
+        device_mask: replica.device_mask.as_deref().map(str::to_string),
+        engine: replica.engine.as_deref().map(str::to_string),
+        engine_version: replica.engine_version.as_deref().map(str::to_string),
     }
 }
 

@@ -71,6 +71,7 @@ fn options() -> Options {
         hang_suspect_ms: 60_000,
         local: None,
         polled: Vec::new(),
+        addresses: None,
         seed: 3,
     }
 }
@@ -199,6 +200,7 @@ impl World {
             priority,
             client: ["x", "y", "z"][usize::from(a / 3 % 3)].into(),
             wait_ms_max: if b.is_multiple_of(5) { 3_000 } else { u64::MAX },
+            is_deadline: false,
         };
         let id = self.next;
         self.next += 1;

@@ -54,7 +54,6 @@ const PURE_ROOMS: &[(&str, &[&str])] = &[
     (
         "pool_managerd",
         &[
-            "pool_managerd/callback_client.rs",
             "pool_managerd/config.rs",
             "pool_managerd/control_client.rs",
             "pool_managerd/daemon.rs",
@@ -70,6 +69,7 @@ const PURE_ROOMS: &[(&str, &[&str])] = &[
             "orchestratord/daemon.rs",
             "orchestratord/daemon/agents.rs",
             "orchestratord/daemon/state.rs",
+            "orchestratord/daemon/tasks.rs",
             "orchestratord/mod.rs",
         ],
     ),

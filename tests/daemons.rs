@@ -261,7 +261,7 @@ fn tasks_are_told_in_order_and_can_be_cancelled() {
     };
     let events = get(home.port, "/v2/tasks/a/events").expect("events");
     assert_eq!(names(&events.body), ["started", "token", "token", "token", "end"], "{events:?}");
-    assert_eq!(get(home.port, "/v2/tasks/a/events").expect("an answer").status, 404, "it was read");
+    assert_eq!(get(home.port, "/v2/tasks/a/events").expect("an answer").status, 410, "it was read");
 
     post(home.port, "/v2/tasks", r#"{"task_id":"busy","prompt":"p","max_tokens":500}"#);
     let waiting = post(home.port, "/v2/tasks", r#"{"task_id":"b","prompt":"p","max_tokens":3}"#);

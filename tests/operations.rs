@@ -493,6 +493,29 @@ fn a_configured_callback_at_the_control_plane_gets_the_token_and_what_is_ready()
 }
 
 #[test]
+fn what_a_callbacks_name_leads_to_is_judged_before_it_is_dialled() {
+    let agent = Agent::start(&[]);
+    // Names for addresses that only the resolver understands.
+    let names =
+        [("http://134744072:9/x", "neither on this machine"), ("http://0xa9fea9fe:9/x", "link-local")];
+    for (name, _) in names {
+        let body = format!(r#"{{"url":"{name}"}}"#);
+        assert_eq!(post(agent.port, "/v2/callbacks/register", &body).status, 201, "it is only a name");
+    }
+    let engine = free_port();
+    let _engine = demo_engine(engine, &[], agent.directory.path());
+    agent.announce(engine, "r0", 4, "");
+    for (name, why) in names {
+        let refused = until("a refusal", || {
+            let list = get(agent.port, "/v2/callbacks")?.json();
+            let own = list["callbacks"].as_array()?.iter().find(|own| own["url"] == name)?.clone();
+            own["last"]["error"].as_str().map(str::to_string)
+        });
+        assert!(refused.contains(why), "{name}: {refused}");
+    }
+}
+
+#[test]
 fn receivers_that_hang_delay_nobody() {
     let plane = Listener::start(|_| Some((200, r#"{"success":true,"next_heartbeat_ms":1000}"#.into())));
     let hung = Listener::start(|_| None);

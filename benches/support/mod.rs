@@ -1,5 +1,7 @@
 //! What benchmarks with real daemons share: processes that end with them, ports, questions.
 
+#![allow(dead_code, reason = "each benchmark needs another part of it")]
+
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::process::{Child, Command, Stdio};
@@ -12,6 +14,12 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A child that ends with the benchmark.
 pub(crate) struct Process(Child);
+
+impl Process {
+    pub(crate) fn pid(&self) -> u32 {
+        self.0.id()
+    }
+}
 
 impl Drop for Process {
     fn drop(&mut self) {
@@ -37,12 +45,17 @@ pub(crate) fn unix_ns() -> u64 {
 }
 
 pub(crate) fn get(port: u16, path: &str) -> Option<Value> {
+    serde_json::from_str(&get_text(port, path)?).ok()
+}
+
+/// The body of an answer.
+pub(crate) fn get_text(port: u16, path: &str) -> Option<String> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
     stream.set_read_timeout(Some(PATIENCE)).ok()?;
     write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").ok()?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer).ok()?;
-    serde_json::from_str(answer.split_once("\r\n\r\n")?.1).ok()
+    Some(answer.split_once("\r\n\r\n")?.1.to_string())
 }
 
 pub(crate) fn until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {

@@ -123,6 +123,12 @@ impl Events {
                 self.data.extend_from_slice(value);
             }
             b"event" => self.name = value.to_vec(),
+            // Not of the standard: builds of llama-server report an error so, without `event` and `data`.
+            b"error" => {
+                self.name = b"error".to_vec();
+                self.has_data = true;
+                self.data.extend_from_slice(value);
+            }
             _ => {}
         }
     }

@@ -16,8 +16,9 @@
 //! where a request goes or what a failure means for an engine; that is the cores' business.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use crate::http::head::RequestHead;
@@ -151,8 +152,22 @@ pub enum Sink {
         /// Larger answers are an error.
         bytes_max: usize,
     },
-    /// Handed to the owner as it comes, decoded, in [`NetEvent::Data`].
-    Owner,
+    /// Handed to the owner as it comes, decoded, in [`NetEvent::Data`]. Statuses in `hold_back` end the
+    /// exchange before the owner hears of an answer.
+    Owner {
+        /// Statuses that are not handed over.
+        hold_back: &'static [u16],
+    },
+}
+
+impl Sink {
+    /// Statuses that end the exchange without an answer.
+    fn hold_back(&self) -> &'static [u16] {
+        match self {
+            Sink::Client { hold_back, .. } | Sink::Owner { hold_back } => hold_back,
+            Sink::Collect { .. } => &[],
+        }
+    }
 }
 
 /// What happened.
@@ -244,7 +259,9 @@ pub enum FaultKind {
     Connect,
     /// This process could not even try: too many exchanges, no descriptor. The peer has no part in it.
     Local,
-    /// No connection, no first byte or no next byte in time.
+    /// No connection in time: nothing was sent. The peer's machine may be gone, or its queue full.
+    Unreached,
+    /// No first byte or no next byte in time.
     Timeout,
     /// The connection broke.
     Reset,
@@ -282,6 +299,25 @@ pub struct Progress {
     pub last_byte: Option<Mono>,
 }
 
+/// Says why an address must not be dialled for a URL, where that is so.
+#[derive(Clone)]
+pub struct DialRule(Arc<Verdict>);
+
+type Verdict = dyn Fn(&BaseUrl, IpAddr) -> Result<(), String> + Send + Sync;
+
+impl DialRule {
+    /// A rule.
+    pub fn new(verdict: impl Fn(&BaseUrl, IpAddr) -> Result<(), String> + Send + Sync + 'static) -> DialRule {
+        DialRule(Arc::new(verdict))
+    }
+}
+
+impl fmt::Debug for DialRule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("DialRule")
+    }
+}
+
 /// Both sides and what is between them.
 #[derive(Debug)]
 pub struct Net {
@@ -291,6 +327,7 @@ pub struct Net {
     server: Server,
     upstreams: Upstreams,
     resolver: Resolver,
+    dial_rule: Option<DialRule>,
     events: VecDeque<NetEvent>,
     scratch: Vec<u8>,
     limits: Limits,
@@ -313,11 +350,18 @@ impl Net {
             server: Server::new(),
             upstreams: Upstreams::new(),
             resolver: Resolver::new(waker),
+            dial_rule: None,
             events: VecDeque::new(),
             scratch: vec![0; SCRATCH_BYTES],
             limits,
             token_gaps: Histogram::default(),
         }
+    }
+
+    /// Dials only what `rule` allows from now on; it is asked with every address that a URL names or was
+    /// resolved to.
+    pub fn set_dial_rule(&mut self, rule: DialRule) {
+        self.dial_rule = Some(rule);
     }
 
     /// Listens on `address`; port 0 takes a free one. Returns the bound address.
@@ -376,8 +420,14 @@ impl Net {
 
     /// When [`Net::turn`] must run at the latest.
     #[must_use]
-    pub fn deadline(&self) -> Option<Mono> {
-        earliest(self.timers.next(), self.server.accept_again_at())
+    pub fn deadline(&mut self) -> Option<Mono> {
+        let Net { timers, server, upstreams, .. } = self;
+        timers.forget_orphans(|token| match token.kind() {
+            Kind::Client => server.clients.get(token).is_some(),
+            Kind::Upstream => upstreams.connections.get(token).is_some(),
+            _ => upstreams.exchanges.get(token).is_some(),
+        });
+        earliest(timers.next(), server.accept_again_at())
     }
 
     /// Clients that are connected.
@@ -442,21 +492,24 @@ impl Net {
 
     /// Starts an exchange. It ends with [`NetEvent::Finished`], also when it fails at once.
     pub fn start(&mut self, outbound: Outbound, now: Mono) -> Token {
+        self.start_judged(outbound, None, now)
+    }
+
+    /// The same under a rule of its own, in the place of the one for all.
+    pub fn start_judged(&mut self, outbound: Outbound, rule: Option<DialRule>, now: Mono) -> Token {
         let forward = match &outbound.sink {
-            Sink::Client { client, hold_back, fields } => {
-                self.server.clients.get_mut(*client).map(|session| {
-                    let mut fields = fields.clone();
-                    fields.extend(session.echo());
-                    Forward { to: session.answer_to(), hold_back, fields }
-                })
-            }
-            Sink::Collect { .. } | Sink::Owner => None,
+            Sink::Client { client, fields, .. } => self.server.clients.get_mut(*client).map(|session| {
+                let mut fields = fields.clone();
+                fields.extend(session.echo());
+                Forward { to: session.answer_to(), fields }
+            }),
+            Sink::Collect { .. } | Sink::Owner { .. } => None,
         };
         let client = match outbound.sink {
             Sink::Client { client, .. } => Some(client),
             _ => None,
         };
-        let exchange = self.upstreams.begin(outbound, forward, now);
+        let exchange = self.upstreams.begin(outbound, forward, rule, now);
         if let Some(session) = client.and_then(|client| self.server.clients.get_mut(client)) {
             session.next = ClientNext::Relay(exchange);
         } else if client.is_some() {

@@ -19,8 +19,6 @@ use super::meter::{Meter, Tokens};
 pub struct Forward {
     /// What the client's request asked of an answer.
     pub to: AnswerTo,
-    /// Statuses that are not forwarded.
-    pub hold_back: &'static [u16],
     /// Fields to add.
     pub fields: Vec<(&'static str, String)>,
 }
@@ -52,6 +50,7 @@ enum Body {
 pub struct Relay {
     reader: ResponseReader,
     forward: Option<Forward>,
+    hold_back: &'static [u16],
     /// Part of a head that has not ended yet.
     held: Vec<u8>,
     head: Option<Answer>,
@@ -71,12 +70,13 @@ struct Answer {
 
 impl Relay {
     /// A relay for the answer to a request with `method`; without `forward` the decoded body is put
-    /// out alone.
+    /// out alone. Nothing is put out of an answer with a status in `hold_back`.
     #[must_use]
-    pub fn new(method: &str, forward: Option<Forward>) -> Relay {
+    pub fn new(method: &str, forward: Option<Forward>, hold_back: &'static [u16]) -> Relay {
         Relay {
             reader: ResponseReader::new(method == "HEAD"),
             forward,
+            hold_back,
             held: Vec::new(),
             head: None,
             retry_after_s: None,
@@ -217,12 +217,12 @@ impl Relay {
             events: head.is_event_stream().then(Tail::default),
             meter: Meter::default(),
         };
+        if self.hold_back.contains(&head.status) {
+            let after = head.fields.get("retry-after");
+            self.retry_after_s = after.and_then(|seconds| seconds.trim().parse().ok());
+            return Ok(Step::HeldBack(head.status));
+        }
         if let Some(forward) = &self.forward {
-            if forward.hold_back.contains(&head.status) {
-                let after = head.fields.get("retry-after");
-                self.retry_after_s = after.and_then(|seconds| seconds.trim().parse().ok());
-                return Ok(Step::HeldBack(head.status));
-            }
             answer.body = match (head.framing, forward.to.version) {
                 (Framing::Empty | Framing::Length(_), _) | (Framing::Chunked, Version::Http11) => Body::Same,
                 (Framing::UntilClose, Version::Http11) => Body::Rechunked,

@@ -410,6 +410,12 @@ impl Net {
     fn await_next_request(&mut self, client: Token, now: Mono) {
         let Some(session) = self.server.clients.get_mut(client) else { return };
         self.server.bodies_bytes -= std::mem::take(&mut session.body_bytes);
+        // Most connections rest most of the time: one that does holds no memory but its own.
+        if session.unread.is_empty() {
+            session.unread = Vec::new();
+            session.out = OutBuffer::default();
+            session.correlation = String::new();
+        }
         let mid_request = session.reader.mid_request(session.unread.len());
         if !session.unread.is_empty() || session.stream.latch().readable {
             self.ready.push(client);

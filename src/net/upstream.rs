@@ -20,7 +20,7 @@ use super::buffer::HIGH_WATER_BYTES;
 use super::relay::{Forward, Relay, Step};
 use super::resolve::Resolved;
 use super::server::ClientNext;
-use super::{Fault, FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Progress, Sink, Timing};
+use super::{DialRule, Fault, FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Progress, Sink, Timing};
 
 /// Bodies up to this size are sent in one write with their head.
 const JOINED_BODY_BYTES_MAX: usize = 64 * 1024;
@@ -29,6 +29,8 @@ const JOINED_BODY_BYTES_MAX: usize = 64 * 1024;
 pub(super) struct Exchange {
     pub(super) deadline: Deadline,
     to: BaseUrl,
+    /// Where it may go, if not where everything may.
+    rule: Option<DialRule>,
     /// Head, and the body too where it is small.
     head: Vec<u8>,
     body: Arc<Vec<u8>>,
@@ -89,7 +91,13 @@ impl Upstreams {
         }
     }
 
-    pub(super) fn begin(&mut self, outbound: Outbound, forward: Option<Forward>, now: Mono) -> Token {
+    pub(super) fn begin(
+        &mut self,
+        outbound: Outbound,
+        forward: Option<Forward>,
+        rule: Option<DialRule>,
+        now: Mono,
+    ) -> Token {
         let mut head = Vec::with_capacity(512 + outbound.body.len().min(JOINED_BODY_BYTES_MAX));
         let target = format!("{}{}", outbound.to.path(), outbound.target);
         let fields = outbound.fields.iter().map(|(name, value)| (name.as_str(), value.as_slice()));
@@ -103,14 +111,15 @@ impl Upstreams {
         self.exchanges.insert(Exchange {
             deadline: Deadline::default(),
             to: outbound.to,
+            rule,
             head,
             body,
             sent: 0,
-            relay: Relay::new(&outbound.method, forward),
+            relay: Relay::new(&outbound.method, forward, outbound.sink.hold_back()),
             sink: match outbound.sink {
                 Sink::Client { client, .. } => SinkState::Client(client),
                 Sink::Collect { bytes_max } => SinkState::Collect { bytes_max, bytes: Vec::new() },
-                Sink::Owner => SinkState::Owner { paused: false },
+                Sink::Owner { .. } => SinkState::Owner { paused: false },
             },
             patience: outbound.patience,
             keep_ms: outbound.keep_ms,
@@ -214,6 +223,11 @@ impl Net {
                 return self.fail_exchange(exchange, FaultKind::Connect, &reason, now);
             }
         };
+        if let Some(DialRule(check)) = session.rule.as_ref().or(self.dial_rule.as_ref())
+            && let Err(why) = check(&session.to, address.ip())
+        {
+            return self.fail_exchange(exchange, FaultKind::Connect, &why, now);
+        }
         while !retried && let Some(idle) = self.upstreams.take_idle(address) {
             let latch = self.upstreams.connections.get(idle).map(|line| line.stream.latch());
             if latch.is_some_and(|latch| !latch.readable) {
@@ -518,6 +532,7 @@ impl Net {
             }
             return;
         }
+        let is_connected = line.is_some_and(|line| line.connected);
         let reason = if session.received && matches!(session.sink, SinkState::Collect { .. }) {
             format!("no whole answer within {} ms", patience.first_byte_ms)
         } else if session.received {
@@ -527,7 +542,8 @@ impl Net {
         } else {
             format!("no connection within {} ms", patience.connect_ms)
         };
-        self.fail_exchange(exchange, FaultKind::Timeout, &reason, now);
+        let kind = if is_connected { FaultKind::Timeout } else { FaultKind::Unreached };
+        self.fail_exchange(exchange, kind, &reason, now);
     }
 
     /// The engine failed: try a fresh connection if only a kept one was stale, else end the exchange.

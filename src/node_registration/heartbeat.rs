@@ -266,6 +266,7 @@ impl<F: FnMut() -> Vec<PoolStatus>> Beating<F> {
             timestamp: Some(now().wall.rfc3339()),
             pools,
             incarnation: Some(self.incarnation),
+            boot_id: self.plan.boot_id.clone(),
             seq: Some(seq),
             draining: false,
         }))

@@ -131,6 +131,7 @@ pub struct Admission<A> {
     capacity: usize,
     waiters: BTreeMap<u64, Waiter<A>>,
     deadlines: BTreeSet<(Mono, u64)>,
+    by_age: BTreeSet<(Priority, Mono, u64)>,
     interactive: Class<A>,
     batch: Class<A>,
     /// Turns given so far: numbers the order in which clients and groups came or were served.
@@ -202,6 +203,7 @@ impl<A: Wanted> Admission<A> {
             capacity,
             waiters: BTreeMap::new(),
             deadlines: BTreeSet::new(),
+            by_age: BTreeSet::new(),
             interactive: Class::default(),
             batch: Class::default(),
             turns: 0,
@@ -223,6 +225,7 @@ impl<A: Wanted> Admission<A> {
         let (id, turn) = (waiter.id, self.turns);
         self.class(waiter.priority).push(&waiter, turn);
         self.deadlines.insert((waiter.deadline, id));
+        self.by_age.insert((waiter.priority, waiter.since, id));
         self.waiters.insert(id, waiter);
         Ok(self.position(id).unwrap_or(0))
     }
@@ -287,6 +290,12 @@ impl<A: Wanted> Admission<A> {
         self.class_of(waiter.priority).groups_of(&waiter.ask)?.groups.get(&waiter.ask)?.position(waiter)
     }
 
+    /// Everybody, interactive work first, within that by age: about the order in which they are served if
+    /// all fit, without the turns of clients. For forecasts.
+    pub fn in_order(&self) -> impl Iterator<Item = &Waiter<A>> {
+        self.by_age.iter().filter_map(|(.., id)| self.waiters.get(id))
+    }
+
     /// How many wait.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -337,6 +346,7 @@ impl<A: Wanted> Admission<A> {
     pub fn check_invariants(&self) {
         assert!(self.waiters.len() <= self.capacity, "more wait than may");
         assert_eq!(self.deadlines.len(), self.waiters.len(), "a stray deadline");
+        assert!(self.by_age.len() == self.waiters.len() && self.in_order().count() == self.waiters.len());
         let mut queued = 0;
         for priority in Priority::ALL {
             let class = self.class_of(priority);
@@ -378,6 +388,7 @@ impl<A: Wanted> Admission<A> {
     fn take(&mut self, id: u64, turn: Option<u64>) -> Option<Waiter<A>> {
         let waiter = self.waiters.remove(&id)?;
         self.deadlines.remove(&(waiter.deadline, id));
+        self.by_age.remove(&(waiter.priority, waiter.since, id));
         self.class(waiter.priority).remove(&waiter, turn);
         Some(waiter)
     }

@@ -12,6 +12,7 @@ use crate::service::auth::Tokens;
 use crate::service::lag::LoopLag;
 use crate::time::Now;
 use crate::wire::id::{NodeId, PoolId};
+use crate::wire::json_place;
 use crate::wire::node::{Heartbeat, RegisterRequest};
 
 use super::core::{Asked, Core};
@@ -21,7 +22,7 @@ use super::openai;
 use super::patience::ClientPatience;
 use super::poller::{POLL_OUTCOMES, POLL_STATES};
 use super::refusal::Refusal;
-use super::service_registry::{Circuit, Confirmation, Node, NodeStatus, Replica, ServiceRegistry};
+use super::service_registry::{Circuit, Confirmation, Fenced, Node, NodeStatus, Replica, ServiceRegistry};
 use super::tasks::{self, NewTask};
 
 /// Largest body of a node's message, in bytes: a heartbeat of the largest node is below it.
@@ -49,10 +50,14 @@ pub enum Action {
     Engine(Box<Asked>),
     /// Admit a task.
     CreateTask(Box<NewTask>),
-    /// Stream a task's events.
-    TaskEvents(String),
+    /// Stream a task's events; `true` with all that happens to it.
+    TaskEvents(String, bool),
     /// Cancel a task.
     CancelTask(String),
+    /// Show a session.
+    ShowSession(String),
+    /// Forget a session.
+    EndSession(String),
 }
 
 /// What the daemon knows beside the core.
@@ -72,6 +77,10 @@ pub struct Facts<'a> {
     pub resident_bytes: Option<u64>,
     /// Connected clients.
     pub clients: usize,
+    /// Tasks that are remembered.
+    pub tasks: usize,
+    /// Sessions that are remembered.
+    pub sessions: usize,
     /// How far the loop lags behind.
     pub lag: &'a LoopLag,
     /// Times between two pieces of one relayed stream.
@@ -147,8 +156,14 @@ pub fn route(request: &Request, core: &Core, facts: &Facts<'_>, now: Now) -> Act
             Ok(task) => Action::CreateTask(Box::new(task)),
             Err(refusal) => refuse(refusal),
         },
-        ["v2", "tasks", id, "events"] if get => Action::TaskEvents((*id).to_string()),
+        ["v2", "tasks", id, "events"] if get => {
+            let verbose = matches!(head.query("verbose"), Some("true" | "1" | "yes" | ""));
+            Action::TaskEvents((*id).to_string(), verbose)
+        }
         ["v2", "tasks", id, "cancel"] if post => Action::CancelTask((*id).to_string()),
+        ["v2", "sessions", name] if get => Action::ShowSession((*name).to_string()),
+        ["v2", "sessions", name] if head.method() == "DELETE" => Action::EndSession((*name).to_string()),
+        ["v2", "sessions", _] => refuse(Refusal::Method("GET, DELETE")),
         ["health" | "ready" | "metrics"] | ["v2", "events" | "handoffs" | "pools"] => {
             refuse(Refusal::Method("GET"))
         }
@@ -229,9 +244,10 @@ fn read_notice(body: &[u8]) -> Result<PoolReady, Refusal> {
 
 fn read_body<T: DeserializeOwned>(body: &[u8]) -> Result<Box<T>, Refusal> {
     if body.len() > NODE_BODY_BYTES_MAX {
-        return Err(Refusal::Invalid(format!("the body is larger than {NODE_BODY_BYTES_MAX} bytes")));
+        let (what, limit) = ("bytes in a node's message", NODE_BODY_BYTES_MAX);
+        return Err(Refusal::Fenced(Fenced::TooLarge { what, limit }));
     }
-    serde_json::from_slice(body).map(Box::new).map_err(|error| Refusal::Invalid(format!("the body: {error}")))
+    json_place::read(body).map(Box::new).map_err(|error| Refusal::Invalid(format!("the body: {error}")))
 }
 
 fn node_view(registry: &ServiceRegistry, node: &Node, now: Now) -> Value {
@@ -407,6 +423,8 @@ fn scrape(core: &Core, facts: &Facts<'_>, now: Now) -> Response {
         &[("", core.waiting() as f64)],
     );
     scrape.gauge("orchestratord_client_connections", "Connected clients.", &[("", facts.clients as f64)]);
+    scrape.gauge("orchestratord_tasks", "Tasks that are remembered.", &[("", facts.tasks as f64)]);
+    scrape.gauge("orchestratord_sessions", "Sessions that are remembered.", &[("", facts.sessions as f64)]);
     let outcomes =
         [("answered", counts.answered), ("withdrawn", counts.withdrawn), ("broken", counts.broken)];
     let mut labelled: Vec<(String, u64)> =

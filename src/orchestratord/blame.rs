@@ -27,7 +27,7 @@ pub fn ending(fault: Fault) -> Ending {
     match (fault.kind, fault.retry_after_s) {
         (FaultKind::Local, _) => Ending::NotTried(reason),
         (FaultKind::Aborted, _) => Ending::Aborted { answered },
-        (FaultKind::Connect, _) => failed(true, false),
+        (FaultKind::Connect | FaultKind::Unreached, _) => failed(true, false),
         (FaultKind::Timeout, _) if !fault.sent => failed(true, false),
         (FaultKind::Timeout, _) => failed(false, true),
         (FaultKind::Status(409), _) => Ending::NotReady { reason, pause_ms: RENAMED_PAUSE_MS },
@@ -53,6 +53,7 @@ mod tests {
         for (kind, sent, after, expected) in [
             (FaultKind::Local, false, None, Ending::NotTried("r".into())),
             (FaultKind::Connect, false, None, failed(true, false)),
+            (FaultKind::Unreached, false, None, failed(true, false)),
             (FaultKind::Timeout, false, None, failed(true, false)),
             (FaultKind::Timeout, true, None, failed(false, true)),
             (FaultKind::Reset, true, None, failed(false, false)),

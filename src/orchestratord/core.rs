@@ -23,20 +23,25 @@ use crate::wire::id::NodeId;
 
 use self::keeping::Keeper;
 use self::limits::Abort;
+pub use self::predicting::QueuePlace;
 use self::waiting::{Hopes, Wanted};
 use super::admission::{Admission, Priority, Waiter};
 use super::drain_rate::DrainRate;
+use super::forecast::Speeds;
 pub use super::messages::{Asked, Counts, Dispatch, Effect, Ending, Input, Options, RequestId};
 use super::meters::{Ended, Meters};
 use super::placement::{Ask, Choice, Strategy, StrategyState, choose};
 use super::poller::Poller;
 use super::refusal::Refusal;
 use super::report::happening;
-use super::service_registry::{Change, Fenced, Grant, NodeStatus, Replica, ReplicaRef, ServiceRegistry};
+use super::service_registry::{
+    Change, Fenced, Grant, NodeStatus, Replica, ReplicaRef, ServiceRegistry, Target,
+};
 
 mod keeping;
 mod limits;
 mod polling;
+mod predicting;
 #[cfg(test)]
 mod tests;
 mod waiting;
@@ -49,8 +54,6 @@ pub const ATTEMPTS_MAX: u32 = 3;
 /// are not there any more. Much of a fleet may have died with the control plane, and each of its engines
 /// costs a request two seconds at most; after so many the client should hear of it.
 pub const UNTRIED_ATTEMPTS_MAX: u32 = 16;
-/// Weight of a new duration in the moving average: one in eight.
-const AVERAGE_SHIFT: u32 = 3;
 
 /// A request between its ask and its end.
 #[derive(Debug)]
@@ -62,7 +65,6 @@ struct Request {
     untried: u32,
     tried: Vec<ReplicaRef>,
     running: Option<Run>,
-    predicted_ms: u64,
     /// When its time is over, and how long that is after its ask.
     limit: Option<(Mono, u64)>,
     /// Its time is over.
@@ -107,7 +109,7 @@ pub struct Core {
     over: bool,
     events: Events,
     counts: Counts,
-    service_ms_average: u64,
+    speeds: Speeds,
     watch_trouble: Option<Trouble>,
     listed: bool,
     keeper: Keeper,
@@ -122,9 +124,13 @@ impl Core {
             replicas.set_hang_limit(options.hang_suspect_ms);
             Local { node, replicas, shown_revision: 0 }
         });
+        let mut registry = ServiceRegistry::new(options.limits, now.wall.unix_ms());
+        if let Some(rules) = options.addresses {
+            registry.set_address_rules(rules);
+        }
         Core {
             poller: Poller::new(&options.polled, options.limits.poll_interval_ms, options.seed, now),
-            registry: ServiceRegistry::new(options.limits, now.wall.unix_ms()),
+            registry,
             admission: Admission::new(options.admission_capacity),
             hopes: Hopes::default(),
             drains: DrainRate::new(options.seed),
@@ -140,7 +146,7 @@ impl Core {
             over: false,
             events: Events::default(),
             counts: Counts::default(),
-            service_ms_average: 0,
+            speeds: Speeds::default(),
             watch_trouble: None,
             listed: false,
             keeper: Keeper::new(0, now.mono),
@@ -199,6 +205,9 @@ impl Core {
                 }
             }
             Input::Answering(request) => self.answering(request, now, &mut changes),
+            Input::Measured { request, first_token_ms, tokens, decode_ms } => {
+                self.measured(request, first_token_ms, tokens, decode_ms);
+            }
             Input::Ended(request, ending) => self.ended(request, ending, now, &mut changes, effects),
             Input::Withdraw(request) => self.withdraw(request),
             Input::Shutdown => {
@@ -221,7 +230,7 @@ impl Core {
             self.send_polls(now, effects);
         }
         self.end_shutdown(now, effects);
-        self.keep(now, effects);
+        self.keep(tick, now, effects);
     }
 
     /// When [`Input::Tick`] is wanted next.
@@ -417,7 +426,6 @@ impl Core {
             untried: 0,
             tried: Vec::new(),
             running: None,
-            predicted_ms: 0,
             limit: None,
             is_overdue: false,
         };
@@ -441,25 +449,37 @@ impl Core {
                 let known = self.registry.models().into_iter().map(|model| model.name).collect();
                 self.refuse(id, Refusal::UnknownModel { model, known }, effects);
             }
-            Choice::UnknownPin if first => self.refuse(id, Refusal::UnknownPin, effects),
-            Choice::Busy => self.wait(id, now, effects),
+            Choice::UnknownPin if first => {
+                let ask = request.asked.ask.clone();
+                let refusal = match ask.node.as_ref().filter(|node| self.registry.node(node).is_none()) {
+                    Some(node) => {
+                        let reason = format!("node {node} is not known");
+                        Refusal::Unready { reason, node: true, retry_ms: self.retry_ms(&ask, now) }
+                    }
+                    None => Refusal::UnknownPin,
+                };
+                self.refuse(id, refusal, effects);
+            }
+            Choice::Busy => self.wait(id, None, now, effects),
             // Nobody else could: one that failed is as good as any once its circuit allows it.
             _ if tried => {
                 let (strategy, state) = (self.strategy, &mut self.strategy_state);
                 match choose(&self.registry, &request.asked.ask, &[], strategy, state).choice {
                     Choice::Replica { replica, slots } => self.dispatch(id, replica, slots, now, effects),
-                    _ => self.wait(id, now, effects),
+                    Choice::NotReady { reason } => self.wait(id, Some(reason), now, effects),
+                    _ => self.wait(id, None, now, effects),
                 }
             }
-            Choice::NotReady { .. } | Choice::Nothing | Choice::UnknownModel | Choice::UnknownPin => {
-                self.wait(id, now, effects);
+            Choice::NotReady { reason } => self.wait(id, Some(reason), now, effects),
+            Choice::Nothing | Choice::UnknownModel | Choice::UnknownPin => {
+                self.wait(id, None, now, effects);
             }
         }
     }
 
-    fn wait(&mut self, id: RequestId, now: Now, effects: &mut Vec<Effect>) {
-        let slots: u64 = self.registry.replicas().map(|(_, replica)| u64::from(replica.slots_total)).sum();
-        let Some(request) = self.requests.get_mut(&id) else { return };
+    fn wait(&mut self, id: RequestId, not_ready: Option<String>, now: Now, effects: &mut Vec<Effect>) {
+        let Some(request) = self.requests.get(&id) else { return };
+        let deadline = request.asked.is_deadline.then(|| request.since.plus_ms(request.asked.wait_ms_max));
         let wait_ms = self.wait_ms_max.min(request.asked.wait_ms_max);
         let waiter = Waiter {
             id,
@@ -472,10 +492,16 @@ impl Core {
         match self.admission.push(waiter) {
             Ok(position) => {
                 self.hopes.looked.get_or_insert(now.mono);
-                let ahead = position as u64 + 1;
-                request.predicted_ms = ahead.saturating_mul(self.service_ms_average) / slots.max(1);
-                let predicted_ms = request.predicted_ms;
-                effects.push(Effect::Waiting { request: id, position, predicted_ms });
+                let predicted_ms = self.predicted_ms(id, now);
+                let is_late = |ms: &u64| deadline.is_some_and(|at| *ms > at.ms_since(now.mono));
+                match predicted_ms.filter(is_late) {
+                    Some(ms) => {
+                        self.admission.remove(id);
+                        let reason = format!("deadline_ms cannot be met: the start is expected in {ms} ms");
+                        self.refuse(id, Refusal::Deadline(reason), effects);
+                    }
+                    None => effects.push(Effect::Waiting { request: id, position, predicted_ms, not_ready }),
+                }
             }
             Err(_) => {
                 let (capacity, ask) = (self.admission.len(), request.asked.ask.clone());
@@ -495,7 +521,7 @@ impl Core {
     ) {
         let Some(request) = self.requests.get_mut(&id) else { return };
         let Some(grant) = self.registry.acquire(replica, slots) else {
-            return self.wait(id, now, effects);
+            return self.wait(id, None, now, effects);
         };
         let Some(known) = self.registry.replica(replica) else { return };
         let auth_file =
@@ -551,7 +577,7 @@ impl Core {
             Ending::Complete => {
                 self.counts.answered += 1;
                 self.counts.duration.observe_ns(now.mono.ns_since(since));
-                self.learn_duration(now.mono.ms_since(run.since));
+                self.learn(replica, now.mono.ms_since(run.since));
                 self.over(id, Ended::Answered, now);
             }
             Ending::Withdrawn => {
@@ -637,9 +663,13 @@ impl Core {
     ) {
         let Some(known) = self.registry.replica(replica) else { return };
         let (key, generation) = (known.key.clone(), known.generation);
+        let relayed = matches!(known.target, Target::Relay { .. });
         // Slow is not broken: a long prompt must not take an engine out of rotation.
         if !timeout {
             self.registry.data_path_failed(replica, reason, now, changes);
+        }
+        if connect && relayed {
+            self.registry.agent_failed(replica, reason, now, changes);
         }
         let fault = if connect { Fault::ConnectFailed } else { Fault::Broken };
         self.with_local(now, effects, |local, now, found| {
@@ -669,14 +699,6 @@ impl Core {
             self.meters.ended(request.asked.ask.model.as_deref(), Ended::Refused);
         }
         effects.push(Effect::Refuse(id, refusal));
-    }
-
-    fn learn_duration(&mut self, ms: u64) {
-        let average = self.service_ms_average;
-        self.service_ms_average = match average {
-            0 => ms,
-            _ => average - (average >> AVERAGE_SHIFT) + (ms >> AVERAGE_SHIFT),
-        };
     }
 
     fn send_probes(&mut self, now: Now, effects: &mut Vec<Effect>) {

@@ -7,12 +7,11 @@ use std::sync::Arc;
 
 use crate::http::head::RequestHead;
 use crate::http::server::{Request, Response};
-use crate::net::buffer::HIGH_WATER_BYTES;
-use crate::net::{FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Sink, Timing, forwardable};
+use crate::net::{DialRule, Net, NetEvent, Outbound, Outcome, Patience, Sink, Timing, forwardable};
 use crate::reactor::signal::Signals;
 use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Reactor, Registry, Waker, now};
-use crate::replicas::{Activity, EnginePolicy, ProbeOrder, Processes, Watch, probe};
+use crate::replicas::{Activity, AllowList, EnginePolicy, ProbeOrder, Processes, Watch, probe};
 use crate::service::auth::{self, Tokens};
 use crate::service::lag::LoopLag;
 use crate::service::shell::Shell;
@@ -23,7 +22,6 @@ use crate::wire::id::{NodeId, PoolId, ReplicaKey};
 
 use self::state::Saver;
 use super::api::{self, Action};
-use super::blame;
 use super::config::Config;
 use super::core::{Core, Dispatch, Effect, Ending, Input, Options, RequestId};
 use super::meters::Metered;
@@ -31,10 +29,12 @@ use super::patience::ClientPatience;
 use super::poller::PollId;
 use super::refusal::Refusal;
 use super::service_registry::Target;
-use super::tasks::{self, EVENTS_BYTES_MAX, NewTask, Tasks};
+use super::sessions::{self, Sessions, Turn};
+use super::tasks::Tasks;
 
 mod agents;
 mod state;
+mod tasks;
 
 /// How long a connection to an engine may take to come about, in milliseconds.
 const CONNECT_MS: u64 = 2_000;
@@ -46,6 +46,8 @@ const HOLD_BACK_FROM_AGENT: &[u16] = &[409, 502, 503, 504];
 const RESCAN_MS: u64 = 50;
 /// Turns in a row that may end with sockets still to be read before clocks are looked at all the same.
 const TURNS_BEHIND_MAX: u32 = 64;
+/// Field in which a client of the OpenAI routes names its session.
+const SESSION_FIELD: &str = "x-session-id";
 /// Name of this machine's node in the HOME profile.
 const LOCAL_NODE: &str = "local";
 
@@ -61,6 +63,7 @@ pub struct Daemon {
     net: Net,
     core: Core,
     tasks: Tasks,
+    sessions: Sessions,
     jobs: BTreeMap<RequestId, Job>,
     by_client: BTreeMap<Token, RequestId>,
     exchanges: BTreeMap<Token, Running>,
@@ -80,6 +83,14 @@ struct Job {
     exchange: Option<Token>,
     /// The replica and its generation that serve it.
     on: Option<(ReplicaKey, u64)>,
+    /// The session that it belongs to, until its part in that is over.
+    session: Option<Arc<str>>,
+}
+
+impl Job {
+    fn new(front: Front, body: Arc<Vec<u8>>) -> Job {
+        Job { front, body, exchange: None, on: None, session: None }
+    }
 }
 
 enum Front {
@@ -87,8 +98,9 @@ enum Front {
     Call(Token),
     /// A client whose request goes to an engine as it came.
     Engine { client: Token, head: Box<RequestHead> },
-    /// A task: `creator` waits for its admission, `reader` streams its events.
-    Task { creator: Option<Token>, reader: Option<Token> },
+    /// A task: `creator` waits for its admission, `reader` streams its events; its engine is asked at
+    /// `path`.
+    Task { creator: Option<Token>, reader: Option<Token>, path: &'static str },
 }
 
 /// What an exchange is for.
@@ -108,8 +120,10 @@ impl Daemon {
         for note in &config.notes {
             log::warn!("{note}");
         }
-        let Shell { reactor, registry, waker, signals, net, bound } =
+        let Shell { reactor, registry, waker, signals, mut net, bound } =
             Shell::start(config.addr, "ORCHESTRATORD_ADDR")?;
+        let rules = address_rules(bound);
+        net.set_dial_rule(DialRule::new(move |url, ip| rules.check_address(url, ip)));
         let at = now();
         let core = Core::new(options(&config, bound)?, at);
         let watch = config.watches().then(|| {
@@ -134,6 +148,7 @@ impl Daemon {
             net,
             core,
             tasks: Tasks::default(),
+            sessions: Sessions::default(),
             jobs: BTreeMap::new(),
             by_client: BTreeMap::new(),
             exchanges: BTreeMap::new(),
@@ -161,7 +176,7 @@ impl Daemon {
             let watch = self.watch.as_ref().map(Watch::deadline);
             let is_scanning = self.watch.as_ref().is_some_and(Watch::busy);
             let deadline = earliest(earliest(self.core.deadline(), self.net.deadline()), watch);
-            let deadline = earliest(deadline, self.tasks.deadline());
+            let deadline = earliest(deadline, self.tasks_deadline());
             if let Some(slow) = self.lag.worked(now.mono, crate::reactor::now().mono) {
                 log::warn!("{slow}");
             }
@@ -195,10 +210,9 @@ impl Daemon {
             self.net.turn(now.mono);
             self.take_net_events(now);
             (0..stops).for_each(|_| self.stop(now));
-            for request in self.tasks.expire(now.mono) {
-                self.withdraw(request, now);
-            }
-            let caught_up = !self.net.busy() && !self.reactor.has_more();
+            self.tasks_turn(now);
+            let has_seen_all = !self.reactor.has_more() && !self.reactor.was_held_up();
+            let caught_up = !self.net.busy() && has_seen_all;
             turns_behind = if caught_up { 0 } else { turns_behind + 1 };
             if caught_up || turns_behind >= TURNS_BEHIND_MAX {
                 self.core.handle(Input::Tick, now, &mut self.effects);
@@ -296,6 +310,8 @@ impl Daemon {
             peer: &peer,
             resident_bytes: (request.head.path() == "/metrics").then(machine::resident_bytes).flatten(),
             clients: self.net.clients(),
+            tasks: self.tasks.len(),
+            sessions: self.sessions.len(),
             lag: &self.lag,
             token_gaps: self.net.token_gaps(),
         };
@@ -324,32 +340,34 @@ impl Daemon {
             Action::Engine(asked) => {
                 // Checked by the route.
                 let own_ms = ClientPatience::read(&request.head.fields).ok().and_then(|own| own.total_ms);
+                let session = request.head.fields.get(SESSION_FIELD).filter(|name| sessions::is_name(name));
+                let session = session.map(Arc::<str>::from);
                 let front = Front::Engine { client, head: Box::new(request.head) };
                 let job = self.open_job(front, request.body);
+                if let Some(name) = session {
+                    self.join_session(job, name, now);
+                }
                 self.by_client.insert(client, job);
                 self.core.handle(Input::Ask { request: job, asked }, now, &mut self.effects);
                 self.limit(job, own_ms, now);
             }
             Action::CreateTask(task) => self.create_task(client, *task, now),
-            Action::TaskEvents(id) => self.open_task(client, &id, now),
-            Action::CancelTask(id) => {
-                if let Some(request) = self.tasks.cancel(&id, now) {
-                    self.withdraw(request, now);
-                    self.push_task_events(request, now);
-                }
-                self.net.respond(client, &Response::empty(204), now.mono);
-            }
+            Action::TaskEvents(id, verbose) => self.open_task(client, &id, verbose, now),
+            Action::CancelTask(id) => self.cancel_task(client, &id, now),
+            Action::ShowSession(name) => self.show_session(client, &name, now),
+            Action::EndSession(name) => self.end_session(client, &name, now),
         }
     }
 
     fn open_job(&mut self, front: Front, body: Vec<u8>) -> RequestId {
         let request = self.next_request;
         self.next_request += 1;
-        self.jobs.insert(request, Job { front, body: Arc::new(body), exchange: None, on: None });
+        self.jobs.insert(request, Job::new(front, Arc::new(body)));
         request
     }
 
-    fn close_job(&mut self, request: RequestId) -> Option<Job> {
+    fn close_job(&mut self, request: RequestId, now: Now) -> Option<Job> {
+        self.leave_session(request, None, now);
         let job = self.jobs.remove(&request)?;
         let client = match &job.front {
             Front::Call(_) => None,
@@ -363,7 +381,7 @@ impl Daemon {
     }
 
     fn reply(&mut self, call: RequestId, response: &Response, now: Now) {
-        if let Some(Job { front: Front::Call(client), .. }) = self.close_job(call) {
+        if let Some(Job { front: Front::Call(client), .. }) = self.close_job(call, now) {
             self.net.respond(client, response, now.mono);
         }
     }
@@ -372,23 +390,24 @@ impl Daemon {
         match self.jobs.get(&request).map(|job| &job.front) {
             Some(Front::Call(client)) => {
                 let client = *client;
-                self.close_job(request);
+                self.close_job(request, now);
                 self.net.respond(client, &refusal.response(false), now.mono);
             }
             Some(Front::Engine { client, .. }) => {
                 let client = *client;
-                self.close_job(request);
+                self.close_job(request, now);
                 self.net.respond(client, &refusal.response(true), now.mono);
             }
             // Not admitted: its creator is told. Admitted before: its events say so.
             Some(Front::Task { creator: Some(creator), .. }) => {
                 let creator = *creator;
-                self.close_job(request);
+                self.close_job(request, now);
                 self.net.respond(creator, &refusal.response(false), now.mono);
             }
             Some(Front::Task { .. }) => {
                 self.tasks.failed(request, refusal.code(), &refusal.message(), refusal.retry_ms());
                 self.push_task_events(request, now);
+                self.close_job(request, now);
             }
             None => {}
         }
@@ -401,7 +420,10 @@ impl Daemon {
         };
         let (mut fields, method, path) = match &job.front {
             Front::Engine { head, .. } => (forwardable(head), head.method(), head.target()),
-            _ => (vec![("Content-Type".into(), b"application/json".to_vec())], "POST", "/v1/completions"),
+            Front::Task { path, .. } => {
+                (vec![("Content-Type".into(), b"application/json".to_vec())], "POST", *path)
+            }
+            Front::Call(_) => return,
         };
         let (to, target, hold_back) = match &dispatch.target {
             Target::Direct(engine) => (engine.clone(), path.to_string(), HOLD_BACK),
@@ -412,7 +434,7 @@ impl Daemon {
                 let target = format!("/v2/pools/{pool}/replicas/{replica}/engine{path}");
                 (agent.clone(), target, HOLD_BACK_FROM_AGENT)
             }
-            Target::AskNode => return self.undeliverable(request, now),
+            Target::AskNode | Target::Forbidden(_) => return self.undeliverable(request, now),
         };
         let bearer = match &dispatch.target {
             Target::Relay { .. } => self.tokens.bearer(),
@@ -425,7 +447,7 @@ impl Daemon {
         fields.extend(bearer.map(|bearer| ("Authorization".to_string(), bearer.into_bytes())));
         let sink = match &job.front {
             Front::Engine { client, .. } => Sink::Client { client: *client, hold_back, fields: Vec::new() },
-            _ => Sink::Owner,
+            _ => Sink::Owner { hold_back },
         };
         let method = method.to_string();
         let body = job.body.clone();
@@ -434,6 +456,7 @@ impl Daemon {
             first_byte_ms: self.config.first_byte_timeout_ms,
             idle_ms: self.config.idle_timeout_ms,
         };
+        self.task_dispatched(request, dispatch, now);
         let outbound = Outbound { to, method, target, fields, body, sink, patience, keep_ms: None };
         let exchange = self.net.start(outbound, now.mono);
         self.exchanges.insert(exchange, Running::Request(request));
@@ -470,8 +493,9 @@ impl Daemon {
 
     fn head(&mut self, exchange: Token, status: u16, now: Now) {
         if let Some(Running::Request(request)) = self.exchanges.get(&exchange) {
-            self.tasks.answering(*request, status);
-            self.core.handle(Input::Answering(*request), now, &mut self.effects);
+            let request = *request;
+            self.task_head(request, status, now);
+            self.core.handle(Input::Answering(request), now, &mut self.effects);
         }
     }
 
@@ -517,26 +541,30 @@ impl Daemon {
             job.exchange = None;
         }
         let (ending, over) = match outcome {
-            Outcome::Complete { .. } => {
-                self.tasks.completed(request, now);
+            Outcome::Complete { status, .. } => {
+                self.task_answered(request, now);
+                if !is_task && status == 200 {
+                    self.leave_session(request, Some(Turn::default()), now);
+                }
                 (Ending::Complete, true)
             }
             Outcome::ClientGone | Outcome::Cancelled => (Ending::Withdrawn, true),
             Outcome::Failed(fault) => {
-                let timeout = fault.kind == FaultKind::Timeout;
-                if is_task && fault.answered {
-                    let code = if timeout { "DECODE_TIMEOUT" } else { "WORKER_RESET" };
-                    self.tasks.failed(request, code, &fault.reason, Some(super::refusal::RETRY_MS_DEFAULT));
-                }
                 let answered = fault.answered;
-                (blame::ending(fault), answered)
+                (self.task_fault(request, fault, now), answered)
             }
         };
+        let is_wanted = self.jobs.contains_key(&request) && !self.tasks.is_over(request);
         self.core.handle(Input::Ended(request, ending), now, &mut self.effects);
+        if !is_wanted {
+            // It is over; if it was cancelled while its engine failed, nothing is tried any more.
+            self.core.handle(Input::Withdraw(request), now, &mut self.effects);
+        }
         if is_task {
             self.push_task_events(request, now);
-        } else if over {
-            self.close_job(request);
+        }
+        if (over && !is_task) || !is_wanted {
+            self.close_job(request, now);
         }
     }
 
@@ -554,94 +582,7 @@ impl Daemon {
             None => self.core.handle(Input::Withdraw(request), now, &mut self.effects),
         }
         if !self.tasks.is_opened(request) {
-            self.close_job(request);
-        }
-    }
-
-    // Tasks: their events go to whoever opened them.
-
-    fn create_task(&mut self, client: Token, task: NewTask, now: Now) {
-        if let Err(refusal) = self.tasks.check_new(&task.id) {
-            return self.net.respond(client, &refusal.response(false), now.mono);
-        }
-        let front = Front::Task { creator: Some(client), reader: None };
-        let request = self.open_job(front, task.body);
-        self.core.handle(Input::Ask { request, asked: Box::new(task.asked) }, now, &mut self.effects);
-        self.limit(request, None, now);
-        // The core has decided in this call: placed, waiting or refused.
-        let (mut position, mut predicted_ms) = (0, 0);
-        for effect in &self.effects {
-            match effect {
-                // Carrying it out tells the creator.
-                Effect::Refuse(id, _) if *id == request => return,
-                Effect::Waiting { request: id, position: at, predicted_ms: ms } if *id == request => {
-                    (position, predicted_ms) = (*at, *ms);
-                }
-                _ => {}
-            }
-        }
-        if let Some(Job { front: Front::Task { creator, .. }, .. }) = self.jobs.get_mut(&request) {
-            *creator = None;
-        }
-        let created = self.tasks.create(&task.id, request, position, predicted_ms, now);
-        debug_assert!(created.is_ok(), "checked above");
-        let body = tasks::admission_body(&task.id, position, predicted_ms);
-        self.net.respond(client, &Response::json(202, &body), now.mono);
-    }
-
-    fn open_task(&mut self, client: Token, id: &str, now: Now) {
-        let request = match self.tasks.open(id) {
-            Ok(request) => request,
-            Err(refusal) => return self.net.respond(client, &refusal.response(false), now.mono),
-        };
-        self.by_client.insert(client, request);
-        match self.jobs.get_mut(&request) {
-            Some(Job { front: Front::Task { reader, .. }, .. }) => *reader = Some(client),
-            _ => {
-                // It is over already; what is left are its events.
-                let front = Front::Task { creator: None, reader: Some(client) };
-                self.jobs.insert(request, Job { front, body: Arc::default(), exchange: None, on: None });
-            }
-        }
-        let fields = [("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no")];
-        self.net.stream_begin(client, "text/event-stream", &fields, now.mono);
-        self.push_task_events(request, now);
-    }
-
-    fn data(&mut self, exchange: Token, bytes: &[u8], now: Now) {
-        let Some(Running::Request(request)) = self.exchanges.get(&exchange) else { return };
-        let request = *request;
-        self.tasks.received(request, bytes, now);
-        self.push_task_events(request, now);
-        if !self.tasks.is_opened(request) && self.tasks.unread_bytes(request) > EVENTS_BYTES_MAX {
-            self.net.pause(exchange, true);
-        }
-    }
-
-    /// Gives a task's reader what is new; ends the stream behind the last event.
-    fn push_task_events(&mut self, request: RequestId, now: Now) {
-        let Some(Job { front: Front::Task { reader, .. }, exchange, .. }) = self.jobs.get(&request) else {
-            return;
-        };
-        let exchange = *exchange;
-        let Some(reader) = *reader else { return };
-        let (events, over) = self.tasks.take_events(request);
-        let mut backlog = 0;
-        if !events.is_empty() {
-            backlog = self.net.stream_push(reader, &events, now.mono);
-        }
-        if over {
-            self.net.stream_end(reader, now.mono);
-            self.close_job(request);
-        } else if let Some(exchange) = exchange {
-            self.net.pause(exchange, backlog > HIGH_WATER_BYTES);
-        }
-    }
-
-    fn resume_task(&mut self, client: Token) {
-        let request = self.by_client.get(&client);
-        if let Some(exchange) = request.and_then(|id| self.jobs.get(id)).and_then(|job| job.exchange) {
-            self.net.pause(exchange, false);
+            self.close_job(request, now);
         }
     }
 
@@ -655,6 +596,11 @@ impl Daemon {
         self.net.stop_listening();
         self.core.handle(Input::Shutdown, now, &mut self.effects);
     }
+}
+
+/// What nodes and name servers must not make this process dial.
+fn address_rules(bound: SocketAddr) -> EnginePolicy {
+    EnginePolicy::new(machine::own_addresses(), Some(bound.port()), AllowList::default(), "")
 }
 
 fn options(config: &Config, bound: SocketAddr) -> Result<Options, Exit> {
@@ -672,6 +618,7 @@ fn options(config: &Config, bound: SocketAddr) -> Result<Options, Exit> {
     };
     Ok(Options {
         limits: config.registry,
+        addresses: config.cloud.then(|| address_rules(bound)),
         strategy: config.strategy,
         admission_capacity: config.admission_capacity,
         admission_timeout_ms: config.admission_timeout_ms,

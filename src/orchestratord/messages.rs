@@ -20,7 +20,7 @@ use super::meters::Metered;
 use super::placement::{Ask, Strategy};
 use super::poller::{PollId, PollOrder};
 use super::refusal::Refusal;
-use super::saved::Saved;
+use super::saved::{Piece, Saved};
 use super::service_registry::{Limits, Target};
 
 /// Names a request, or a call of a node, until it is answered.
@@ -37,6 +37,9 @@ pub struct Asked {
     pub client: Arc<str>,
     /// Longest wait, in milliseconds; the configured limit if that is shorter.
     pub wait_ms_max: u64,
+    /// That is the time by which the client wants it to start: who cannot be served until then is refused
+    /// at once, as far as can be told.
+    pub is_deadline: bool,
 }
 
 /// How an exchange with an engine ended.
@@ -186,6 +189,17 @@ pub enum Input {
     Metered(RequestId, Metered),
     /// The head of an engine's answer came.
     Answering(RequestId),
+    /// A request's answer, which has come but whose exchange has not ended, was read token by token.
+    Measured {
+        /// The request.
+        request: RequestId,
+        /// From dispatch to its first token.
+        first_token_ms: u64,
+        /// Its tokens.
+        tokens: u64,
+        /// From the first to the last one.
+        decode_ms: u64,
+    },
     /// An exchange ended.
     Ended(RequestId, Ending),
     /// A waiting request is no longer wanted.
@@ -215,10 +229,13 @@ pub enum Effect {
     Waiting {
         /// The request.
         request: RequestId,
-        /// So many of its class go first.
+        /// So many of those who ask for the same go first.
         position: usize,
-        /// When it may be its turn, in milliseconds from now.
-        predicted_ms: u64,
+        /// When it may be its turn, in milliseconds from now; `None` where nothing was measured that
+        /// could tell.
+        predicted_ms: Option<u64>,
+        /// Why no replica that could serve it takes work, if that is what it waits for.
+        not_ready: Option<String>,
     },
     /// Send a request to an engine.
     Dispatch(RequestId, Dispatch),
@@ -244,8 +261,9 @@ pub enum Effect {
         /// The agent.
         agent: BaseUrl,
     },
-    /// Encode and write this, elsewhere than on the loop; [`Input::Saved`] is the answer.
-    Save(Saved),
+    /// Encode this, elsewhere than on the loop, and write it all with the last piece; [`Input::Saved`] is
+    /// the answer.
+    Save(Piece),
     /// Tell the log.
     Log(Arc<dyn Tell>),
     /// Everything has been finished or given up: end the process.
@@ -288,6 +306,8 @@ pub struct Options {
     pub local: Option<(NodeId, EnginePolicy)>,
     /// Agents that are polled, every [`Limits::poll_interval_ms`].
     pub polled: Vec<BaseUrl>,
+    /// In the CLOUD profile: the rules for addresses that nodes name.
+    pub addresses: Option<EnginePolicy>,
     /// Decides the random strategy and the jitter of polls.
     pub seed: u64,
 }

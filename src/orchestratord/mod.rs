@@ -3,7 +3,8 @@
 //!
 //! [`core`] decides with the help of its pure neighbours: [`service_registry`] (nodes, leases, slots),
 //! [`placement`] (where), [`admission`] (who waits), [`refusal`] (how to say no). Two front doors turn
-//! HTTP into asks: [`openai`] and [`tasks`]. [`daemon`] does what was decided.
+//! HTTP into asks: [`openai`] and [`tasks`]. [`forecast`] says when a waiting request may start, and
+//! [`sessions`] records which requests belong together. [`daemon`] does what was decided.
 
 use std::ffi::OsString;
 
@@ -16,6 +17,7 @@ pub mod config;
 pub mod core;
 pub mod daemon;
 pub mod drain_rate;
+pub mod forecast;
 pub mod messages;
 pub mod meters;
 pub mod openai;
@@ -27,6 +29,7 @@ pub mod replica_table;
 pub mod report;
 pub mod saved;
 pub mod service_registry;
+pub mod sessions;
 pub mod tasks;
 
 /// Runs the daemon until a signal ends it.

@@ -46,7 +46,8 @@ pub fn asked(body: &[u8], client: Arc<str>) -> Result<Asked, Refusal> {
     }
     let model = peek.model.map(Cow::into_owned).filter(|model| !model.is_empty());
     let ask = Ask { model, slots, ..Ask::default() };
-    Ok(Asked { ask, priority: Priority::Interactive, client, wait_ms_max: u64::MAX })
+    let priority = Priority::Interactive;
+    Ok(Asked { ask, priority, client, wait_ms_max: u64::MAX, is_deadline: false })
 }
 
 /// `GET /v1/models`: every known model, busy ones included.

@@ -35,7 +35,7 @@ impl ClientPatience {
         };
         let patience = ClientPatience { wait_ms: number(WAIT_FIELD)?, total_ms: number(DEADLINE_FIELD)? };
         if patience.total_ms == Some(0) {
-            return Err(Refusal::Deadline);
+            return Err(Refusal::Deadline("X-Llorch-Deadline-Ms: no time is left".into()));
         }
         Ok(patience)
     }
@@ -65,7 +65,7 @@ mod tests {
         let both = read("X-Llorch-Wait-Ms: 500\r\nX-LLORCH-DEADLINE-MS:  300 \r\n").expect("numbers");
         assert_eq!((both.total_ms, both.wait_ms_max()), (Some(300), 300));
         assert_eq!(read("X-Llorch-Wait-Ms: 0\r\n").expect("no wait at all").wait_ms_max(), 0);
-        assert_eq!(read("X-Llorch-Deadline-Ms: 0\r\n"), Err(Refusal::Deadline));
+        assert!(matches!(read("X-Llorch-Deadline-Ms: 0\r\n"), Err(Refusal::Deadline(_))));
         for bad in ["-1", "1s", "", "99999999999999999999999"] {
             let refused = read(&format!("X-Llorch-Wait-Ms: {bad}\r\n"));
             assert!(matches!(refused, Err(Refusal::Invalid(_))), "{bad}: {refused:?}");

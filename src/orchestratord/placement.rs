@@ -35,6 +35,8 @@ pub struct Ask {
     pub prefer_pools: Vec<PoolId>,
     /// Never these pools.
     pub avoid_pools: Vec<PoolId>,
+    /// Most tokens that it may generate, where that is known. Placement does not look at it.
+    pub tokens_max: Option<u32>,
 }
 
 /// How the best of several fitting replicas is found.
@@ -171,11 +173,18 @@ pub fn choose(
 /// one of many waiters.
 #[must_use]
 pub fn fits(registry: &ServiceRegistry, replica: ReplicaRef, ask: &Ask) -> bool {
-    let Some(cold) = registry.replica(replica) else { return false };
+    let hot = registry.table().get_hot(replica);
+    hot.is_some_and(|hot| has_room(hot, ask)) && could_serve(registry, replica, ask)
+}
+
+/// Whether `replica` takes work and could serve `ask`, whatever runs there now.
+#[must_use]
+pub fn could_serve(registry: &ServiceRegistry, replica: ReplicaRef, ask: &Ask) -> bool {
     let Some(hot) = registry.table().get_hot(replica) else { return false };
+    let Some(cold) = registry.replica(replica).filter(|_| hot.placeable) else { return false };
     let serves =
         wanted(ask).is_none_or(|model| cold.models.is_empty() || cold.models.iter().any(|m| m == model));
-    hot.placeable && has_room(hot, ask) && serves && passes_pins(cold, ask)
+    serves && passes_pins(cold, ask)
 }
 
 fn choose_within(
@@ -325,7 +334,7 @@ fn has_room(hot: &Hot, ask: &Ask) -> bool {
 fn passes_pins(replica: &Replica, ask: &Ask) -> bool {
     ask.node.as_ref().is_none_or(|node| *node == replica.node)
         && ask.pool.as_ref().is_none_or(|pool| *pool == replica.key.pool)
-        && ask.device_mask.as_ref().is_none_or(|mask| replica.device_mask.as_ref() == Some(mask))
+        && ask.device_mask.as_ref().is_none_or(|mask| replica.device_mask.as_deref() == Some(mask))
         && !ask.avoid_pools.contains(&replica.key.pool)
 }
 

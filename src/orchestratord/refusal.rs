@@ -37,8 +37,8 @@ pub enum Refusal {
     },
     /// No replica passes the request's pins.
     UnknownPin,
-    /// The deadline cannot be met.
-    Deadline,
+    /// The deadline cannot be met, and why.
+    Deadline(String),
     /// As many requests wait as may.
     QueueFull {
         /// The limit.
@@ -52,6 +52,15 @@ pub enum Refusal {
         reason: String,
         /// Whether replicas that fit were full, rather than not there.
         full: bool,
+        /// When a slot is likely, in milliseconds.
+        retry_ms: u64,
+    },
+    /// It waited as long as it may, or need not wait, for replicas that are known and take no work.
+    Unready {
+        /// Why they do not.
+        reason: String,
+        /// The request wants a certain node.
+        node: bool,
         /// When a slot is likely, in milliseconds.
         retry_ms: u64,
     },
@@ -74,6 +83,8 @@ pub enum Refusal {
     CloudDisabled,
     /// A node's message was refused.
     Fenced(Fenced),
+    /// What the path names has existed.
+    Gone(String),
     /// Something with this name exists already.
     Conflict(String),
     /// Too many of something that a client creates.
@@ -122,7 +133,7 @@ impl Refusal {
                 "unknown_model",
             ),
             Refusal::UnknownPin => row(400, "INVALID_PARAMS", BAD, None, "unknown_pin"),
-            Refusal::Deadline => row(400, "DEADLINE_UNMET", BAD, None, "deadline"),
+            Refusal::Deadline(_) => row(400, "DEADLINE_UNMET", BAD, None, "deadline"),
             Refusal::QueueFull { retry_ms, .. } => row(
                 429,
                 "ADMISSION_REJECT",
@@ -144,6 +155,20 @@ impl Refusal {
                 Some(*retry_ms),
                 "waited_none",
             ),
+            Refusal::Unready { node: false, retry_ms, .. } => row(
+                503,
+                "POOL_UNREADY",
+                ("service_unavailable", "no_replica"),
+                Some(*retry_ms),
+                "waited_unready",
+            ),
+            Refusal::Unready { node: true, retry_ms, .. } => row(
+                503,
+                "NODE_UNAVAILABLE",
+                ("service_unavailable", "no_replica"),
+                Some(*retry_ms),
+                "waited_node",
+            ),
             Refusal::EngineFailed { timeout: false, retry_ms, .. } => row(
                 502,
                 "POOL_UNAVAILABLE",
@@ -162,8 +187,10 @@ impl Refusal {
             Refusal::CloudDisabled => row(503, "CLOUD_DISABLED", AWAY, None, "cloud_disabled"),
             Refusal::Fenced(Fenced::UnknownNode) => row(404, "NODE_UNKNOWN", BAD, None, "fenced"),
             Refusal::Fenced(Fenced::TooMany { .. }) => row(503, "TOO_MANY", AWAY, soon, "fenced"),
+            Refusal::Fenced(Fenced::Address(_)) => row(400, "INVALID_PARAMS", BAD, None, "fenced"),
             Refusal::Fenced(Fenced::TooLarge { .. }) => row(413, "TOO_LARGE", BAD, None, "fenced"),
             Refusal::Fenced(_) => row(409, "NODE_CONFLICT", BAD, None, "fenced"),
+            Refusal::Gone(_) => row(410, "GONE", ("invalid_request_error", "gone"), None, "gone"),
             Refusal::Conflict(_) => row(409, "CONFLICT", BAD, None, "conflict"),
             Refusal::TooMany(_) => {
                 row(429, "ADMISSION_REJECT", ("rate_limit_error", "too_many"), soon, "too_many")
@@ -199,9 +226,12 @@ impl Refusal {
     #[must_use]
     pub fn message(&self) -> String {
         match self {
-            Refusal::Invalid(what) | Refusal::NotFound(what) | Refusal::Conflict(what) | Refusal::TooMany(what) => {
-                what.clone()
-            }
+            Refusal::Invalid(what)
+            | Refusal::NotFound(what)
+            | Refusal::Gone(what)
+            | Refusal::Deadline(what)
+            | Refusal::Conflict(what)
+            | Refusal::TooMany(what) => what.clone(),
             Refusal::NoSuchPath => "there is nothing at this path".into(),
             Refusal::Method(allow) => format!("this path serves {allow}"),
             Refusal::Denied(Denied::Missing) => "MISSING_TOKEN".into(),
@@ -213,9 +243,9 @@ impl Refusal {
                 format!("no engine serves the model {model:?}; available: {}", known.join(", "))
             }
             Refusal::UnknownPin => "no replica matches the pool, node or device that the request asks for".into(),
-            Refusal::Deadline => "deadline_ms must be above 0".into(),
             Refusal::QueueFull { capacity, .. } => format!("{capacity} requests are waiting already"),
             Refusal::Waited { reason, .. } => format!("no slot became free in time: {reason}"),
+            Refusal::Unready { reason, .. } => format!("no engine took it in time: {reason}"),
             Refusal::EngineFailed { reason, .. } => format!("the engine failed before it answered: {reason}"),
             Refusal::OutOfTime => "the time that the request may take is over".into(),
             Refusal::Overloaded(reason) => format!("this control plane is at its limit: {reason}"),
@@ -231,7 +261,11 @@ impl Refusal {
     /// The answer. `openai`: in OpenAI's dialect.
     #[must_use]
     pub fn response(&self, openai: bool) -> Response {
-        let row = self.row();
+        let mut row = self.row();
+        if let (Refusal::UnknownModel { .. }, false) = (self, openai) {
+            // Tasks say what is missing, not where they looked: the model may come with another node.
+            row.status = 503;
+        }
         let (message, retriable) = (self.message(), row.retry_ms.is_some());
         let mut response = if openai {
             let (kind, code) = row.openai;

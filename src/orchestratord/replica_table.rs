@@ -57,7 +57,8 @@ pub struct ReplicaRef {
 pub struct Grant {
     replica: ReplicaRef,
     slots: u32,
-    trial: bool,
+    /// Which trial of the replica it is, if it is one.
+    trial: Option<u64>,
 }
 
 impl Grant {
@@ -79,6 +80,8 @@ impl Grant {
 pub enum Target {
     /// Its node did not say. The node's pool status does.
     AskNode,
+    /// Nowhere: the engine would be at an address that must not be dialled.
+    Forbidden(BaseUrl),
     /// Straight to the engine.
     Direct(BaseUrl),
     /// To the node's agent, which relays: the engine listens on the node's loopback.
@@ -96,8 +99,14 @@ impl Target {
     pub fn engine(&self) -> Option<&BaseUrl> {
         match self {
             Target::AskNode => None,
-            Target::Direct(engine) | Target::Relay { engine, .. } => Some(engine),
+            Target::Forbidden(engine) | Target::Direct(engine) | Target::Relay { engine, .. } => Some(engine),
         }
+    }
+
+    /// Whether requests can be sent there.
+    #[must_use]
+    pub fn is_known(&self) -> bool {
+        matches!(self, Target::Direct(_) | Target::Relay { .. })
     }
 }
 
@@ -168,11 +177,11 @@ pub struct Replica {
     /// Models that it serves; empty where not known.
     pub models: Arc<[String]>,
     /// Kind of engine.
-    pub engine: Option<String>,
+    pub engine: Option<Arc<str>>,
     /// Its version.
-    pub engine_version: Option<String>,
+    pub engine_version: Option<Arc<str>>,
     /// GPUs that it uses.
-    pub device_mask: Option<String>,
+    pub device_mask: Option<Arc<str>>,
     /// Free GPU memory of its pool, 0 where unknown.
     pub vram_free_bytes: u64,
     /// Why its node says it is not ready.
@@ -183,6 +192,8 @@ pub struct Replica {
     pub circuit: Circuit,
     /// A request of ours ran at some time since the last report.
     pub(super) ours_since_report: bool,
+    /// Trials of a data path in doubt so far.
+    pub(super) trials: u64,
     /// The node's count of heartbeats when this replica was last in one.
     pub(super) seen_in_beat: u64,
 }
@@ -196,6 +207,8 @@ pub enum Obstacle {
     Unconfirmed,
     /// The engine's address is being asked from its node.
     AddressUnknown,
+    /// The engine's address is one that no engine has.
+    AddressForbidden,
     /// It drains.
     Draining,
     /// Its node says that it is not ready, and perhaps why.
@@ -218,6 +231,9 @@ impl fmt::Display for Obstacle {
                 f.write_str("the node's agent has not reported the replica since a restart")
             }
             Obstacle::AddressUnknown => f.write_str("the engine's address is being asked from its node"),
+            Obstacle::AddressForbidden => {
+                f.write_str("the engine's address is link-local, multicast or this control plane's own")
+            }
             Obstacle::Draining => f.write_str("draining"),
             Obstacle::NotReady(None) => f.write_str("its node reports it as not ready"),
             Obstacle::NotReady(Some(reason)) => write!(f, "its node reports it as not ready: {reason}"),
@@ -261,8 +277,10 @@ impl Replica {
         if !self.ready {
             return Some(Obstacle::NotReady(self.reason.clone()));
         }
-        if self.target == Target::AskNode {
-            return Some(Obstacle::AddressUnknown);
+        match self.target {
+            Target::AskNode => return Some(Obstacle::AddressUnknown),
+            Target::Forbidden(_) => return Some(Obstacle::AddressForbidden),
+            Target::Direct(_) | Target::Relay { .. } => {}
         }
         if self.slots_total == 0 {
             return Some(Obstacle::NoSlots);
@@ -281,7 +299,7 @@ impl Replica {
             && self.confirmation != Confirmation::Doubted
             && self.ready
             && !self.draining
-            && self.target != Target::AskNode
+            && self.target.is_known()
             && self.slots_total > 0
             && matches!(self.circuit, Circuit::Closed | Circuit::HalfOpen { trying: false, .. })
     }
@@ -496,9 +514,11 @@ impl ReplicaTable {
         }
         cold.in_flight += slots;
         cold.ours_since_report = true;
-        let trial = matches!(cold.circuit, Circuit::HalfOpen { .. });
+        let mut trial = None;
         if let Circuit::HalfOpen { trying, .. } = &mut cold.circuit {
             *trying = true;
+            cold.trials += 1;
+            trial = Some(cold.trials);
         }
         self.refresh_quietly(index);
         Some(Grant { replica, slots, trial })
@@ -509,8 +529,9 @@ impl ReplicaTable {
         let Some(index) = self.index(grant.replica) else { return };
         let Some(cold) = self.cold[index].as_mut() else { return };
         cold.in_flight = cold.in_flight.saturating_sub(grant.slots);
-        // A trial that ended without a verdict (its client left) makes room for another one.
-        if grant.trial
+        // A trial that ended without a verdict (its client left) makes room for another one, unless the data
+        // path failed again since and a later one is under way.
+        if grant.trial == Some(cold.trials)
             && let Circuit::HalfOpen { trying, .. } = &mut cold.circuit
         {
             *trying = false;
@@ -536,7 +557,10 @@ impl ReplicaTable {
                 let reason = cold.obstacle().map(|o| o.to_string()).unwrap_or_default();
                 changes.push(Change::ReplicaNotReady { replica, reason });
             }
-            (true, true) if free(&after) > free(&before) => changes.push(Change::ReplicaCapacity(replica)),
+            // Who wants more slots than there are is given all: with fewer in total that may be enough.
+            (true, true) if free(&after) > free(&before) || after.slots_total < before.slots_total => {
+                changes.push(Change::ReplicaCapacity(replica));
+            }
             _ => {}
         }
     }
@@ -716,6 +740,7 @@ mod tests {
             since: Wall(0),
             circuit: Circuit::Closed,
             ours_since_report: false,
+            trials: 0,
             seen_in_beat: 0,
         }
     }

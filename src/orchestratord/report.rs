@@ -54,7 +54,7 @@ pub fn happening(change: &Change, registry: &ServiceRegistry) -> Option<Happenin
         }
         Change::TwinRefused { node, peer, holder, .. } => {
             let text = format!(
-                "two machines call themselves {node}: {holder} keeps the name, {peer} is refused; give one of them another POOL_MANAGERD_NODE_ID"
+                "two agents call themselves {node}: {holder} keeps the name, {peer} is refused; give one of them another POOL_MANAGERD_NODE_ID"
             );
             event("node", node.to_string(), "twin", text, true)
         }

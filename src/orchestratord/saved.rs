@@ -1,16 +1,16 @@
 //! What the control plane remembers over a restart: who registered, and which engines they had.
 //!
 //! ```text
-//!   registry ──saved()──▶ Saved ──text()──▶ the file ──read()──▶ Saved ──restore()──▶ registry
+//!   registry ──saved()──▶ Pieces ──Writer──▶ the file ──read()──▶ Saved ──restore()──▶ registry
 //! ```
 //!
 //! The file is a help, never an authority: whatever it says is in doubt until the node itself has been
 //! heard, and a control plane without it merely waits for the first heartbeats. So a file that is not
 //! understood as a whole is not used at all. It holds no secrets, but addresses and names of models.
 //!
-//! The record of a node is shared with the registry, which makes a new one only when something in it
-//! changed. A [`Saved`] of thousands of nodes is therefore thousands of reference counts; turning it
-//! into text is the work, and is done elsewhere than on the loop.
+//! What is written comes in [`Piece`]s of a few nodes, one a turn of the loop, so that thousands of nodes
+//! hold up nobody; each node is whole, and as it was when its piece was made. Turning them into text is
+//! done elsewhere than on the loop.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -50,7 +50,47 @@ pub struct SavedNode {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub heard_ms: Option<u64>,
     /// The rest.
-    pub node: Arc<NodeRecord>,
+    pub node: NodeRecord,
+}
+
+/// A part of what is to be written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// It is the first part, and that was begun at this time.
+    pub begins: Option<Wall>,
+    /// The next nodes, by name.
+    pub nodes: Vec<SavedNode>,
+    /// It is the last part.
+    pub ends: bool,
+}
+
+/// Makes the file's text out of pieces.
+#[derive(Debug, Default)]
+pub struct Writer {
+    has_nodes: bool,
+}
+
+impl Writer {
+    /// The text of the next piece.
+    pub fn text(&mut self, piece: &Piece) -> Vec<u8> {
+        let mut text = Vec::new();
+        if let Some(at) = piece.begins {
+            self.has_nodes = false;
+            let head = format!(r#"{{"version":{VERSION},"written_ms":{},"nodes":["#, at.unix_ms());
+            text.extend_from_slice(head.as_bytes());
+        }
+        for node in &piece.nodes {
+            if std::mem::replace(&mut self.has_nodes, true) {
+                text.push(b',');
+            }
+            // Writing into memory does not fail, and neither does any of these values.
+            let _ = serde_json::to_writer(&mut text, node);
+        }
+        if piece.ends {
+            text.extend_from_slice(b"]}\n");
+        }
+        text
+    }
 }
 
 /// What a node was last known to do.
@@ -79,7 +119,7 @@ pub struct NodeRecord {
     pub version: Option<String>,
     /// What its machine has.
     #[serde(default)]
-    pub capabilities: Capabilities,
+    pub capabilities: Arc<Capabilities>,
     /// Start of its agent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub incarnation: Option<u64>,
@@ -150,13 +190,13 @@ pub struct ReplicaRecord {
     pub models: Arc<[String]>,
     /// Kind of engine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub engine: Option<String>,
+    pub engine: Option<Arc<str>>,
     /// Its version.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub engine_version: Option<String>,
+    pub engine_version: Option<Arc<str>>,
     /// GPUs that it uses.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub device_mask: Option<String>,
+    pub device_mask: Option<Arc<str>>,
     /// Free GPU memory of its pool when the record was made, 0 where unknown.
     #[serde(default)]
     pub vram_free_bytes: u64,
@@ -275,7 +315,7 @@ mod tests {
             "replicas": [{"pool": "p", "replica": "r", "generation": 3, "url": "http://127.0.0.1:1",
                 "ready": true, "draining": false, "slots_total": 4, "models": ["m"]}],
         });
-        let node = Arc::new(serde_json::from_value(record).expect("a record"));
+        let node = serde_json::from_value(record).expect("a record");
         SavedNode { standing: Standing::Serving, heard_ms: Some(5), node }
     }
 
@@ -313,7 +353,7 @@ mod tests {
         };
         let changed = |change: &dyn Fn(&mut NodeRecord)| {
             let mut saved = node(0);
-            change(Arc::make_mut(&mut saved.node));
+            change(&mut saved.node);
             vec![saved]
         };
         refused(vec![node(1), node(1)], "n1 twice");

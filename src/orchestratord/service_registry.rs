@@ -39,45 +39,49 @@ use std::sync::Arc;
 
 use slab::Slab;
 
-use crate::time::{Mono, Now, Wall, earliest};
+use crate::replicas::EnginePolicy;
+use crate::time::{Mono, Now, Wall};
 use crate::wire::id::{NodeId, ReplicaKey};
 use crate::wire::node::{
     Capabilities, Heartbeat, HeartbeatReply, POOLS_MAX, PoolBeat, RegisterReply, RegisterRequest,
 };
 use crate::wire::url::BaseUrl;
 
+mod addresses;
 mod change;
 mod circuits;
 mod departed;
+mod expiry;
+mod newcomers;
 mod polled;
 mod restore;
+mod shared;
 mod snapshot;
 #[cfg(test)]
 mod tests;
+mod together;
 
+use self::addresses::Addresses;
 pub use self::change::{Change, Fenced};
 pub use self::circuits::{CircuitCounts, NOT_READY_MS_MAX};
 use self::departed::Departed;
 pub use self::departed::{DEPARTED_MAX, DEPARTED_MS};
+use self::expiry::Hold;
+pub use self::expiry::{EXPIRY_HOLD_MS, EXPIRY_HOLD_NODES_MIN, EXPIRY_HOLD_RECHECK_MS};
+pub use self::newcomers::NEWCOMERS_PER_PEER_MAX;
+use self::newcomers::{Newcomers, Ticket};
 pub use self::polled::{Polled, Via};
 pub use self::restore::TRUST_MS;
 use self::restore::standing;
+use self::shared::{Shared, SortedList};
 pub use self::snapshot::{
     MODEL_BYTES_MAX, MODELS_MAX, NODE_REPLICAS_MAX, REPLICAS_TOTAL_MAX, TEXT_BYTES_MAX,
 };
-use self::snapshot::{announced, cut, target_of, too_large};
+use self::snapshot::{announced, cut, too_large};
 pub use super::replica_table::{
     Circuit, Confirmation, Grant, Obstacle, Replica, ReplicaRef, ReplicaTable, Target,
 };
-use super::saved::NodeRecord;
 
-/// Longest time for which leases are kept from ending because most nodes are silent at once: longer
-/// than a switch needs to restart, shorter than an operator needs to be called.
-pub const EXPIRY_HOLD_MS: u64 = 300_000;
-/// How often a held expiry looks again.
-pub const EXPIRY_HOLD_RECHECK_MS: u64 = 1_000;
-/// Fewest nodes of which a silent majority is taken for a fault of our own.
-pub const EXPIRY_HOLD_NODES_MIN: usize = 3;
 /// Most GPUs of a node; machines have up to 16, partitioned ones seven times as many.
 pub const GPUS_MAX: usize = 256;
 /// Foreign boot ids remembered per node, so that each is reported once.
@@ -173,8 +177,8 @@ pub struct Node {
     pub address: Option<BaseUrl>,
     /// Version of its agent.
     pub version: Option<String>,
-    /// What its machine has.
-    pub capabilities: Capabilities,
+    /// What its machine has; machines that have the same share it.
+    pub capabilities: Arc<Capabilities>,
     /// Where its last message came from.
     pub peer: String,
     /// Start of its agent; `None` from older agents.
@@ -195,9 +199,7 @@ pub struct Node {
     pub pools: Vec<PoolBeat>,
     /// An earlier start of the control plane knew it, and this one has not heard of it yet.
     pub restored: bool,
-    /// What is saved of it; `None` for this machine itself.
-    record: Option<Arc<NodeRecord>>,
-    /// The record may be outdated.
+    /// Something in it that is saved has changed.
     touched: bool,
     seq: Option<u64>,
     /// It has registered, with this incarnation.
@@ -211,8 +213,10 @@ pub struct Node {
     last_contact: Mono,
     /// When its status changes if it stays silent; `None` for this machine itself.
     due: Option<Mono>,
-    replicas: BTreeMap<ReplicaKey, ReplicaRef>,
+    replicas: SortedList<ReplicaKey, ReplicaRef>,
     twins: Vec<String>,
+    /// Until its first heartbeat.
+    newcomer: Option<Ticket>,
 }
 
 impl Node {
@@ -221,6 +225,12 @@ impl Node {
     pub fn lease_left_ms(&self, now: Now) -> Option<u64> {
         let due = self.due?;
         Some(if self.status.leased() { due.ms_since(now.mono) } else { 0 })
+    }
+
+    /// Whether it holds a lease, and its silence says something about the others: not before it has beaten
+    /// once.
+    fn counts(&self) -> bool {
+        self.status.leased() && self.newcomer.is_none()
     }
 }
 
@@ -231,24 +241,23 @@ pub struct ServiceRegistry {
     epoch: u64,
     nodes: Slab<Node>,
     by_id: BTreeMap<NodeId, usize>,
-    /// Ends of leases: exactly the nodes that hold one.
+    /// Ends of leases: exactly the nodes that beat. Those whose first heartbeat is awaited do not count
+    /// when most are silent, or names that nobody stands behind would keep the dead alive.
     leases: BTreeSet<(Mono, usize)>,
-    /// Nodes without a lease, by the time at which they turn Offline or are forgotten.
+    /// All others, by the time at which they turn Suspect or Offline, or are forgotten.
     lapsed: BTreeSet<(Mono, usize)>,
     /// Ends of backoffs.
     retries: BTreeSet<(Mono, ReplicaRef)>,
     table: ReplicaTable,
     departed: Departed,
+    newcomers: Newcomers,
+    addresses: Addresses,
+    /// Names of engines, versions and devices: most replicas have the same.
+    names: Shared<str>,
+    machines: Shared<Capabilities>,
     hold: Option<Hold>,
     /// See [`ServiceRegistry::revision`].
     revision: u64,
-}
-
-/// A mass expiry in progress.
-#[derive(Clone, Copy, Debug)]
-struct Hold {
-    until: Mono,
-    recheck: Mono,
 }
 
 impl ServiceRegistry {
@@ -265,9 +274,18 @@ impl ServiceRegistry {
             retries: BTreeSet::new(),
             table: ReplicaTable::default(),
             departed: Departed::default(),
+            newcomers: Newcomers::default(),
+            addresses: Addresses::default(),
+            names: Shared::default(),
+            machines: Shared::default(),
             hold: None,
             revision: 0,
         }
+    }
+
+    /// Refuses agents and engines at addresses that [`EnginePolicy::check_address`] forbids.
+    pub fn set_address_rules(&mut self, rules: EnginePolicy) {
+        self.addresses.0 = Some(rules);
     }
 
     /// Registers a node, or registers it again. The same incarnation twice is one registration whose
@@ -286,15 +304,16 @@ impl ServiceRegistry {
     ) -> Result<RegisterReply, Fenced> {
         too_large("pools", request.pools.len(), POOLS_MAX)?;
         too_large("GPUs", request.capabilities.gpus.len(), GPUS_MAX)?;
+        self.addresses.check(&request.address).map_err(Fenced::Address)?;
         if request.incarnation.is_some_and(|i| self.departed.includes(&request.node_id, i, now.mono)) {
             return Err(Fenced::Departed);
         }
         let known = self.by_id.get(&request.node_id).copied();
         let fresh = match known {
-            None if self.nodes.len() >= self.limits.nodes_max => {
-                return Err(Fenced::TooMany { what: "nodes", limit: self.limits.nodes_max });
+            None => {
+                self.make_room(peer, changes)?;
+                true
             }
-            None => true,
             Some(index) => {
                 self.fence_twin(index, request, peer, now, changes)?;
                 let node = &self.nodes[index];
@@ -302,19 +321,25 @@ impl ServiceRegistry {
                     && new < known
                     && node.status.leased()
                 {
+                    self.note_older_twin(index, request, new, changes);
                     return Err(Fenced::OldIncarnation { known });
                 }
                 request.incarnation != node.incarnation
+                    || is_other_boot(request.boot_id.as_deref(), node.boot_id.as_deref())
             }
         };
         let index = match known {
             Some(index) => index,
-            None => self.add_node(&request.node_id, now),
+            None => {
+                let index = self.add_node(&request.node_id, now);
+                self.nodes[index].newcomer = Some(self.newcomers.add(index, peer));
+                index
+            }
         };
         let node = &mut self.nodes[index];
         node.machine_id = cut(request.machine_id.as_deref().unwrap_or(request.node_id.as_str()));
         node.version = request.version.as_deref().map(cut);
-        node.capabilities = shown(&request.capabilities);
+        node.capabilities = self.machines.keep_whole(shown(&request.capabilities));
         node.incarnation = request.incarnation;
         let boot_id = request.boot_id.as_deref().map(cut);
         if node.boot_id != boot_id {
@@ -336,19 +361,22 @@ impl ServiceRegistry {
             incarnation: request.incarnation,
             again: known.is_some(),
         });
-        for replica in self.refs_of(index) {
+        let addresses = &self.addresses;
+        for replica in refs_of(&self.nodes[index]) {
             self.table.update(replica, now, changes, |r| {
                 if fresh {
                     r.confirmation = Confirmation::Doubted;
                 }
                 if moved && let Some(engine) = r.target.engine() {
-                    r.target = target_of(engine, Some(&request.address));
+                    r.target = addresses.target_of(engine, Some(&request.address));
                 }
             });
         }
         self.contact(index, peer, now);
-        // A registration does not make a node Online, but must not hide one that is.
-        if fresh || !self.nodes[index].status.leased() {
+        // A registration does not make a node Online, but must not hide one that is. One that only
+        // repeats itself has not heard the answer: before it can, its status would flap with every attempt.
+        let is_told_apart = request.incarnation.is_some();
+        if fresh || (!is_told_apart && !self.nodes[index].status.leased()) {
             self.set_status(
                 index,
                 NodeStatus::Registering,
@@ -357,7 +385,7 @@ impl ServiceRegistry {
                 changes,
             );
         }
-        self.record(index);
+        self.revision += 1;
         Ok(RegisterReply {
             success: true,
             message: "registered".into(),
@@ -392,6 +420,10 @@ impl ServiceRegistry {
             if new > old {
                 return Err(Fenced::UnknownNode);
             }
+            // A clone that counted to the same number: whose name it is, a registration settles.
+            if is_other_boot(beat.boot_id.as_deref(), known.boot_id.as_deref()) {
+                return Err(Fenced::UnknownNode);
+            }
             if let (Some(seq), Some(last)) = (beat.seq, known.seq)
                 && seq <= last
             {
@@ -408,6 +440,9 @@ impl ServiceRegistry {
         known.seq = beat.seq.or(known.seq);
         known.last_heartbeat_at = Some(now.wall);
         (known.told_at, known.polled) = (Some(now.mono), None);
+        if let Some(ticket) = known.newcomer.take() {
+            self.newcomers.remove(ticket);
+        }
         self.contact(index, peer, now);
         // Replicas first: when the node turns Online, they are already what it says they are.
         self.take_snapshot(index, &beat.pools, now, changes);
@@ -417,7 +452,7 @@ impl ServiceRegistry {
             (NodeStatus::Online, "it sends heartbeats")
         };
         self.set_status(index, status, reason, now, changes);
-        self.record_if_changed(index);
+        self.note_changes(index);
         Ok(HeartbeatReply { success: true, next_heartbeat_ms: Some(self.limits.heartbeat_interval_ms) })
     }
 
@@ -472,58 +507,12 @@ impl ServiceRegistry {
         self.unschedule(index);
         let known = &mut self.nodes[index];
         known.address = None;
-        known.record = None;
         known.restored = false;
         known.last_heartbeat_at = Some(now.wall);
         known.last_contact = now.mono;
         self.take_snapshot(index, pools, now, changes);
         self.set_status(index, NodeStatus::Online, "on this machine", now, changes);
         Ok(())
-    }
-
-    /// Ends leases, grace periods and backoffs that are due.
-    pub fn expire(&mut self, now: Now, changes: &mut Vec<Change>) {
-        while let Some(&(due, replica)) = self.retries.first()
-            && due <= now.mono
-        {
-            self.retries.pop_first();
-            self.table.update(replica, now, changes, |r| {
-                if let Circuit::Open { failures, reason, .. } = &r.circuit {
-                    let (failures, reason) = (*failures, reason.clone());
-                    r.circuit = Circuit::HalfOpen { failures, reason, trying: false };
-                }
-            });
-        }
-        if self.leases_may_end(now, changes) {
-            while let Some(&(due, index)) = self.leases.first()
-                && due <= now.mono
-            {
-                let reason = self.nodes[index].silence(now);
-                self.set_status(index, NodeStatus::Suspect, &reason, now, changes);
-            }
-        }
-        while let Some(&(due, index)) = self.lapsed.first()
-            && due <= now.mono
-        {
-            let reason = self.nodes[index].silence(now);
-            if self.nodes[index].status == NodeStatus::Suspect {
-                self.set_status(index, NodeStatus::Offline, &reason, now, changes);
-            } else {
-                self.drop_node(index, &reason, changes);
-            }
-        }
-    }
-
-    /// When [`ServiceRegistry::expire`] is wanted next.
-    #[must_use]
-    pub fn deadline(&self) -> Option<Mono> {
-        let lease = match self.hold {
-            Some(hold) => Some(hold.recheck.min(hold.until)),
-            None => self.leases.first().map(|(due, _)| *due),
-        };
-        let lapsed = self.lapsed.first().map(|(due, _)| *due);
-        let retry = self.retries.first().map(|(due, _)| *due);
-        earliest(lease, earliest(lapsed, retry))
     }
 
     /// Takes `slots` of a replica for a request; `None` if it does not take work or has fewer.
@@ -604,18 +593,15 @@ impl ServiceRegistry {
             let node = &self.nodes[index];
             assert_eq!(&node.id, id, "a node under another name");
             assert_eq!(node.due.is_none(), node.address.is_none(), "{id}: exactly local nodes have no lease");
-            self.check_record(node);
             if let Some(due) = node.due {
-                let leased = node.status.leased();
-                assert_eq!(self.leases.contains(&(due, index)), leased, "{id}: lease while {}", node.status);
-                assert_eq!(
-                    self.lapsed.contains(&(due, index)),
-                    !leased,
-                    "{id}: lapsed while {}",
-                    node.status
-                );
+                let beats = node.counts();
+                assert_eq!(self.leases.contains(&(due, index)), beats, "{id}: lease while {}", node.status);
+                assert_eq!(self.lapsed.contains(&(due, index)), !beats, "{id}: lapsed while {}", node.status);
             }
-            for (key, replica) in &node.replicas {
+            if let Some(ticket) = node.newcomer {
+                assert_eq!(self.newcomers.holder(ticket), Some(index), "{id}: a lost newcomer");
+            }
+            for (key, replica) in node.replicas.iter() {
                 let known = self.table.get(*replica).expect("a node's replica exists");
                 assert_eq!((&known.node, &known.key), (id, key), "a replica of another node");
                 assert_eq!(known.node_status, node.status, "{id} {key}: outdated status");
@@ -631,6 +617,8 @@ impl ServiceRegistry {
             replicas += node.replicas.len();
         }
         assert_eq!(replicas, self.table.len(), "a replica without a node");
+        let newcomers = self.nodes.iter().filter(|(_, node)| node.newcomer.is_some()).count();
+        assert_eq!(newcomers, self.newcomers.len(), "a newcomer that is none");
         let timers = self.leases.len() + self.lapsed.len();
         assert_eq!(timers, self.nodes.iter().filter(|(_, n)| n.due.is_some()).count(), "a stray timer");
         assert!(self.retries.iter().all(|(_, r)| self.table.get(*r).is_some()), "a stray retry");
@@ -674,49 +662,13 @@ impl ServiceRegistry {
         Err(Fenced::Twin { holder })
     }
 
-    /// Whether leases may end now: not while most nodes are silent at once, unless for too long.
-    fn leases_may_end(&mut self, now: Now, changes: &mut Vec<Change>) -> bool {
-        let is_due = self.leases.first().is_some_and(|(due, _)| *due <= now.mono);
-        if !is_due {
-            if self.hold.take().is_some() {
-                changes.push(Change::ExpiryResumed);
-            }
-            return false;
-        }
-        // Late is who missed a heartbeat: the others of a common fault follow within one interval.
-        let timeout_ms = self.limits.node_timeout_ms;
-        let late_ms = (self.limits.heartbeat_interval_ms.saturating_mul(3) / 2).min(timeout_ms);
-        let horizon = now.mono.plus_ms(timeout_ms - late_ms);
-        let of = self.leases.len();
-        let late = self.leases.iter().take_while(|(due, _)| *due <= horizon).take(of / 2 + 1).count();
-        let mass = of >= EXPIRY_HOLD_NODES_MIN && late > of / 2;
-        match (&mut self.hold, mass) {
-            (None, false) => true,
-            (None, true) => {
-                let recheck = now.mono.plus_ms(EXPIRY_HOLD_RECHECK_MS);
-                self.hold = Some(Hold { until: now.mono.plus_ms(EXPIRY_HOLD_MS), recheck });
-                changes.push(Change::ExpiryHeld { late, of });
-                false
-            }
-            (Some(hold), true) if now.mono < hold.until => {
-                hold.recheck = now.mono.plus_ms(EXPIRY_HOLD_RECHECK_MS);
-                false
-            }
-            (Some(_), _) => {
-                self.hold = None;
-                changes.push(Change::ExpiryResumed);
-                true
-            }
-        }
-    }
-
     fn add_node(&mut self, id: &NodeId, now: Now) -> usize {
         let index = self.nodes.insert(Node {
             id: id.clone(),
             machine_id: id.to_string(),
             address: None,
             version: None,
-            capabilities: Capabilities::default(),
+            capabilities: Arc::default(),
             peer: String::new(),
             incarnation: None,
             boot_id: None,
@@ -727,7 +679,6 @@ impl ServiceRegistry {
             last_heartbeat_at: None,
             pools: Vec::new(),
             restored: false,
-            record: None,
             touched: false,
             seq: None,
             registered: false,
@@ -736,8 +687,9 @@ impl ServiceRegistry {
             beats: 0,
             last_contact: now.mono,
             due: None,
-            replicas: BTreeMap::new(),
+            replicas: SortedList::default(),
             twins: Vec::new(),
+            newcomer: None,
         });
         self.by_id.insert(id.clone(), index);
         index
@@ -750,13 +702,12 @@ impl ServiceRegistry {
             self.drop_replica(index, &key, replica, reason, changes);
         }
         let node = self.nodes.remove(index);
-        self.revision += u64::from(node.record.is_some());
+        self.revision += u64::from(node.registered);
         self.by_id.remove(&node.id);
+        if let Some(ticket) = node.newcomer {
+            self.newcomers.remove(ticket);
+        }
         changes.push(Change::NodeGone { node: node.id, reason: reason.to_string() });
-    }
-
-    fn refs_of(&self, index: usize) -> Vec<ReplicaRef> {
-        self.nodes[index].replicas.values().copied().collect()
     }
 
     /// A sign of life: a node that holds a lease has it renewed.
@@ -787,7 +738,7 @@ impl ServiceRegistry {
             return;
         }
         let from = std::mem::replace(&mut node.status, status);
-        self.revision += u64::from(node.record.is_some() && standing(from) != standing(status));
+        self.revision += u64::from(node.registered && standing(from) != standing(status));
         node.since = now.wall;
         node.reason = reason.to_string();
         changes.push(Change::NodeStatus {
@@ -802,7 +753,7 @@ impl ServiceRegistry {
             _ => self.lease_ms(index),
         };
         self.schedule(index, now.mono.plus_ms(silence_ms));
-        for replica in self.refs_of(index) {
+        for replica in refs_of(&self.nodes[index]) {
             self.table.update(replica, now, changes, |r| r.node_status = status);
         }
     }
@@ -814,7 +765,7 @@ impl ServiceRegistry {
             return;
         }
         node.due = Some(due);
-        let timers = if node.status.leased() { &mut self.leases } else { &mut self.lapsed };
+        let timers = if node.counts() { &mut self.leases } else { &mut self.lapsed };
         timers.insert((due, index));
     }
 
@@ -834,6 +785,15 @@ fn shown(capabilities: &Capabilities) -> Capabilities {
         gpu.compute_capability = cut(&gpu.compute_capability);
     }
     capabilities
+}
+
+fn refs_of(node: &Node) -> Vec<ReplicaRef> {
+    node.replicas.values().copied().collect()
+}
+
+/// Whether two boots are known, and differ.
+fn is_other_boot(theirs: Option<&str>, ours: Option<&str>) -> bool {
+    theirs.zip(ours).is_some_and(|(theirs, ours)| theirs != ours && cut(theirs) != ours)
 }
 
 /// A model and how many replicas serve it.

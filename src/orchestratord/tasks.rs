@@ -2,27 +2,40 @@
 //! engine bytes in, event bytes out.
 //!
 //! ```text
-//!   create ─▶ waiting ─▶ running ─▶ over        events: started token* (end | error), nothing after
+//!   create ─▶ waiting ─▶ running ─▶ over        events: started (token | metrics)* (end | error)
 //!                └──── cancel ───────▲          opened at most once, at any time before it expires
 //! ```
 //!
+//! Nothing follows `end` or `error`, and nothing follows a cancel but the `end` that says so. `metrics`
+//! events tell a reader who asked for it (`verbose=true`) what happens to the task: its place in the
+//! queue, the engine that it was sent to, failures that were retried, and what was measured.
+//!
 //! Events that nobody reads yet are buffered up to [`EVENTS_BYTES_MAX`]; beyond that the engine is
-//! paused, so a task without a reader costs bounded memory. A task whose events are not opened, or not
-//! opened any more, within [`UNREAD_MS`] is forgotten.
+//! paused, so a task without a reader costs bounded memory. A task whose events are not opened within
+//! [`UNREAD_MS`] is forgotten, as is one whose reader left or was given the last event; its name is known
+//! for some time longer, so that who asks again is told that it is gone.
+//!
+//! [`request`] reads the task, [`answer`] the engine's answer; this file has the tasks' life and the
+//! order of their events.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
-use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::http::sse::{self, Event};
+use crate::http::sse;
 use crate::time::{Mono, Now};
-use crate::wire::id::{NodeId, PoolId};
 
-use super::admission::Priority;
-use super::core::{Asked, RequestId};
-use super::placement::Ask;
-use super::refusal::Refusal;
+use super::core::RequestId;
+use super::refusal::{RETRY_MS_DEFAULT, Refusal};
+use super::sessions::Turn;
+
+pub mod answer;
+pub mod request;
+#[cfg(test)]
+mod tests;
+
+use self::answer::{Answer, Failure};
+pub use self::request::{NewTask, Standing, admission_body, parse};
 
 /// Tasks that are remembered at once.
 pub const TASKS_MAX: usize = 10_000;
@@ -30,140 +43,14 @@ pub const TASKS_MAX: usize = 10_000;
 pub const EVENTS_BYTES_MAX: usize = 64 * 1024;
 /// A task whose events nobody opens is forgotten (and cancelled) after this long.
 pub const UNREAD_MS: u64 = 120_000;
-/// Most tokens that one task may ask for.
-const MAX_TOKENS_MAX: i64 = 50_000;
-/// Longest context that any engine is asked for, in tokens.
-const CTX_MAX: i64 = 32_768 * 32;
-/// What is kept of an engine's error answer, in bytes.
-const ERROR_BYTES_MAX: usize = 4 * 1024;
-
-/// `POST /v2/tasks`.
-#[derive(Debug, Deserialize)]
-pub struct TaskRequest {
-    task_id: String,
-    #[serde(default)]
-    session_id: Option<String>,
-    #[serde(default)]
-    workload: Option<String>,
-    #[serde(default)]
-    model_ref: Option<String>,
-    #[serde(default)]
-    ctx: Option<i64>,
-    #[serde(default)]
-    priority: Option<String>,
-    #[serde(default)]
-    max_tokens: Option<i64>,
-    #[serde(default)]
-    deadline_ms: Option<i64>,
-    #[serde(default)]
-    seed: Option<i64>,
-    #[serde(default)]
-    prompt: Option<String>,
-    #[serde(default)]
-    placement: Option<Wishes>,
-}
-
-/// `placement` of a task.
-#[derive(Debug, Default, Deserialize)]
-struct Wishes {
-    #[serde(default)]
-    pin_pool_id: Option<PoolId>,
-    #[serde(default)]
-    prefer_pools: Vec<PoolId>,
-    #[serde(default)]
-    avoid_pools: Vec<PoolId>,
-    #[serde(default)]
-    require_device_mask: Option<String>,
-    #[serde(default)]
-    node_id: Option<NodeId>,
-}
-
-/// A task that may be asked for.
-#[derive(Debug)]
-pub struct NewTask {
-    /// Its name.
-    pub id: String,
-    /// What it needs.
-    pub asked: Asked,
-    /// What its engine is sent, for `/v1/completions`.
-    pub body: Vec<u8>,
-}
-
-/// Reads and checks a task.
-///
-/// # Errors
-/// [`Refusal::Invalid`] that names the field, or [`Refusal::Deadline`].
-pub fn parse(body: &[u8], client: std::sync::Arc<str>) -> Result<NewTask, Refusal> {
-    let invalid = |what: &str| Refusal::Invalid(what.to_string());
-    let task: TaskRequest = serde_json::from_slice(body)
-        .map_err(|error| Refusal::Invalid(format!("the body is no task: {error}")))?;
-    if !good_name(&task.task_id) || task.session_id.as_deref().is_some_and(|id| !good_name(id)) {
-        return Err(invalid("task_id and session_id must be 1 to 128 visible ASCII characters without /"));
-    }
-    match task.workload.as_deref() {
-        None | Some("completion") => {}
-        Some("embedding" | "rerank") => {
-            return Err(invalid(
-                "tasks serve the workload completion; for embeddings use POST /v1/embeddings",
-            ));
-        }
-        Some(_) => return Err(invalid("workload must be completion")),
-    }
-    if task.ctx.is_some_and(|ctx| !(0..=CTX_MAX).contains(&ctx)) {
-        return Err(invalid("ctx is out of range"));
-    }
-    let max_tokens = task.max_tokens.unwrap_or(256);
-    if !(1..=MAX_TOKENS_MAX).contains(&max_tokens) {
-        return Err(invalid("max_tokens must be from 1 to 50000"));
-    }
-    let wait_ms_max = match task.deadline_ms {
-        None => u64::MAX,
-        Some(ms) => u64::try_from(ms).ok().filter(|ms| *ms > 0).ok_or(Refusal::Deadline)?,
-    };
-    let priority = match task.priority.as_deref() {
-        None => Priority::Interactive,
-        Some(text) => text.parse::<Priority>().map_err(Refusal::Invalid)?,
-    };
-    let prompt = task.prompt.ok_or_else(|| invalid("prompt is missing"))?;
-    let wishes = task.placement.unwrap_or_default();
-    let model = task.model_ref.filter(|model| !model.is_empty());
-    let mut body = json!({"prompt": prompt, "max_tokens": max_tokens, "stream": true});
-    if let Some(model) = &model {
-        body["model"] = json!(model);
-    }
-    if let Some(seed) = task.seed {
-        body["seed"] = json!(seed);
-    }
-    let ask = Ask {
-        model,
-        slots: 1,
-        pool: wishes.pin_pool_id,
-        node: wishes.node_id,
-        device_mask: wishes.require_device_mask,
-        prefer_pools: wishes.prefer_pools,
-        avoid_pools: wishes.avoid_pools,
-    };
-    let asked = Asked { ask, priority, client, wait_ms_max };
-    Ok(NewTask { id: task.task_id, asked, body: body.to_string().into_bytes() })
-}
-
-fn good_name(id: &str) -> bool {
-    (1..=128).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic() && b != b'/')
-}
-
-/// The answer to an admitted task.
-#[must_use]
-pub fn admission_body(id: &str, queue_position: usize, predicted_start_ms: u64) -> Value {
-    let sse = format!("/v2/tasks/{id}/events");
-    json!({
-        "task_id": id,
-        "queue_position": queue_position,
-        "predicted_start_ms": predicted_start_ms,
-        "backoff_ms": 0,
-        "streams": {"sse_verbose": format!("{sse}?verbose=true"), "sse": sse},
-        "preparation": {"steps": []},
-    })
-}
+/// Names of forgotten tasks that are remembered; some hundred bytes each.
+pub const GONE_MAX: usize = 10_000;
+/// Unread `metrics` events of one task; beyond that the oldest is dropped.
+pub const NARRATION_MAX: usize = 64;
+/// Tasks that are told their place in the queue at a time: each costs a look at the whole queue.
+pub const NARRATED_MAX: usize = 50;
+/// How often a task that waits is told its place in the queue: a person reads no faster.
+pub const NARRATION_MS: u64 = 500;
 
 /// All tasks.
 #[derive(Debug, Default)]
@@ -171,6 +58,12 @@ pub struct Tasks {
     tasks: BTreeMap<String, Task>,
     by_request: BTreeMap<RequestId, String>,
     expiries: BTreeMap<(Mono, RequestId), ()>,
+    gone: BTreeMap<String, (u64, &'static str)>,
+    gone_order: VecDeque<(u64, String)>,
+    gone_count: u64,
+    narrate_at: Option<Mono>,
+    /// The last one that was told its place in the queue.
+    narrated: RequestId,
 }
 
 #[derive(Debug)]
@@ -178,15 +71,56 @@ struct Task {
     request: RequestId,
     /// Rendered events that the reader has not been given.
     events: Vec<u8>,
+    /// Rendered `metrics` events, each with the offset in `events` before which it belongs.
+    narration: VecDeque<(usize, Vec<u8>)>,
     opened: bool,
+    verbose: bool,
     over: bool,
     expires: Mono,
-    parser: sse::Events,
-    error_body: Vec<u8>,
-    status: u16,
+    created: Mono,
+    tokens_max: u32,
+    deadline: Option<Mono>,
+    /// Its last known place in the queue; `None` while it does not wait.
+    position: Option<usize>,
+    attempts: u32,
+    dispatched: Option<Mono>,
+    answer: Answer,
     tokens: u64,
     first_token: Option<Mono>,
-    saw_error: Option<String>,
+    last_token: Option<Mono>,
+}
+
+/// How an answer ended, as far as others want to know.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Measured {
+    /// From dispatch to the first token.
+    pub first_token_ms: u64,
+    /// Tokens.
+    pub tokens: u64,
+    /// From the first token to the last one.
+    pub decode_ms: u64,
+    /// For the session's record.
+    pub turn: Turn,
+}
+
+/// What part of an answer led to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// More is to come, or was not wanted.
+    More,
+    /// The answer is complete; with what was measured if it had any token.
+    Answered(Option<Measured>),
+    /// The answer cannot be used: the task is over, its engine may be left.
+    Unusable,
+}
+
+/// What limits a task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Budget {
+    /// Tokens that it may still generate.
+    pub tokens: u64,
+    /// Time to its deadline, where it has one.
+    pub time_ms: Option<u64>,
 }
 
 impl Tasks {
@@ -196,31 +130,40 @@ impl Tasks {
     /// [`Refusal::Conflict`] for a name in use, [`Refusal::TooMany`].
     pub fn create(
         &mut self,
-        id: &str,
+        new: &NewTask,
         request: RequestId,
-        queue_position: usize,
-        predicted_start_ms: u64,
+        standing: &Standing,
         now: Now,
     ) -> Result<(), Refusal> {
-        self.check_new(id)?;
+        self.check_new(&new.id)?;
+        // The name is in use again.
+        self.gone.remove(&new.id);
         let expires = now.mono.plus_ms(UNREAD_MS);
         let mut task = Task {
             request,
             events: Vec::new(),
+            narration: VecDeque::new(),
             opened: false,
+            verbose: false,
             over: false,
             expires,
-            parser: sse::Events::default(),
-            error_body: Vec::new(),
-            status: 200,
+            created: now.mono,
+            tokens_max: new.tokens_max,
+            deadline: new.deadline_ms.map(|ms| now.mono.plus_ms(ms)),
+            position: None,
+            attempts: 0,
+            dispatched: None,
+            answer: Answer::default(),
             tokens: 0,
             first_token: None,
-            saw_error: None,
+            last_token: None,
         };
-        let started = json!({"queue_position": queue_position, "predicted_start_ms": predicted_start_ms});
-        sse::encode_event(&mut task.events, "started", &started);
-        self.tasks.insert(id.to_string(), task);
-        self.by_request.insert(request, id.to_string());
+        sse::encode_event(&mut task.events, "started", &standing.to_json());
+        if standing.position.is_some() {
+            task.waits(standing, None);
+        }
+        self.tasks.insert(new.id.clone(), task);
+        self.by_request.insert(request, new.id.clone());
         self.expiries.insert((expires, request), ());
         Ok(())
     }
@@ -239,17 +182,29 @@ impl Tasks {
         Ok(())
     }
 
-    /// Opens a task's events. Returns its request.
+    /// Opens a task's events, with its `metrics` events if it is to be `verbose`. Returns its request.
     ///
     /// # Errors
-    /// [`Refusal::NotFound`], or [`Refusal::Conflict`] if they were opened before.
-    pub fn open(&mut self, id: &str) -> Result<RequestId, Refusal> {
-        let unknown = || Refusal::NotFound(format!("there is no task {id:?}, or its events have been read"));
-        let task = self.tasks.get_mut(id).ok_or_else(unknown)?;
+    /// [`Refusal::NotFound`] for a name that nobody knows, [`Refusal::Gone`] for a task that is forgotten,
+    /// or [`Refusal::Conflict`] if its events are being read.
+    pub fn open(&mut self, id: &str, verbose: bool, now: Now) -> Result<RequestId, Refusal> {
+        let Some(task) = self.tasks.get_mut(id) else {
+            return Err(match self.gone.get(id) {
+                Some((_, why)) => Refusal::Gone(format!("task {id:?} is gone: {why}")),
+                None => Refusal::NotFound(format!("there is no task {id:?}")),
+            });
+        };
         if std::mem::replace(&mut task.opened, true) {
             return Err(Refusal::Conflict(format!("the events of task {id:?} are being read already")));
         }
+        task.verbose = verbose;
+        if !verbose {
+            task.narration.clear();
+        }
         self.expiries.remove(&(task.expires, task.request));
+        if verbose && !task.over && task.dispatched.is_none() {
+            self.narrate_at.get_or_insert(now.mono.plus_ms(NARRATION_MS));
+        }
         Ok(task.request)
     }
 
@@ -257,9 +212,9 @@ impl Tasks {
     /// last the task is forgotten.
     pub fn take_events(&mut self, request: RequestId) -> (Vec<u8>, bool) {
         let Some(task) = self.of(request) else { return (Vec::new(), true) };
-        let (events, over) = (std::mem::take(&mut task.events), task.over);
+        let (events, over) = (task.take_events(), task.over);
         if over && task.opened {
-            self.forget(request);
+            self.forget(request, "its events have been read");
         }
         (events, over)
     }
@@ -267,52 +222,124 @@ impl Tasks {
     /// Whether a task's events are being read.
     #[must_use]
     pub fn is_opened(&self, request: RequestId) -> bool {
-        self.by_request.get(&request).and_then(|id| self.tasks.get(id)).is_some_and(|task| task.opened)
+        self.get(request).is_some_and(|task| task.opened)
+    }
+
+    /// Whether its last event is there.
+    #[must_use]
+    pub fn is_over(&self, request: RequestId) -> bool {
+        self.get(request).is_some_and(|task| task.over)
     }
 
     /// Bytes of events that wait for a reader.
     #[must_use]
     pub fn unread_bytes(&self, request: RequestId) -> usize {
-        let task = self.by_request.get(&request).and_then(|id| self.tasks.get(id));
-        task.map_or(0, |task| task.events.len())
+        self.get(request).map_or(0, |task| task.events.len())
+    }
+
+    /// What limits a task.
+    #[must_use]
+    pub fn budget(&self, request: RequestId, now: Now) -> Option<Budget> {
+        self.get(request).map(|task| task.budget(now))
+    }
+
+    // The queue.
+
+    /// Tasks whose readers want to be told their place in the queue, if it is time to tell them: at most
+    /// [`NARRATED_MAX`], in turn.
+    pub fn due_narrations(&mut self, now: Now) -> Vec<RequestId> {
+        if self.narrate_at.is_none_or(|at| at > now.mono) {
+            return Vec::new();
+        }
+        let waits = |request: &RequestId| {
+            self.get(*request).is_some_and(|task| task.verbose && !task.over && task.dispatched.is_none())
+        };
+        let (first, after) =
+            (self.by_request.range(..=self.narrated), self.by_request.range(self.narrated + 1..));
+        let in_turn = after.chain(first).map(|(request, _)| *request);
+        let due: Vec<RequestId> = in_turn.filter(waits).take(NARRATED_MAX).collect();
+        self.narrated = due.last().copied().unwrap_or_default();
+        self.narrate_at = (!due.is_empty()).then(|| now.mono.plus_ms(NARRATION_MS));
+        due
+    }
+
+    /// A task's place in the queue, of so many that wait. Told if it has changed.
+    pub fn queued(&mut self, request: RequestId, standing: &Standing, queue_depth: usize) {
+        if let Some(task) = self.of(request).filter(|task| !task.over)
+            && standing.position.is_some()
+            && task.position != standing.position
+        {
+            task.waits(standing, Some(queue_depth));
+        }
+    }
+
+    // Its engine.
+
+    /// A task was sent to an engine: `to` for people, `facts` for programs.
+    pub fn dispatched(&mut self, request: RequestId, to: &str, mut facts: Value, now: Now) {
+        let Some(task) = self.of(request).filter(|task| !task.over) else { return };
+        task.answer = Answer::default();
+        task.position = None;
+        task.attempts += 1;
+        task.dispatched = Some(now.mono);
+        let waited_ms = now.mono.ms_since(task.created);
+        facts["phase"] = json!("dispatched");
+        facts["attempt"] = json!(task.attempts);
+        facts["waited_ms"] = json!(waited_ms);
+        facts["human"] = json!(format!("sent to {to} after {waited_ms} ms"));
+        task.narrate(&facts);
+    }
+
+    /// Its engine failed before it answered; another one may be tried.
+    pub fn retried(&mut self, request: RequestId, reason: &str) {
+        if let Some(task) = self.of(request).filter(|task| !task.over) {
+            task.dispatched = None;
+            let human = format!("the engine failed before it answered: {reason}");
+            task.narrate(&json!({"phase": "retried", "attempt": task.attempts, "human": human}));
+        }
     }
 
     /// The engine's status.
     pub fn answering(&mut self, request: RequestId, status: u16) {
-        if let Some(task) = self.of(request) {
-            task.status = status;
+        if let Some(task) = self.of(request).filter(|task| !task.over) {
+            task.answer.head(status);
+            if status == 200 {
+                task.narrate(&json!({"phase": "prefill", "human": "the engine has taken the prompt"}));
+            }
         }
     }
 
     /// Part of the engine's answer.
-    pub fn received(&mut self, request: RequestId, bytes: &[u8], now: Now) {
-        let Some(task) = self.of(request).filter(|task| !task.over) else { return };
-        if task.status != 200 {
-            let room = ERROR_BYTES_MAX.saturating_sub(task.error_body.len());
-            task.error_body.extend_from_slice(&bytes[..bytes.len().min(room)]);
-            return;
+    pub fn received(&mut self, request: RequestId, bytes: &[u8], now: Now) -> Progress {
+        let Some(task) = self.of(request).filter(|task| !task.over) else { return Progress::More };
+        task.read(now, |answer, each| answer.feed(bytes, each));
+        if let Some(failure) = task.answer.failure().cloned() {
+            task.fail(&failure);
+            return Progress::Unusable;
         }
-        let mut parser = std::mem::take(&mut task.parser);
-        let fed = parser.feed(bytes, |event| task.engine_event(&event, now));
-        task.parser = parser;
-        if fed.is_err() {
-            task.saw_error = Some("the engine sent an event that is larger than 1 MiB".into());
+        if task.answer.is_done() {
+            task.end(false, now);
+            return Progress::Answered(task.measured());
         }
+        Progress::More
     }
 
-    /// The engine's answer is complete.
-    pub fn completed(&mut self, request: RequestId, now: Now) {
-        let Some(task) = self.of(request).filter(|task| !task.over) else { return };
-        if task.status != 200 {
-            let text = String::from_utf8_lossy(&task.error_body).chars().take(500).collect::<String>();
-            let (status, retriable) = (task.status, task.status >= 500 || task.status == 429);
-            let code = if (400..500).contains(&status) { "INVALID_PARAMS" } else { "INTERNAL" };
-            return task.fail(code, &format!("the engine answered {status}: {text}"), retriable);
+    /// The engine's answer has ended. Returns what was measured if the task is over by that.
+    pub fn completed(&mut self, request: RequestId, now: Now) -> Option<Measured> {
+        let task = self.of(request).filter(|task| !task.over)?;
+        let mut result = Ok(Default::default());
+        task.read(now, |answer, each| result = answer.conclude(each));
+        match result {
+            Ok(_) => task.end(false, now),
+            Err(failure) => task.fail(&failure),
         }
-        match task.saw_error.take() {
-            Some(error) => task.fail("INTERNAL", &error, true),
-            None => task.end(false, now),
-        }
+        task.measured()
+    }
+
+    /// Whether its answer has said that its text is complete: what breaks afterwards breaks nothing.
+    #[must_use]
+    pub fn is_answered(&self, request: RequestId) -> bool {
+        self.get(request).is_some_and(|task| task.answer.is_complete())
     }
 
     /// The task is refused, or its engine failed.
@@ -325,6 +352,12 @@ impl Tasks {
         task.finish("error", &error);
     }
 
+    /// Its engine failed in the middle of its answer: it was too slow, or it broke.
+    pub fn broken(&mut self, request: RequestId, reason: &str, timeout: bool) {
+        let code = if timeout { "DECODE_TIMEOUT" } else { "WORKER_RESET" };
+        self.failed(request, code, reason, Some(RETRY_MS_DEFAULT));
+    }
+
     /// Cancels a task; no token follows. Returns its request if it was still to end.
     pub fn cancel(&mut self, id: &str, now: Now) -> Option<RequestId> {
         let task = self.tasks.get_mut(id).filter(|task| !task.over)?;
@@ -334,7 +367,7 @@ impl Tasks {
 
     /// Forgets a task: its reader left.
     pub fn abandon(&mut self, request: RequestId) {
-        self.forget(request);
+        self.forget(request, "its reader left");
     }
 
     /// Forgets tasks whose events nobody opened in time, and returns them: one of them may still run.
@@ -344,16 +377,17 @@ impl Tasks {
             && at <= now
         {
             self.expiries.remove(&(at, request));
-            self.forget(request);
+            self.forget(request, "nobody opened its events in time");
             expired.push(request);
         }
         expired
     }
 
-    /// When [`Tasks::expire`] is wanted next.
+    /// When [`Tasks::expire`] or [`Tasks::due_narrations`] is wanted next.
     #[must_use]
     pub fn deadline(&self) -> Option<Mono> {
-        self.expiries.first_key_value().map(|((at, _), ())| *at)
+        let expiry = self.expiries.first_key_value().map(|((at, _), ())| *at);
+        crate::time::earliest(expiry, self.narrate_at)
     }
 
     /// How many are remembered.
@@ -368,165 +402,172 @@ impl Tasks {
         self.tasks.is_empty()
     }
 
+    fn get(&self, request: RequestId) -> Option<&Task> {
+        self.tasks.get(self.by_request.get(&request)?)
+    }
+
     fn of(&mut self, request: RequestId) -> Option<&mut Task> {
         self.tasks.get_mut(self.by_request.get(&request)?)
     }
 
-    fn forget(&mut self, request: RequestId) {
-        if let Some(task) = self.by_request.remove(&request).and_then(|id| self.tasks.remove(&id)) {
-            self.expiries.remove(&(task.expires, task.request));
+    fn forget(&mut self, request: RequestId, why: &'static str) {
+        let Some(id) = self.by_request.remove(&request) else { return };
+        let Some(task) = self.tasks.remove(&id) else { return };
+        self.expiries.remove(&(task.expires, task.request));
+        if self.gone_order.len() >= GONE_MAX
+            && let Some((count, oldest)) = self.gone_order.pop_front()
+            // The name may have been used and forgotten again since.
+            && self.gone.get(&oldest).is_some_and(|(known, _)| *known == count)
+        {
+            self.gone.remove(&oldest);
         }
+        self.gone_count += 1;
+        self.gone.insert(id.clone(), (self.gone_count, why));
+        self.gone_order.push_back((self.gone_count, id));
     }
 }
 
 impl Task {
-    /// One event of the engine's stream, in any of the dialects that engines speak.
-    fn engine_event(&mut self, event: &Event, now: Now) {
-        if event.data == b"[DONE]" {
-            return;
-        }
-        let Ok(data) = serde_json::from_slice::<Value>(&event.data) else {
-            self.saw_error.get_or_insert_with(|| "the engine sent an event that is no JSON".into());
-            return;
-        };
-        if let Some(error) = data.get("error") {
-            let message =
-                error.get("message").and_then(Value::as_str).unwrap_or("the engine reported an error");
-            self.saw_error.get_or_insert_with(|| message.to_string());
-            return;
-        }
-        let choice = data.get("choices").and_then(|choices| choices.get(0));
-        let text = choice
-            .and_then(|choice| choice.get("text").or_else(|| choice.get("delta")?.get("content")))
-            .or_else(|| data.get("content"))
-            .and_then(Value::as_str);
-        if let Some(text) = text.filter(|text| !text.is_empty()) {
+    /// Lets `step` go on with the answer and writes the tokens that come of it.
+    fn read(&mut self, now: Now, step: impl FnOnce(&mut Answer, &mut dyn FnMut(&str))) {
+        let mut answer = std::mem::take(&mut self.answer);
+        let mut each = |text: &str| {
             self.first_token.get_or_insert(now.mono);
-            let token = json!({"t": text, "i": self.tokens});
-            sse::encode_event(&mut self.events, "token", &token);
+            self.last_token = Some(now.mono);
+            sse::encode_event(&mut self.events, "token", &json!({"t": text, "i": self.tokens}));
             self.tokens += 1;
+        };
+        step(&mut answer, &mut each);
+        self.answer = answer;
+    }
+
+    fn take_events(&mut self) -> Vec<u8> {
+        let events = std::mem::take(&mut self.events);
+        let narration = std::mem::take(&mut self.narration);
+        if narration.is_empty() || !self.verbose {
+            return events;
+        }
+        let (mut merged, mut from) = (Vec::with_capacity(events.len() + 1024), 0);
+        for (at, event) in narration {
+            merged.extend_from_slice(&events[from..at]);
+            merged.extend_from_slice(&event);
+            from = at;
+        }
+        merged.extend_from_slice(&events[from..]);
+        merged
+    }
+
+    fn narrate(&mut self, metrics: &Value) {
+        if self.opened && !self.verbose {
+            return;
+        }
+        if self.narration.len() >= NARRATION_MAX {
+            self.narration.pop_front();
+        }
+        let mut event = Vec::new();
+        sse::encode_event(&mut event, "metrics", metrics);
+        self.narration.push_back((self.events.len(), event));
+    }
+
+    fn waits(&mut self, standing: &Standing, queue_depth: Option<usize>) {
+        self.position = standing.position;
+        let mut metrics = standing.to_json();
+        metrics["phase"] = json!("queued");
+        if let Some(depth) = queue_depth {
+            metrics["queue_depth"] = json!(depth);
+        }
+        let place = format!("{} go first", standing.position.unwrap_or(0));
+        let human = match (&standing.not_ready, standing.predicted_ms) {
+            (Some(reason), _) => format!("{place}; no engine takes it yet: {reason}"),
+            (None, Some(ms)) => format!("{place}; it may start in {ms} ms"),
+            (None, None) => format!("{place}; how long that takes is not known yet"),
+        };
+        metrics["human"] = json!(human);
+        self.narrate(&metrics);
+    }
+
+    fn budget(&self, now: Now) -> Budget {
+        let tokens = u64::from(self.tokens_max).saturating_sub(self.tokens_out());
+        Budget { tokens, time_ms: self.deadline.map(|at| at.ms_since(now.mono)) }
+    }
+
+    /// What the engine counted, or else the pieces that came.
+    fn tokens_out(&self) -> u64 {
+        self.answer.totals().tokens_out.unwrap_or(self.tokens)
+    }
+
+    fn decode_ms(&self) -> u64 {
+        match (self.first_token, self.last_token) {
+            (Some(first), Some(last)) => last.ms_since(first),
+            _ => 0,
         }
     }
 
+    fn measured(&self) -> Option<Measured> {
+        if !self.answer.is_complete() {
+            return None;
+        }
+        let first = self.first_token?;
+        Some(Measured {
+            first_token_ms: self.dispatched.map_or(0, |at| first.ms_since(at)),
+            // Pieces are what time was measured between.
+            tokens: self.tokens,
+            decode_ms: self.decode_ms(),
+            turn: Turn { tokens_out: self.tokens_out(), cached_tokens: self.answer.totals().cached_tokens },
+        })
+    }
+
+    /// What is known at the end, for a reader who wants to know.
+    fn sum_up(&mut self, now: Now) {
+        let totals = self.answer.totals();
+        let budget = self.budget(now);
+        let mut metrics = json!({
+            "phase": "finished",
+            "finish_reason": self.answer.finish_reason(),
+            "tokens_in": totals.tokens_in,
+            "cached_tokens": totals.cached_tokens,
+            "kv_warmth": totals.cached_tokens.map(|cached| cached > 0),
+            "tokens_budget_remaining": budget.tokens,
+            "time_budget_remaining_ms": budget.time_ms,
+        });
+        let (tokens, decode_ms) = (self.tokens_out(), self.decode_ms());
+        if let (Some(first), Some(dispatched)) = (self.first_token, self.dispatched) {
+            metrics["first_token_ms"] = json!(first.ms_since(dispatched));
+        }
+        let mut human = format!("{tokens} tokens");
+        if tokens > 1 && decode_ms > 0 {
+            let rate = (tokens - 1) as f64 * 1000.0 / decode_ms as f64;
+            metrics["tokens_per_second"] = json!((rate * 10.0).round() / 10.0);
+            human = format!("{tokens} tokens, {rate:.1} a second");
+        }
+        metrics["human"] = json!(human);
+        self.narrate(&metrics);
+    }
+
     fn end(&mut self, canceled: bool, now: Now) {
-        let decode_ms = self.first_token.map_or(0, |first| now.mono.ms_since(first));
-        let mut end = json!({"tokens_out": self.tokens, "decode_ms": decode_ms, "decode_time_ms": decode_ms});
+        if !canceled {
+            self.sum_up(now);
+        }
+        let decode_ms = self.decode_ms();
+        let tokens = self.tokens_out();
+        let mut end = json!({"tokens_out": tokens, "decode_ms": decode_ms, "decode_time_ms": decode_ms});
         if canceled {
             end["canceled"] = json!(true);
         }
         self.finish("end", &end);
     }
 
-    fn fail(&mut self, code: &str, message: &str, retriable: bool) {
-        self.finish("error", &json!({"code": code, "message": message, "retriable": retriable}));
+    fn fail(&mut self, failure: &Failure) {
+        let mut error =
+            json!({"code": failure.code, "message": failure.message, "retriable": failure.retriable});
+        if failure.retriable {
+            error["retry_after_ms"] = json!(RETRY_MS_DEFAULT);
+        }
+        self.finish("error", &error);
     }
 
     fn finish(&mut self, name: &str, data: &Value) {
         sse::encode_event(&mut self.events, name, data);
         self.over = true;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn names(bytes: &[u8]) -> Vec<String> {
-        let mut found = Vec::new();
-        let mut events = sse::Events::default();
-        let each = |event: Event| found.push(String::from_utf8(event.name).expect("a name"));
-        events.feed(bytes, each).expect("short events");
-        found
-    }
-
-    fn task() -> Tasks {
-        let mut tasks = Tasks::default();
-        tasks.create("t", 1, 0, 0, Now::default()).expect("a new task");
-        tasks
-    }
-
-    #[test]
-    fn every_engine_dialect_becomes_tokens_and_then_one_end() {
-        let streams: [&[u8]; 3] = [
-            b"data: {\"choices\":[{\"text\":\"a\"}]}\n\ndata: {\"choices\":[{\"text\":\"b\",\"finish_reason\":\"stop\"}]}\n\ndata: [DONE]\n\n",
-            b"data: {\"choices\":[{\"delta\":{\"role\":\"assistant\",\"content\":null}}]}\n\ndata: {\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\n\ndata: {\"choices\":[{\"delta\":{\"content\":\"b\"}}]}\n\n",
-            b"data: {\"content\":\"a\",\"stop\":false}\n\ndata: {\"content\":\"b\",\"stop\":false}\n\ndata: {\"content\":\"\",\"stop\":true}\n\n",
-        ];
-        for stream in streams {
-            let mut tasks = task();
-            for byte in stream {
-                tasks.received(1, &[*byte], Now::default());
-            }
-            tasks.completed(1, Now::default().plus_ms(7));
-            assert_eq!(tasks.open("t"), Ok(1));
-            let (events, over) = tasks.take_events(1);
-            assert_eq!(
-                (names(&events), over),
-                (["started", "token", "token", "end"].map(String::from).to_vec(), true)
-            );
-            let text = String::from_utf8(events).expect("text");
-            assert!(text.contains(r#"{"i":1,"t":"b"}"#) && text.contains(r#""tokens_out":2"#), "{text}");
-            assert!(tasks.is_empty(), "a task that was read to its end is forgotten");
-        }
-    }
-
-    #[test]
-    fn nothing_follows_a_cancel_or_an_error() {
-        let mut tasks = task();
-        assert_eq!(tasks.cancel("t", Now::default()), Some(1));
-        tasks.received(1, b"data: {\"content\":\"late\"}\n\n", Now::default());
-        tasks.failed(1, "WORKER_RESET", "late", None);
-        assert_eq!(tasks.cancel("t", Now::default()), None, "cancelling twice changes nothing");
-        assert_eq!(names(&tasks.take_events(1).0), ["started", "end"]);
-
-        let mut tasks = task();
-        tasks.received(1, b"data: {\"error\":{\"message\":\"out of memory\"}}\n\n", Now::default());
-        tasks.completed(1, Now::default());
-        let text = String::from_utf8(tasks.take_events(1).0).expect("text");
-        assert!(
-            text.contains("event: error") && text.contains("out of memory") && !text.contains("event: end"),
-            "{text}"
-        );
-    }
-
-    #[test]
-    fn events_are_opened_once_and_unread_tasks_are_forgotten() {
-        let mut tasks = task();
-        assert_eq!(tasks.open("t"), Ok(1));
-        assert!(matches!(tasks.open("t"), Err(Refusal::Conflict(_))));
-        assert!(matches!(tasks.open("other"), Err(Refusal::NotFound(_))));
-        assert!(matches!(tasks.create("t", 2, 0, 0, Now::default()), Err(Refusal::Conflict(_))));
-        assert_eq!(tasks.expire(Mono(u64::MAX)), Vec::<RequestId>::new(), "it is being read");
-
-        let mut tasks = task();
-        let at = tasks.deadline().expect("an expiry");
-        assert_eq!((tasks.expire(at), tasks.len()), (vec![1], 0));
-    }
-
-    #[test]
-    fn tasks_are_checked_field_by_field() {
-        let parse = |text: &str| super::parse(text.as_bytes(), "c".into());
-        let good = parse(r#"{"task_id":"t","session_id":"s","workload":"completion","model_ref":"m","engine":"llamacpp","ctx":10,
-            "priority":"batch","max_tokens":5,"deadline_ms":1000,"prompt":"p","seed":1,"placement":{"pin_pool_id":"p0"}}"#)
-            .expect("a good task");
-        assert_eq!((good.asked.priority, good.asked.wait_ms_max), (Priority::Batch, 1000));
-        assert_eq!(good.asked.ask.pool.as_ref().map(PoolId::as_str), Some("p0"));
-        for (bad, part) in [
-            ("{}", "task_id"),
-            (r#"{"task_id":"a/b","prompt":""}"#, "visible ASCII"),
-            (r#"{"task_id":"t"}"#, "prompt is missing"),
-            (r#"{"task_id":"t","prompt":"","max_tokens":0}"#, "max_tokens"),
-            (r#"{"task_id":"t","prompt":"","ctx":-1}"#, "ctx"),
-            (r#"{"task_id":"t","prompt":"","deadline_ms":0}"#, "deadline_ms"),
-            (r#"{"task_id":"t","prompt":"","workload":"embedding"}"#, "embeddings"),
-            (r#"{"task_id":"t","prompt":"","priority":"vip"}"#, "vip"),
-        ] {
-            let refusal = parse(bad).expect_err(bad);
-            assert!(
-                refusal.status() == 400 && refusal.message().contains(part),
-                "{bad}: {}",
-                refusal.message()
-            );
-        }
     }
 }

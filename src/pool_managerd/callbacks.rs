@@ -29,7 +29,7 @@ use crate::wire::url::BaseUrl;
 pub const CALLBACKS_MAX: usize = 64;
 /// Most notices that wait for one callback, one a replica: four times what a pool may hold.
 pub const PENDING_MAX: usize = 4 * REPLICAS_MAX;
-/// Deliveries under way at once, and so helper threads: some receivers may hang without delaying others.
+/// Deliveries under way at once: some receivers may hang without delaying others.
 pub const DELIVERIES_MAX: usize = 4;
 /// Pause after the first failure, in milliseconds; it doubles with every further one.
 pub const RETRY_MS_MIN: u64 = 500;

@@ -735,6 +735,7 @@ impl Core {
                 timestamp: Some(now.wall.rfc3339()),
                 pools: self.pool_beats(),
                 incarnation: Some(identity.incarnation),
+                boot_id: identity.boot_id.clone(),
                 seq: Some(seq),
                 draining: self.is_node_draining(),
             })),

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::http::server::Request;
-use crate::net::{self, FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Sink, forwardable};
+use crate::net::{self, DialRule, FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Sink, forwardable};
 use crate::reactor::kmsg::KernelLog;
 use crate::reactor::offload::Offload;
 use crate::reactor::signal::Signals;
@@ -25,7 +25,7 @@ use crate::time::{Now, earliest};
 use crate::wire::id::ReplicaKey;
 
 use super::api::{self, Action};
-use super::callback_client::CallbackClient;
+use super::callback_client;
 use super::callbacks;
 use super::config::Config;
 use super::control_client;
@@ -58,7 +58,8 @@ pub struct Daemon {
     encoder: Option<Encoder>,
     waker: Waker,
     saver: Option<Saver>,
-    callbacks: CallbackClient,
+    /// Where callbacks may go.
+    callback_rule: DialRule,
     lag: LoopLag,
     exchanges: BTreeMap<Token, Running>,
     tokens: Tokens,
@@ -77,6 +78,7 @@ enum Running {
     Probe(Box<ProbeOrder>),
     Relay { client: Token, lease: ReplicaLease },
     Call { plane: usize, call: Call },
+    Callback { callback: u64, event: u64 },
 }
 
 impl Daemon {
@@ -88,8 +90,9 @@ impl Daemon {
         for note in &config.notes {
             log::warn!("{note}");
         }
-        let Shell { reactor, registry, waker, signals, net, bound } =
+        let Shell { reactor, registry, waker, signals, mut net, bound } =
             Shell::start(config.addr, "POOL_MANAGERD_ADDR")?;
+        net.set_dial_rule(dial_rule(&config, bound.port()));
         let mut core = make_core(&config, bound.port());
         let policy = callback_policy(&config, bound.port());
         let mut effects = Vec::new();
@@ -115,9 +118,9 @@ impl Daemon {
             net,
             core,
             encoder: None,
-            waker: waker.clone(),
+            waker,
             saver: None,
-            callbacks: CallbackClient::new(policy, waker),
+            callback_rule: callback_client::dial_rule(policy),
             lag: LoopLag::default(),
             exchanges: BTreeMap::new(),
             tokens: config.tokens.clone(),
@@ -305,7 +308,6 @@ impl Daemon {
         while let Some(result) = self.saver.as_ref().and_then(Offload::take) {
             self.core.handle(Input::Saved(result), now, &mut self.effects);
         }
-        self.take_deliveries(now);
     }
 
     fn respond_with_pool(&mut self, client: Token, status: u16, pool: &crate::wire::id::PoolId, now: Now) {
@@ -349,7 +351,7 @@ impl Daemon {
                     Effect::Save(text) => self.save(text, now),
                     Effect::DeleteFile(name, content) => self.watch.delete(&name, &content),
                     Effect::Cut(leases) => self.cut(&leases, now),
-                    Effect::Deliver(delivery) => self.deliver(delivery, now),
+                    Effect::Deliver(delivery) => self.deliver(&delivery, now),
                     Effect::Log(what) => logging::tell(&*what),
                     Effect::Exit => self.over = true,
                 }
@@ -487,7 +489,8 @@ impl Daemon {
                     Outcome::Failed(fault) => {
                         if !fault.answered {
                             let message = format!("{}: {}", lease.key, fault.reason);
-                            let status = if fault.kind == FaultKind::Timeout { 504 } else { 502 };
+                            let late = matches!(fault.kind, FaultKind::Timeout | FaultKind::Unreached);
+                            let status = if late { 504 } else { 502 };
                             let response =
                                 api::error(status, "POOL_UNAVAILABLE", &message, Some(FULL_RETRY_MS));
                             self.net.respond(client, &response, now.mono);
@@ -501,6 +504,10 @@ impl Daemon {
             Some(Running::Call { plane, call }) => {
                 let answer = control_client::answer(call, outcome);
                 self.core.handle(Input::Told { plane, call, answer }, now, &mut self.effects);
+            }
+            Some(Running::Callback { callback, event }) => {
+                let outcome = callback_client::outcome(outcome);
+                self.core.handle(Input::Delivered(callback, event, outcome), now, &mut self.effects);
             }
             None => {}
         }
@@ -522,7 +529,8 @@ fn fault_of(fault: &net::Fault) -> Option<(Fault, String)> {
     let kind = match fault.kind {
         FaultKind::Local => return None,
         FaultKind::Connect => Fault::ConnectFailed,
-        FaultKind::Timeout
+        FaultKind::Unreached
+        | FaultKind::Timeout
         | FaultKind::Reset
         | FaultKind::Protocol
         | FaultKind::Status(_)
@@ -570,6 +578,14 @@ fn make_core(config: &Config, own_port: u16) -> Core {
         hang_suspect_ms: config.hang_suspect_ms,
     };
     Core::new(identity, policy, &options, fastrand::u64(..), at)
+}
+
+/// Names of engines are judged again when they have been resolved. Control planes are where the operator
+/// says.
+fn dial_rule(config: &Config, own_port: u16) -> DialRule {
+    let rules = EnginePolicy::new(machine::own_addresses(), Some(own_port), AllowList::default(), "");
+    let planes = config.cloud.as_ref().map_or(Vec::new(), |cloud| cloud.control_planes.clone());
+    DialRule::new(move |url, ip| if planes.contains(url) { Ok(()) } else { rules.check_address(url, ip) })
 }
 
 fn callback_policy(config: &Config, own_port: u16) -> callbacks::Policy {

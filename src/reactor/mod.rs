@@ -30,6 +30,8 @@ use token::Token;
 
 /// Events taken from the kernel in one turn. More wait for the next one.
 const EVENTS_PER_TURN: usize = 512;
+/// A wait that comes back so much too late, in milliseconds, was not only scheduled late.
+const HELD_UP_MS: u64 = 10;
 
 /// Wakes a loop from a helper thread.
 pub type Waker = Arc<mio::Waker>;
@@ -70,6 +72,7 @@ impl Descriptor {
 pub struct Reactor {
     poll: mio::Poll,
     events: mio::Events,
+    held_up: bool,
 }
 
 impl Reactor {
@@ -78,7 +81,11 @@ impl Reactor {
     /// # Errors
     /// Where the kernel gives no epoll descriptor.
     pub fn new() -> io::Result<Reactor> {
-        Ok(Reactor { poll: mio::Poll::new()?, events: mio::Events::with_capacity(EVENTS_PER_TURN) })
+        Ok(Reactor {
+            poll: mio::Poll::new()?,
+            events: mio::Events::with_capacity(EVENTS_PER_TURN),
+            held_up: false,
+        })
     }
 
     /// Where sources register.
@@ -102,16 +109,32 @@ impl Reactor {
     /// # Errors
     /// A failing poll, interruption excepted.
     pub fn wait(&mut self, deadline: Option<Mono>, busy: bool) -> io::Result<Now> {
+        let began = now().mono;
         let timeout = match (busy, deadline) {
             (true, _) => Some(Duration::ZERO),
             (false, None) => None,
             // mio rounds up to whole milliseconds, so the loop never wakes just before a deadline.
-            (false, Some(at)) => Some(Duration::from_nanos(at.ns_since(now().mono))),
+            (false, Some(at)) => Some(Duration::from_nanos(at.ns_since(began))),
         };
-        match self.poll.poll(&mut self.events, timeout) {
-            Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
-            _ => Ok(now()),
-        }
+        let polled = self.poll.poll(&mut self.events, timeout);
+        let back = now();
+        let was_interrupted = match polled {
+            Ok(()) => false,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => true,
+            Err(error) => return Err(error),
+        };
+        let expected = if busy { Some(began) } else { deadline.map(|at| at.max(began)) };
+        let is_late = expected.is_some_and(|at| back.mono.ms_since(at) > HELD_UP_MS);
+        self.held_up = was_interrupted || is_late;
+        Ok(back)
+    }
+
+    /// Whether the last [`Reactor::wait`] may know less than its time suggests: it was interrupted, or
+    /// came back late, as after the process was stopped. The kernel may hold events that are older than
+    /// that time, so nothing should be taken for silent before the next wait.
+    #[must_use]
+    pub fn was_held_up(&self) -> bool {
+        self.held_up
     }
 
     /// Whether the last [`Reactor::wait`] returned as many events as it can: the kernel may hold more.

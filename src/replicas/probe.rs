@@ -60,7 +60,7 @@ pub fn outcome(order: &ProbeOrder, ended: net::Outcome) -> ProbeOutcome {
         net::Outcome::Failed(fault) => match fault.kind {
             FaultKind::Connect => ProbeOutcome::Refused(fault.reason),
             FaultKind::Local => ProbeOutcome::NotAsked(fault.reason),
-            FaultKind::Timeout | FaultKind::Aborted => ProbeOutcome::Slow,
+            FaultKind::Unreached | FaultKind::Timeout | FaultKind::Aborted => ProbeOutcome::Slow,
             FaultKind::Reset | FaultKind::Protocol | FaultKind::Status(_) => {
                 ProbeOutcome::Broken(fault.reason)
             }

@@ -37,18 +37,59 @@ pub fn check_private(directory: &Path) -> io::Result<()> {
 }
 
 fn write(path: &Path, bytes: &[u8], directory_mode: u32, mode: u32) -> io::Result<()> {
-    if bytes.len() as u64 > BYTES_MAX {
-        return Err(io::Error::other(format!("{} bytes, and at most {BYTES_MAX} are kept", bytes.len())));
+    let mut replacement = Replacement::begin(path, directory_mode, mode)?;
+    replacement.add(bytes)?;
+    replacement.finish()
+}
+
+/// A file that takes the place of another one once it is whole. Dropped before, it changes nothing.
+#[derive(Debug)]
+pub struct Replacement {
+    file: File,
+    temporary: PathBuf,
+    path: PathBuf,
+    bytes: u64,
+}
+
+impl Replacement {
+    /// Begins to replace `path` by a file that is readable by its owner only.
+    ///
+    /// # Errors
+    /// As [`replace`].
+    pub fn private(path: &Path) -> io::Result<Replacement> {
+        Replacement::begin(path, 0o700, 0o600)
     }
-    let directory = path.parent().unwrap_or(Path::new("."));
-    fs::DirBuilder::new().recursive(true).mode(directory_mode).create(directory)?;
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let temporary = directory.join(format!(".{name}.tmp"));
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&temporary)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(&temporary, path)?;
-    File::open(directory)?.sync_all()
+
+    fn begin(path: &Path, directory_mode: u32, mode: u32) -> io::Result<Replacement> {
+        let directory = path.parent().unwrap_or(Path::new("."));
+        fs::DirBuilder::new().recursive(true).mode(directory_mode).create(directory)?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let temporary = directory.join(format!(".{name}.tmp"));
+        let file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&temporary)?;
+        Ok(Replacement { file, temporary, path: path.to_path_buf(), bytes: 0 })
+    }
+
+    /// Appends to it.
+    ///
+    /// # Errors
+    /// As [`replace`].
+    pub fn add(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.bytes += bytes.len() as u64;
+        if self.bytes > BYTES_MAX {
+            return Err(io::Error::other(format!("more than {BYTES_MAX} bytes are not kept")));
+        }
+        self.file.write_all(bytes)
+    }
+
+    /// Puts it into its place.
+    ///
+    /// # Errors
+    /// As [`replace`].
+    pub fn finish(self) -> io::Result<()> {
+        self.file.sync_all()?;
+        fs::rename(&self.temporary, &self.path)?;
+        File::open(self.path.parent().unwrap_or(Path::new(".")))?.sync_all()
+    }
 }
 
 /// Reads a file; `None` where there is none.

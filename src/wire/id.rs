@@ -6,8 +6,8 @@
 use std::fmt;
 use std::sync::Arc;
 
-use serde::de::{Deserialize, Deserializer, Visitor};
-use serde::ser::{Serialize, Serializer};
+use serde::de::{self, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// Longest id, in bytes.
 pub const ID_BYTES_MAX: usize = 128;
@@ -36,19 +36,22 @@ fn check(id: &str) -> Result<(), IdError> {
     if good { Ok(()) } else { Err(IdError { found: id.chars().take(ID_BYTES_MAX + 1).collect() }) }
 }
 
-/// Reads an id where it lies in the input: heartbeats name thousands.
-struct Text;
+/// Reads a checked text where it stands. A refusal then has the place of the text itself, which it would
+/// not have after a conversion.
+pub(super) struct Text<T, E> {
+    pub(super) what: &'static str,
+    pub(super) read: fn(&str) -> Result<T, E>,
+}
 
-impl Visitor<'_> for Text {
-    type Value = Arc<str>;
+impl<T, E: fmt::Display> Visitor<'_> for Text<T, E> {
+    type Value = T;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a string")
+        f.write_str(self.what)
     }
 
-    fn visit_str<E: serde::de::Error>(self, id: &str) -> Result<Arc<str>, E> {
-        check(id).map_err(E::custom)?;
-        Ok(id.into())
+    fn visit_str<F: de::Error>(self, text: &str) -> Result<T, F> {
+        (self.read)(text).map_err(F::custom)
     }
 }
 
@@ -75,16 +78,15 @@ macro_rules! id_type {
             }
         }
 
-        impl Serialize for $name {
-            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-                serializer.serialize_str(&self.0)
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                deserializer.deserialize_str(Text { what: "an id", read: $name::new })
             }
         }
 
-        impl<'de> Deserialize<'de> for $name {
-            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                let id = deserializer.deserialize_str(Text)?;
-                Ok($name(id))
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.serialize_str(&self.0)
             }
         }
 

@@ -8,6 +8,7 @@
 pub mod drain;
 pub mod handoff;
 pub mod id;
+pub mod json_place;
 pub mod node;
 pub mod pool;
 pub mod url;

@@ -44,7 +44,7 @@ pub struct RegisterRequest {
 }
 
 /// What a node's machine has.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Capabilities {
     /// GPUs; empty where none was found.
     #[serde(default)]
@@ -58,7 +58,7 @@ pub struct Capabilities {
 }
 
 /// One GPU of a node.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct GpuInfo {
     /// Index, as in a device mask.
     #[serde(default)]
@@ -107,6 +107,9 @@ pub struct Heartbeat {
     /// As in the registration.
     #[serde(default)]
     pub incarnation: Option<u64>,
+    /// As in the registration: machines with one disk's copies may have the same incarnation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot_id: Option<String>,
     /// Grows by one with every heartbeat of an incarnation.
     #[serde(default)]
     pub seq: Option<u64>,

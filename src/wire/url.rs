@@ -5,21 +5,27 @@
 
 use std::fmt;
 use std::net::IpAddr;
+use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use super::id::Text;
 
 /// Longest URL accepted, in bytes.
 pub const URL_BYTES_MAX: usize = 2048;
 
-/// A checked `http://host:port/base` or its https form.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+/// A checked `http://host:port/base` or its https form. One allocation that clones share: a control
+/// plane keeps one for every engine.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BaseUrl {
-    https: bool,
-    host: String,
+    /// As it is displayed: lower case up to the path, always with a port. The path is empty, or `/`
+    /// followed by at least one character, without a trailing `/`.
+    text: Arc<str>,
+    /// Where the host begins and ends in it, without brackets.
+    host: (u16, u16),
+    /// Where the path begins.
+    path: u16,
     port: u16,
-    /// Empty, or `/` followed by at least one character, without a trailing `/`.
-    path: String,
 }
 
 /// Why a string is no [`BaseUrl`].
@@ -84,11 +90,19 @@ impl BaseUrl {
             None if https => 443,
             None => 80,
         };
+        let host = host.to_ascii_lowercase();
+        let scheme = if https { "https://" } else { "http://" };
+        let (open, close) = if host.contains(':') { ("[", "]") } else { ("", "") };
+        let path = uri.path().trim_end_matches('/');
+        let whole = format!("{scheme}{open}{host}{close}:{port}{path}");
+        // All of these are below the limit on the length and a port's digits.
+        let at = |index: usize| u16::try_from(index).unwrap_or(u16::MAX);
+        let begins = scheme.len() + open.len();
         Ok(BaseUrl {
-            https,
-            host: host.to_ascii_lowercase(),
+            host: (at(begins), at(begins + host.len())),
+            path: at(whole.len() - path.len()),
             port,
-            path: uri.path().trim_end_matches('/').to_string(),
+            text: whole.into(),
         })
     }
 
@@ -104,13 +118,13 @@ impl BaseUrl {
     /// Whether TLS is asked for.
     #[must_use]
     pub fn https(&self) -> bool {
-        self.https
+        self.text.starts_with("https")
     }
 
     /// Host name or IP literal, lower case, without brackets.
     #[must_use]
     pub fn host(&self) -> &str {
-        &self.host
+        &self.text[usize::from(self.host.0)..usize::from(self.host.1)]
     }
 
     /// Port, the scheme's own where none was written.
@@ -122,16 +136,17 @@ impl BaseUrl {
     /// Base path without a trailing slash; often empty.
     #[must_use]
     pub fn path(&self) -> &str {
-        &self.path
+        &self.text[usize::from(self.path)..]
     }
 
     /// The host as an address, where it is a literal. `localhost` counts as 127.0.0.1 (RFC 6761).
     #[must_use]
     pub fn ip(&self) -> Option<IpAddr> {
-        if self.host == "localhost" || self.host.ends_with(".localhost") {
+        let host = self.host();
+        if host == "localhost" || host.ends_with(".localhost") {
             return Some(IpAddr::from([127, 0, 0, 1]));
         }
-        self.host.parse().ok()
+        host.parse().ok()
     }
 
     /// Whether the host is this machine's loopback.
@@ -143,17 +158,14 @@ impl BaseUrl {
     /// `host:port`, as a `Host` header carries it.
     #[must_use]
     pub fn authority(&self) -> String {
-        if self.host.contains(':') {
-            format!("[{}]:{}", self.host, self.port)
-        } else {
-            format!("{}:{}", self.host, self.port)
-        }
+        let begins = self.text.find("://").map_or(0, |at| at + 3);
+        self.text[begins..usize::from(self.path)].to_string()
     }
 }
 
 impl fmt::Display for BaseUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}://{}{}", if self.https { "https" } else { "http" }, self.authority(), self.path)
+        f.write_str(&self.text)
     }
 }
 
@@ -163,16 +175,15 @@ impl fmt::Debug for BaseUrl {
     }
 }
 
-impl TryFrom<String> for BaseUrl {
-    type Error = UrlError;
-    fn try_from(text: String) -> Result<Self, UrlError> {
-        BaseUrl::lenient(&text)
+impl<'de> Deserialize<'de> for BaseUrl {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<BaseUrl, D::Error> {
+        deserializer.deserialize_str(Text { what: "an absolute URL", read: BaseUrl::lenient })
     }
 }
 
-impl From<BaseUrl> for String {
-    fn from(url: BaseUrl) -> String {
-        url.to_string()
+impl Serialize for BaseUrl {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.text)
     }
 }
 

@@ -1,4 +1,4 @@
-//! What goes wrong, what clients want, and how it all is put right at the end.
+//! What goes wrong, and what clients want.
 
 use std::sync::Arc;
 
@@ -6,121 +6,31 @@ use llama_orch::orchestratord::admission::Priority;
 use llama_orch::orchestratord::core::Asked;
 use llama_orch::orchestratord::placement::Ask;
 use llama_orch::pool_managerd::core::Input as AgentInput;
-use llama_orch::pool_managerd::membership::PlaneState;
-use llama_orch::replicas::{FileContent, ListedFile};
-use llama_orch::time::Mono;
 use llama_orch::wire::drain::Scope;
 use llama_orch::wire::handoff::{Handoff, HandoffFile, parse};
 use llama_orch::wire::id::PoolId;
+use serde_json::json;
 
-use crate::world::{Arrival, Engine, EnginePhase, Event, World};
+use crate::agents::Node;
+use crate::control::Arrival;
+use crate::links::{Dialect, Link};
+use crate::rules::TTL_MS;
+use crate::world::{Engine, EnginePhase, Event, World};
 
-/// Two lease times.
-const SETTLE_MS: u64 = 60_000;
-/// The longest shutdown: its drain, twice the deregistration's limit, and a turn.
-const AGENT_EXIT_MS: u64 = 10_000 + 4_000 + 100;
 const MODELS: [&str; 3] = ["m-a", "m-b", "m-c"];
+const DAY_MS: i64 = 24 * 3_600_000;
 
 impl World {
-    /// Starts everybody, and lets things go wrong for a few minutes.
-    pub(crate) fn live_through_chaos(&mut self) {
-        self.start_control();
-        for node in 0..self.nodes.len() {
-            for _ in 0..self.random.usize(1..4) {
-                self.launch_engine(node);
-            }
-            self.start_agent(node);
-        }
-        self.after(500, Event::Fault);
-        self.after(200, Event::Ask);
-        let end = self.now.mono.plus_ms(self.random.u64(60_000..200_000));
-        self.run_until(end);
-    }
-
-    /// Puts everything right, waits, and looks.
-    pub(crate) fn heal_and_settle(&mut self) {
-        self.note("everything is healed");
-        self.chaos = false;
-        self.loss_percent = 0;
-        // Whoever is about to exit does so first.
-        let exited = self.now.mono.plus_ms(AGENT_EXIT_MS);
-        self.run_until(exited);
-        if self.control.as_ref().is_some_and(|control| control.stalled) {
-            self.control.as_mut().expect("it is there").stalled = false;
-            self.control_turn();
-        }
-        self.start_control();
-        for node in 0..self.nodes.len() {
-            let healed = &mut self.nodes[node];
-            healed.up_cut_until = Mono(0);
-            healed.down_cut_until = Mono(0);
-            healed.files.retain(|_, file| !matches!(*file.content, FileContent::Refused(_)));
-            let exit_by = healed.agent.as_ref().and_then(|agent| agent.exit_by);
-            assert!(exit_by.is_none_or(|at| self.now.mono <= at), "n{node}: its agent outlives its shutdown");
-            let ports: Vec<u16> = self.nodes[node].engines.keys().copied().collect();
-            for port in ports {
-                let (birth, lives) = (self.number(), self.chance(70));
-                let engine = self.nodes[node].engines.get_mut(&port).expect("listed");
-                if engine.phase != EnginePhase::Healthy {
-                    engine.birth = birth;
-                    engine.phase = if lives { EnginePhase::Healthy } else { EnginePhase::Refusing };
-                }
-            }
-            self.start_agent(node);
-            // What it took up from its state file too.
-            self.agent_turn(node, vec![AgentInput::Resume(Scope::Node)]);
-            for pool in ["p0", "p1"] {
-                let scope = Scope::pool(&PoolId::new(pool).expect("an id"));
-                self.agent_turn(node, vec![AgentInput::Resume(scope)]);
-            }
-        }
-        let settled = self.now.mono.plus_ms(SETTLE_MS);
-        self.run_until(settled);
-        // Who was told that another machine owns its name asks again only when that one's lease is over.
-        let stepped_back = self.nodes.iter().filter_map(|node| {
-            let plane = &node.agent.as_ref()?.core.planes()[0];
-            if *plane.state() == PlaneState::SteppedBack { plane.deadline() } else { None }
-        });
-        if let Some(at) = stepped_back.max() {
-            self.run_until(at.plus_ms(SETTLE_MS));
-        }
-        self.check_all_is_well();
-        let counts = self.control.as_ref().map(|control| control.core.counts());
-        self.totals.retried += counts.map_or(0, |counts| counts.retried);
-        self.totals.polls += counts.and_then(|counts| counts.polls.get("taken").copied()).unwrap_or(0);
-    }
-
-    /// The handoffs that count on a node: of those that name one replica the highest generation, then
-    /// the newest, then the first by name. With each, whether its engine serves.
-    pub(crate) fn announced(&self, node: usize) -> Vec<(Handoff, bool)> {
-        let node = &self.nodes[node];
-        let mut best: Vec<(&ListedFile, &Handoff)> = Vec::new();
-        for file in node.files.values() {
-            let FileContent::Handoff(handoff) = &*file.content else { continue };
-            match best.iter_mut().find(|(_, other)| other.key() == handoff.key()) {
-                None => best.push((file, handoff)),
-                Some(other) => {
-                    if (handoff.generation, file.modified) > (other.1.generation, other.0.modified) {
-                        *other = (file, handoff);
-                    }
-                }
-            }
-        }
-        let serves = |handoff: &Handoff| {
-            let engine = node.engines.get(&handoff.url.port());
-            handoff.ready && engine.is_some_and(|engine| engine.phase == EnginePhase::Healthy)
-        };
-        best.into_iter().map(|(_, handoff)| (handoff.clone(), serves(handoff))).collect()
-    }
-
+    /// A client wants something.
     pub(crate) fn ask(&mut self) {
         if !self.chaos {
             return;
         }
-        let pause_ms = self.random.u64(0..=2 * self.ask_pause_ms);
+        let pause_ms = self.random.u64(0..=2 * self.scale.ask_pause_ms);
         self.after(pause_ms, Event::Ask);
-        let pool = |random: &mut fastrand::Rng| PoolId::new(["p0", "p1"][random.usize(..2)]).expect("an id");
+        let (clients, planes) = (self.scale.clients, self.planes.len());
         let random = &mut self.random;
+        let pool = |random: &mut fastrand::Rng| PoolId::new(["p0", "p1"][random.usize(..2)]).expect("an id");
         let model = match random.u64(0..100) {
             0..20 => None,
             20..22 => Some("m-unknown"),
@@ -134,14 +44,15 @@ impl World {
             device_mask: (random.u64(0..100) < 5).then(|| "0".to_string()),
             prefer_pools: if random.u64(0..100) < 10 { vec![pool(random)] } else { Vec::new() },
             avoid_pools: if random.u64(0..100) < 5 { vec![pool(random)] } else { Vec::new() },
+            tokens_max: None,
         };
-        let asked = Asked {
-            ask,
-            priority: if random.bool() { Priority::Interactive } else { Priority::Batch },
-            client: ["alice", "bob", "carol"][random.usize(..3)].into(),
-            wait_ms_max: random.u64(100..60_000),
-        };
-        self.arrive(Arrival::Ask(Box::new(asked)));
+        let priority = if random.bool() { Priority::Interactive } else { Priority::Batch };
+        let client = format!("client-{}", random.usize(..clients)).into();
+        let wait_ms_max = random.u64(100..60_000);
+        let is_deadline = wait_ms_max.is_multiple_of(2);
+        let asked = Asked { ask, priority, client, wait_ms_max, is_deadline };
+        let plane = random.usize(..planes);
+        self.arrive(plane, Arrival::Ask(Box::new(asked)));
     }
 
     /// One thing goes wrong, or changes.
@@ -149,98 +60,172 @@ impl World {
         if !self.chaos {
             return;
         }
-        self.totals.faults += 1;
-        let pause_ms = self.random.u64(100..8_000);
+        self.totals.count("faults");
+        let pause_ms = self.random.u64(100..self.scale.fault_pause_ms);
         self.after(pause_ms, Event::Fault);
         let node = self.random.usize(..self.nodes.len());
+        let plane = self.random.usize(..self.planes.len());
         match self.random.u64(0..100) {
-            0..10 => self.cut_links(node),
-            10..16 => {
-                self.note(&format!("n{node} agent crashes"));
-                self.agent_dies(node);
-                self.restart_agent_later(node);
+            0..9 => self.cut_links(node, plane),
+            9..14 => self.agent_crashes(node),
+            14..17 => self.reboot(node),
+            17..22 => self.stop_agent(node),
+            22..24 => {
+                self.stop_agent(node);
+                self.meanwhile(node, plane);
             }
-            16..19 => self.reboot(node),
-            19..25 => {
-                if let Some(agent) = &mut self.nodes[node].agent {
-                    agent.exit_by.get_or_insert(self.now.mono.plus_ms(AGENT_EXIT_MS));
-                    self.note(&format!("n{node} agent is to stop"));
-                    self.agent_turn(node, vec![AgentInput::Shutdown]);
+            24..27 => self.control_crashes(plane),
+            27..29 => self.stop_control(plane),
+            29..32 => {
+                let stall_ms = [self.random.u64(100..TTL_MS), 3 * TTL_MS][self.random.usize(..2)];
+                self.stall_control(plane, stall_ms);
+            }
+            32..36 => {
+                let stall_ms = [TTL_MS * 9 / 10, 2 * TTL_MS, self.random.u64(100..TTL_MS)];
+                let stall_ms = stall_ms[self.random.usize(..3)];
+                self.stall_agent(node, stall_ms);
+            }
+            36..41 => self.set_clock(node, plane),
+            41..44 => self.clone_disk(node),
+            44..53 => self.launch_engine(node),
+            53..60 => self.engine_dies(node),
+            60..67 => self.engine_restarts(node),
+            67..72 => {
+                if let Some(name) = self.any_file(node) {
+                    self.remove_file(node, &name);
                 }
             }
-            25..28 => {
-                self.note("control plane crashes");
-                self.control_dies();
-                let pause_ms = self.random.u64(10..20_000);
-                self.after(pause_ms, Event::StartControl);
+            72..75 => {
+                if let Some(name) = self.any_file(node) {
+                    self.write_file(node, &name, b"not JSON".to_vec());
+                }
             }
-            28..30 => self.stop_control(),
-            30..34 => self.stall_control(),
-            34..46 => self.launch_engine(node),
-            46..56 => self.engine_dies(node),
-            56..66 => self.engine_restarts(node),
-            66..74 => self.remove_file(node),
-            74..78 => self.break_file(node),
-            78..90 => self.rewrite_file(node),
-            _ => {
-                let pool = PoolId::new(["p0", "p1"][self.random.usize(..2)]).expect("an id");
-                let drain = self.random.bool();
-                let scope = if self.chance(30) { Scope::Node } else { Scope::pool(&pool) };
-                self.note(&format!("n{node} {scope} drains: {drain}"));
-                let input = if drain { AgentInput::Drain(scope, None) } else { AgentInput::Resume(scope) };
-                self.agent_turn(node, vec![input]);
+            75..83 => self.rewrite_file(node),
+            83..86 => {
+                if let Some(name) = self.any_file(node) {
+                    let to = format!("moved-{}.json", self.random.u8(0..5));
+                    self.rename_file(node, &name, &to);
+                }
             }
+            86..89 => self.directory_goes(node),
+            89..91 => self.many_vanish(),
+            _ => self.drain(node),
         }
     }
 
-    fn cut_links(&mut self, node: usize) {
+    fn cut_links(&mut self, node: usize, plane: usize) {
         let until = self.now.mono.plus_ms(self.random.u64(500..60_000));
         // A switch that dies takes all nodes with it.
         let cut = if self.chance(20) { 0..self.nodes.len() } else { node..node + 1 };
         let (up, down) = [(true, false), (false, true), (true, true)][self.random.usize(..3)];
-        self.note(&format!("links of {cut:?} are cut, up {up}, down {down}, until {until:?}"));
+        self.note(&format!("links of {cut:?} to {plane} are cut, up {up}, down {down}, until {until:?}"));
         for node in cut {
-            let cut = &mut self.nodes[node];
+            let cut = &mut self.links[node][plane];
             cut.up_cut_until = if up { until } else { cut.up_cut_until };
             cut.down_cut_until = if down { until } else { cut.down_cut_until };
         }
     }
 
-    fn restart_agent_later(&mut self, node: usize) {
+    fn agent_crashes(&mut self, node: usize) {
+        self.note(&format!("n{node} agent crashes"));
+        self.agent_dies(node);
+        if self.chance(20) && !self.only_clocks {
+            // Its state directory is lost: only the clock tells one start from another.
+            self.totals.count("agents without their state");
+            self.nodes[node].saved = None;
+            self.nodes[node].incarnation = 0;
+        }
         let pause_ms = self.random.u64(5..50_000);
         self.after(pause_ms, Event::StartAgent { node });
     }
 
     fn reboot(&mut self, node: usize) {
         self.note(&format!("n{node} reboots"));
-        self.agent_dies(node);
         self.nodes[node].boot += 1;
         let ports: Vec<u16> = self.nodes[node].engines.keys().copied().collect();
         ports.into_iter().for_each(|port| self.kill_engine(node, port));
-        self.restart_agent_later(node);
+        self.agent_crashes(node);
     }
 
-    fn stop_control(&mut self) {
-        if self.control.is_some() {
-            self.note("control plane is to stop");
-            self.arrive(Arrival::Shutdown);
+    /// While an agent stops: it is asked again, or the control plane goes away.
+    fn meanwhile(&mut self, node: usize, plane: usize) {
+        let Some(life) = self.nodes[node].agent.as_ref().map(|agent| agent.life) else { return };
+        if self.chance(70) {
+            let pause_ms = self.random.u64(0..10_000);
+            self.after(pause_ms, Event::StopAgent { node, life });
+        } else {
+            self.control_crashes(plane);
         }
     }
 
-    /// The control plane's process does not run for a while; what arrives waits in its sockets.
-    fn stall_control(&mut self) {
-        let stall_ms = self.random.u64(100..45_000);
-        if let Some(control) = self.control.as_mut().filter(|control| !control.stalled) {
-            control.stalled = true;
-            control.exit_by = control.exit_by.map(|at| at.plus_ms(stall_ms));
-            let life = control.life;
-            self.note(&format!("control plane stalls for {stall_ms} ms"));
-            self.after(stall_ms, Event::ControlResumes { life });
+    fn control_crashes(&mut self, plane: usize) {
+        self.note(&format!("control plane {plane} crashes"));
+        self.control_dies(plane);
+        let pause_ms = self.random.u64(10..20_000);
+        self.after(pause_ms, Event::StartControl { plane });
+    }
+
+    /// Half of the agents vanish, or all, and return.
+    fn many_vanish(&mut self) {
+        let away = if self.random.bool() { self.nodes.len() } else { self.nodes.len() / 2 };
+        self.note(&format!("{away} agents vanish"));
+        for node in 0..away {
+            self.agent_crashes(node);
         }
     }
+
+    /// Somebody sets a wall clock, on either side.
+    fn set_clock(&mut self, node: usize, plane: usize) {
+        let offset_ms = [DAY_MS, -DAY_MS, 0][self.random.usize(..3)];
+        let of_node = self.random.bool();
+        self.totals.count("wall clocks set");
+        if !self.clocks_jump {
+            return;
+        }
+        if of_node {
+            self.nodes[node].wall_offset_ms = offset_ms;
+        } else {
+            self.planes[plane].wall_offset_ms = offset_ms;
+        }
+    }
+
+    /// A second machine is made from a node's disk.
+    fn clone_disk(&mut self, node: usize) {
+        let has_twin = self.nodes.iter().any(|node| node.twin_of.is_some());
+        let original = &self.nodes[node];
+        if has_twin || self.only_clocks || original.dialect == Dialect::Old || original.incarnation == 0 {
+            return;
+        }
+        let index = self.nodes.len();
+        let mut twin = Node::new(index, original.dialect);
+        twin.id = original.id.clone();
+        twin.twin_of = Some(node);
+        twin.saved = original.saved.clone();
+        twin.incarnation = original.incarnation;
+        // Where the clock is behind, both count on from the same number.
+        if self.random.bool() {
+            twin.wall_offset_ms = -DAY_MS;
+        }
+        self.nodes.push(twin);
+        self.links.push(vec![Link::default(); self.planes.len()]);
+        self.note(&format!("n{index} is made from the disk of n{node}"));
+        self.launch_engine(index);
+        self.start_agent(index);
+    }
+
+    fn drain(&mut self, node: usize) {
+        let pool = PoolId::new(["p0", "p1"][self.random.usize(..2)]).expect("an id");
+        let drain = self.random.bool();
+        let scope = if self.chance(30) { Scope::Node } else { Scope::pool(&pool) };
+        self.note(&format!("n{node} {scope} drains: {drain}"));
+        let input = if drain { AgentInput::Drain(scope, None) } else { AgentInput::Resume(scope) };
+        self.agent_told(node, input);
+    }
+
+    // Engines.
 
     /// Somebody starts an engine and announces it: before it listens, while it loads, or after.
-    fn launch_engine(&mut self, node: usize) {
+    pub(crate) fn launch_engine(&mut self, node: usize) {
         let port = loop {
             let port = self.random.u16(9300..9400);
             if !self.nodes[node].engines.contains_key(&port) {
@@ -259,7 +244,7 @@ impl World {
         let host = if self.random.bool() { "127.0.0.1".into() } else { format!("10.0.0.{}", node + 1) };
         let models =
             if self.random.bool() { self.nodes[node].engines[&port].models.clone() } else { Vec::new() };
-        let text = serde_json::json!({
+        let text = json!({
             "url": format!("http://{host}:{port}"),
             "pool_id": format!("p{pool}"),
             "replica_id": format!("r{replica}"),
@@ -269,10 +254,7 @@ impl World {
             "generation": self.random.u64(0..3),
             "models": models,
         });
-        let HandoffFile::Engine(handoff) = parse(text.to_string().as_bytes()).expect("a handoff") else {
-            panic!("it has a URL");
-        };
-        self.write_file(node, name.into(), FileContent::Handoff(handoff.into()));
+        self.write_file(node, &name, text.to_string().into_bytes());
     }
 
     fn some_models(&mut self) -> Vec<String> {
@@ -323,30 +305,24 @@ impl World {
         }
     }
 
+    // Handoffs.
+
     fn any_file(&mut self, node: usize) -> Option<Arc<str>> {
-        let names: Vec<Arc<str>> = self.nodes[node].files.keys().cloned().collect();
+        let names: Vec<Arc<str>> = self.nodes[node].directory.files.keys().cloned().collect();
         (!names.is_empty()).then(|| names[self.random.usize(..names.len())].clone())
     }
 
-    fn remove_file(&mut self, node: usize) {
-        if let Some(name) = self.any_file(node) {
-            self.note(&format!("n{node} {name} is removed"));
-            self.nodes[node].files.remove(&name);
-            self.directory_changed(node);
-        }
-    }
-
-    fn break_file(&mut self, node: usize) {
-        if let Some(name) = self.any_file(node) {
-            self.write_file(node, name, FileContent::Refused("not JSON".into()));
+    fn read_file(&self, node: usize, name: &str) -> Option<Box<Handoff>> {
+        match parse(&self.nodes[node].directory.files.get(name)?.bytes) {
+            Ok(HandoffFile::Engine(handoff)) => Some(handoff),
+            Ok(HandoffFile::ModelOnly) | Err(_) => None,
         }
     }
 
     /// A file says something else about the same engine, or that another one took its place.
     fn rewrite_file(&mut self, node: usize) {
         let Some(name) = self.any_file(node) else { return };
-        let FileContent::Handoff(handoff) = &*self.nodes[node].files[&name].content else { return };
-        let mut handoff = (**handoff).clone();
+        let Some(mut handoff) = self.read_file(node, &name) else { return };
         match self.random.u64(0..5) {
             0 => handoff.slots = self.random.u32(1..=4),
             1 => handoff.models = self.some_models(),
@@ -354,22 +330,26 @@ impl World {
             3 => handoff.device_mask = Some(self.random.u8(0..2).to_string()),
             _ => handoff.generation += 1,
         }
-        self.write_file(node, name, FileContent::Handoff(handoff.into()));
+        self.write_file(node, &name, handoff.to_value().to_string().into_bytes());
     }
 
-    fn write_file(&mut self, node: usize, name: Arc<str>, content: FileContent) {
-        self.note(&format!("n{node} {name} says {content:?}"));
-        let file = ListedFile { name: name.clone(), modified: self.now.wall, content: Arc::new(content) };
-        self.nodes[node].files.insert(name, file);
-        self.directory_changed(node);
+    /// A file names another number of slots. False where there is none.
+    pub(crate) fn change_slots(&mut self, node: usize) -> bool {
+        let Some(name) = self.any_file(node) else { return false };
+        let Some(mut handoff) = self.read_file(node, &name) else { return false };
+        handoff.slots = handoff.slots % 4 + 1;
+        self.write_file(node, &name, handoff.to_value().to_string().into_bytes());
+        true
     }
 
-    /// The kernel tells of a change, unless it forgets to.
-    fn directory_changed(&mut self, node: usize) {
-        let delay_ms = self.random.u64(0..3);
-        let told = !self.chance(20);
-        if let Some(life) = self.nodes[node].agent.as_ref().map(|agent| agent.life).filter(|_| told) {
-            self.after(delay_ms, Event::List { node, life, again: false });
+    /// The directory is there, and what cannot be read is gone.
+    pub(crate) fn heal_files(&mut self, node: usize) {
+        self.directory_returns(node);
+        let names: Vec<Arc<str>> = self.nodes[node].directory.files.keys().cloned().collect();
+        for name in names {
+            if self.read_file(node, &name).is_none() {
+                self.remove_file(node, &name);
+            }
         }
     }
 }

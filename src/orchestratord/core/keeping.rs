@@ -1,7 +1,7 @@
 //! When the registry is saved, and what is told about it.
 //!
 //! ```text
-//!   revision moves ──▶ Effect::Save(what) ──▶ (a helper writes) ──▶ Input::Saved ──▶ the next, if any
+//!   revision moves ──▶ Effect::Save, a piece a turn ──▶ (a helper writes) ──▶ Input::Saved ──▶ the next
 //! ```
 //!
 //! One save is under way at a time, at most one begins in [`SAVE_INTERVAL_MS`], and what changes
@@ -10,16 +10,19 @@
 //! for its age decides what is made of it. At shutdown there is a last one, which may take
 //! [`LAST_SAVE_MS`].
 
-use crate::orchestratord::saved::Saved;
+use crate::orchestratord::saved::{Piece, Saved};
 use crate::orchestratord::service_registry::Change;
 use crate::service::events::Happening;
 use crate::time::{Mono, Now, earliest};
+use crate::wire::id::NodeId;
 
 use super::{Core, Effect};
 
-/// Between the beginnings of two saves, in milliseconds: what a crash may cost is a second of changes,
-/// and a fleet that registers at once costs one file a second.
+/// Between the beginnings of two saves, in milliseconds: what a crash may cost is a second of changes.
 pub(super) const SAVE_INTERVAL_MS: u64 = 1_000;
+/// So many nodes make that a second longer: the file has some 2 KB of each, and in a large fleet something
+/// changes all the time.
+pub(super) const NODES_PER_SECOND: usize = 1_000;
 /// How old the file may become without changes, in milliseconds: a small part of
 /// [`TRUST_MS`](crate::orchestratord::service_registry::TRUST_MS), and seldom enough not to be noticed.
 pub(super) const REFRESH_MS: u64 = 600_000;
@@ -30,6 +33,9 @@ pub(super) const RETRY_MS_MAX: u64 = 60_000;
 /// How long the end of the process waits for the last save, in milliseconds: a disk that hangs must
 /// not keep a service manager waiting.
 pub(super) const LAST_SAVE_MS: u64 = 2_000;
+
+/// Nodes in one piece: some tenths of a millisecond of a turn where each has several replicas.
+pub(super) const PIECE_NODES: usize = 128;
 
 /// When to save.
 #[derive(Debug)]
@@ -42,6 +48,8 @@ pub(super) struct Keeper {
     /// The file is to be written again by then.
     refresh_at: Option<Mono>,
     pause_ms: u64,
+    /// Since when pieces are handed out, and the last node that was in one.
+    pieces: Option<(Mono, NodeId)>,
     /// At shutdown: when the process ends at the latest, and whether the last save has begun.
     last: Option<(Mono, bool)>,
 }
@@ -56,6 +64,7 @@ impl Keeper {
             not_before: None,
             refresh_at,
             pause_ms: RETRY_MS_MIN,
+            pieces: None,
             last: None,
         }
     }
@@ -80,6 +89,7 @@ impl Keeper {
 
     /// A save ended. True if it is the first one to fail in a row.
     fn ended(&mut self, succeeded: bool, now: Mono) -> bool {
+        self.pieces = None;
         let Some(revision) = self.under_way.take() else { return false };
         if succeeded {
             self.saved = revision;
@@ -105,6 +115,9 @@ impl Keeper {
     /// When [`Keeper::begins`] or [`Keeper::may_end`] is to be asked again.
     fn deadline(&self, revision: u64) -> Option<Mono> {
         let end = self.last.map(|(by, _)| by);
+        if let Some((since, _)) = &self.pieces {
+            return Some(*since);
+        }
         if self.under_way.is_some() {
             return end;
         }
@@ -134,10 +147,22 @@ impl Core {
         self.keeper = Keeper::new(self.registry.revision(), now.mono);
     }
 
-    pub(super) fn keep(&mut self, now: Now, effects: &mut Vec<Effect>) {
-        if !self.over && self.keeper.begins(self.registry.revision(), now.mono) {
-            effects.push(Effect::Save(self.registry.saved(now.wall)));
+    /// Begins a save if one is due, and goes on with the one under way at each tick.
+    pub(super) fn keep(&mut self, tick: bool, now: Now, effects: &mut Vec<Effect>) {
+        let begins = !self.over && self.keeper.begins(self.registry.revision(), now.mono);
+        let last = match &self.keeper.pieces {
+            None if begins => None,
+            Some((_, last)) if tick => Some(last),
+            _ => return,
+        };
+        if begins {
+            let more_ms = (self.registry.nodes_len() / NODES_PER_SECOND) as u64 * 1_000;
+            self.keeper.not_before = Some(now.mono.plus_ms(SAVE_INTERVAL_MS + more_ms));
         }
+        let (nodes, ends) = self.registry.saved_after(last, PIECE_NODES);
+        let last = nodes.last().map(|saved| saved.node.id.clone()).filter(|_| !ends);
+        self.keeper.pieces = last.map(|last| (now.mono, last));
+        effects.push(Effect::Save(Piece { begins: begins.then_some(now.wall), nodes, ends }));
     }
 
     pub(super) fn saved(&mut self, result: Result<(), String>, now: Now, effects: &mut Vec<Effect>) {

@@ -5,7 +5,7 @@
 //! alone. An answer that has not begun is another matter once the node is offline or has left: if
 //! another engine would take the request now, it goes there.
 
-use super::{Core, Effect, Mono, RequestId};
+use super::{ATTEMPTS_MAX, Core, Effect, Mono, RequestId};
 use crate::orchestratord::placement::{Choice, choose};
 use crate::orchestratord::refusal::Refusal;
 use crate::time::Now;
@@ -66,7 +66,8 @@ impl Core {
             .iter()
             .filter(|(_, request)| {
                 let is_silent = |run: &super::Run| run.node == *node && !run.answering && run.abort.is_none();
-                request.running.as_ref().is_some_and(is_silent)
+                let has_attempts = request.attempts - request.untried < ATTEMPTS_MAX;
+                has_attempts && request.running.as_ref().is_some_and(is_silent)
             })
             .map(|(id, _)| *id)
             .collect();

@@ -6,7 +6,7 @@ use super::keeping::{LAST_SAVE_MS, REFRESH_MS, RETRY_MS_MAX, SAVE_INTERVAL_MS};
 use super::*;
 use crate::orchestratord::admission::Priority;
 use crate::orchestratord::replica_table::BACKOFF_FIRST_MS;
-use crate::orchestratord::saved::Saved;
+use crate::orchestratord::saved::Piece;
 use crate::orchestratord::service_registry::Limits;
 use crate::replicas::{AllowList, EnginePolicy, FileContent, ListedFile, Listing, ProbeOutcome};
 use crate::time::Wall;
@@ -26,6 +26,7 @@ pub(super) fn options(local: bool) -> Options {
         hang_suspect_ms: 60_000,
         local: local.then(|| (NodeId::new("local").expect("an id"), policy)),
         polled: Vec::new(),
+        addresses: None,
         seed: 1,
     }
 }
@@ -45,12 +46,13 @@ fn listing(text: &str) -> Input {
 }
 
 pub(super) fn ask(request: RequestId, ask: Ask) -> Input {
-    let asked = Asked { ask, priority: Priority::Batch, client: "c".into(), wait_ms_max: 60_000 };
+    let (priority, client) = (Priority::Batch, "c".into());
+    let asked = Asked { ask, priority, client, wait_ms_max: 60_000, is_deadline: false };
     Input::Ask { request, asked: Box::new(asked) }
 }
 
 /// A control plane with one local engine that answers its probes.
-fn serving(text: &str) -> Core {
+pub(super) fn serving(text: &str) -> Core {
     let mut core = Core::new(options(true), NOW);
     let effects = handle(&mut core, listing(text), NOW);
     let Some(Effect::Probe(order)) = effects.into_iter().next() else { panic!("a probe") };
@@ -126,7 +128,7 @@ fn beat(core: &mut Core, name: &str, free: u32, now: Now) -> Vec<Effect> {
 }
 
 /// What is saved in `effects`, if anything.
-fn save(effects: &[Effect]) -> Option<&Saved> {
+fn save(effects: &[Effect]) -> Option<&Piece> {
     let saves = |effect: &Effect| matches!(effect, Effect::Save(_));
     assert!(effects.iter().filter(|effect| saves(effect)).count() <= 1, "{effects:?}");
     effects.iter().find_map(|effect| if let Effect::Save(saved) = effect { Some(saved) } else { None })

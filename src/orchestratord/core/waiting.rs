@@ -128,13 +128,27 @@ impl Core {
 
     fn refuse_late(&mut self, id: u64, ask: &Ask, now: Now, effects: &mut Vec<Effect>) {
         let placement = choose(&self.registry, ask, &[], self.strategy, &mut self.strategy_state);
-        let (reason, full) = match placement.choice {
-            Choice::Busy | Choice::Replica { .. } => ("every slot was busy".to_string(), true),
-            Choice::NotReady { reason } => (reason, false),
-            _ => ("no engine is known that could serve it".to_string(), false),
+        let is_past_deadline = self.requests.get(&id).is_some_and(|request| {
+            request.asked.is_deadline && request.since.plus_ms(request.asked.wait_ms_max) <= now.mono
+        });
+        let (is_full, is_unready) = (
+            matches!(placement.choice, Choice::Busy | Choice::Replica { .. }),
+            matches!(placement.choice, Choice::NotReady { .. }),
+        );
+        let reason = match placement.choice {
+            Choice::Busy | Choice::Replica { .. } => "every slot was busy".to_string(),
+            Choice::NotReady { reason } => reason,
+            _ => "no engine is known that could serve it".to_string(),
         };
         let retry_ms = self.retry_ms(ask, now);
-        self.refuse(id, Refusal::Waited { reason, full, retry_ms }, effects);
+        let refusal = if is_past_deadline {
+            Refusal::Deadline(format!("deadline_ms has passed before a slot became free: {reason}"))
+        } else if is_unready {
+            Refusal::Unready { reason, node: ask.node.is_some(), retry_ms }
+        } else {
+            Refusal::Waited { reason, full: is_full, retry_ms }
+        };
+        self.refuse(id, refusal, effects);
     }
 
     /// When whoever asks for this and is refused should try again, in milliseconds.
@@ -147,7 +161,9 @@ impl Core {
 
 impl Request {
     pub(super) fn wanted(&self) -> Wanted {
-        Wanted { ask: self.asked.ask.clone(), tried: self.tried.clone() }
+        // How long the answer may be says nothing about where it can come from.
+        let ask = Ask { tokens_max: None, ..self.asked.ask.clone() };
+        Wanted { ask, tried: self.tried.clone() }
     }
 }
 
@@ -178,7 +194,7 @@ fn may_serve(replica: &Replica, ask: &Ask) -> bool {
         && (replica.models.is_empty() || model.is_none_or(|model| replica.models.contains(model)))
         && ask.node.as_ref().is_none_or(|node| *node == replica.node)
         && ask.pool.as_ref().is_none_or(|pool| *pool == replica.key.pool)
-        && ask.device_mask.as_ref().is_none_or(|mask| replica.device_mask.as_ref() == Some(mask))
+        && ask.device_mask.as_ref().is_none_or(|mask| replica.device_mask.as_deref() == Some(mask.as_str()))
         && !ask.avoid_pools.contains(&replica.key.pool)
 }
 

@@ -1,17 +1,21 @@
 //! The shell's part of the state file: what an earlier start saved is taken up, and what is to be saved
 //! is encoded and written by a helper thread.
 
-use std::path::Path;
+use std::io;
+use std::path::PathBuf;
 
 use super::Daemon;
 use crate::orchestratord::core::Input;
-use crate::orchestratord::saved::{FILE_NAME, Saved};
+use crate::orchestratord::saved::{FILE_NAME, Piece, Saved, Writer};
 use crate::reactor::offload::Offload;
-use crate::service::durable;
+use crate::service::durable::{self, Replacement};
 use crate::time::Now;
 
-/// Encodes and writes.
-pub(super) type Saver = Offload<Saved, Result<(), String>>;
+/// Encodes pieces, and writes them all with the last one.
+pub(super) type Saver = Offload<Piece, Option<Result<(), String>>>;
+
+/// Pieces that wait to be encoded: those of the largest fleet.
+const PIECES_MAX: usize = 128;
 
 impl Daemon {
     /// Takes up what an earlier start saved. What cannot be used is put aside and named, and so is a
@@ -59,11 +63,11 @@ impl Daemon {
         }
     }
 
-    pub(super) fn save(&mut self, saved: Saved, now: Now) {
+    pub(super) fn save(&mut self, piece: Piece, now: Now) {
         let submitted = match &self.saver {
-            Some(saver) => saver.submit(saved).map_err(|_| "earlier saves still hang".to_string()),
+            Some(saver) => saver.submit(piece).map_err(|_| "earlier saves still hang".to_string()),
             None => self.start_saver().and_then(|saver| {
-                let submitted = saver.submit(saved).map_err(|_| "its helper takes nothing".to_string());
+                let submitted = saver.submit(piece).map_err(|_| "its helper takes nothing".to_string());
                 self.saver = Some(saver);
                 submitted
             }),
@@ -75,18 +79,50 @@ impl Daemon {
 
     pub(super) fn take_saved(&mut self, now: Now) {
         while let Some(result) = self.saver.as_ref().and_then(Offload::take) {
-            self.core.handle(Input::Saved(result), now, &mut self.effects);
+            if let Some(result) = result {
+                self.core.handle(Input::Saved(result), now, &mut self.effects);
+            }
         }
     }
 
     /// A control plane without nodes never saves anything, so the helper is started for the first save.
     fn start_saver(&self) -> Result<Saver, String> {
-        let path = self.config.state_dir.join(FILE_NAME);
-        Offload::spawn("state", 1, self.waker.clone(), move |saved: Saved| write(&path, &saved))
+        let mut file = Keeping::new(self.config.state_dir.join(FILE_NAME));
+        Offload::spawn("state", PIECES_MAX, self.waker.clone(), move |piece: Piece| file.take(&piece))
             .map_err(|error| format!("cannot start a helper thread: {error}"))
     }
 }
 
-fn write(path: &Path, saved: &Saved) -> Result<(), String> {
-    durable::replace_private(path, &saved.text()).map_err(|error| format!("{}: {error}", path.display()))
+/// The state file as it is being written.
+struct Keeping {
+    path: PathBuf,
+    writer: Writer,
+    /// `Err` from the first failure on, until the next one begins.
+    under_way: Option<Result<Replacement, String>>,
+}
+
+impl Keeping {
+    fn new(path: PathBuf) -> Keeping {
+        Keeping { path, writer: Writer::default(), under_way: None }
+    }
+
+    /// Writes a piece. With the last one it says how all of it went.
+    fn take(&mut self, piece: &Piece) -> Option<Result<(), String>> {
+        let path = self.path.clone();
+        let explain = |error: io::Error| format!("{}: {error}", path.display());
+        let text = self.writer.text(piece);
+        if piece.begins.is_some() {
+            self.under_way = Some(Replacement::private(&self.path).map_err(explain));
+        }
+        if let Some(Ok(replacement)) = &mut self.under_way
+            && let Err(error) = replacement.add(&text)
+        {
+            self.under_way = Some(Err(explain(error)));
+        }
+        if !piece.ends {
+            return None;
+        }
+        let whole = self.under_way.take()?;
+        Some(whole.and_then(|whole| whole.finish().map_err(explain)))
+    }
 }

@@ -88,11 +88,12 @@ pub enum Change {
         /// The node's agent.
         agent: BaseUrl,
     },
-    /// Another machine uses the name of a node that is alive. Reported once per foreign boot.
+    /// Another agent uses the name of a node that is alive. Reported once per foreign boot, or per
+    /// foreign start where both run on one machine.
     TwinRefused {
         /// The name.
         node: NodeId,
-        /// The other machine's boot id.
+        /// The other one's boot id, or its incarnation where the boot is the same.
         boot_id: String,
         /// Where the other one's request came from.
         peer: String,
@@ -142,6 +143,8 @@ pub enum Fenced {
         /// The limit.
         limit: usize,
     },
+    /// The node's agent cannot be where it says, and why.
+    Address(String),
     /// The message is larger than any node's would be.
     TooLarge {
         /// What is too large.
@@ -168,6 +171,7 @@ impl fmt::Display for Fenced {
             ),
             Fenced::Local => f.write_str("this node id belongs to the control plane's own machine"),
             Fenced::TooMany { what, limit } => write!(f, "the control plane already has its {limit} {what}"),
+            Fenced::Address(why) => write!(f, "address: {why}"),
             Fenced::TooLarge { what, limit } => write!(f, "more than {limit} {what}"),
         }
     }

@@ -18,8 +18,8 @@ use crate::wire::node::{PoolBeat, ReplicaBeat};
 use crate::wire::pool::{AgentReport, PoolStatus};
 use crate::wire::url::BaseUrl;
 
-use super::snapshot::{asked, cut, target_of, too_large};
-use super::{Change, Fenced, GPUS_MAX, LEASE_POLLS, Node, NodeStatus, ServiceRegistry, shown};
+use super::snapshot::{asked, cut, too_large};
+use super::{Change, Fenced, GPUS_MAX, LEASE_POLLS, Node, NodeStatus, ServiceRegistry, refs_of, shown};
 
 /// How a node was last heard of. Written in the API as spelt here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,6 +117,9 @@ impl ServiceRegistry {
             None => self.add_node(&report.node_id, now),
         };
         let is_news = self.identify(index, report, url, now, changes);
+        if let Some(ticket) = self.nodes[index].newcomer.take() {
+            self.newcomers.remove(ticket);
+        }
         self.contact(index, url.host(), now);
         // Replicas first, as with heartbeats.
         self.take_snapshot(index, &pools, now, changes);
@@ -126,11 +129,8 @@ impl ServiceRegistry {
             (NodeStatus::Online, "it answers polls")
         };
         self.set_status(index, status, reason, now, changes);
-        if is_news {
-            self.record(index);
-        } else {
-            self.record_if_changed(index);
-        }
+        self.nodes[index].touched |= is_news;
+        self.note_changes(index);
         Ok(Polled::Taken)
     }
 
@@ -197,9 +197,11 @@ impl ServiceRegistry {
         let node = &mut self.nodes[index];
         let before = (node.incarnation, node.boot_id.clone(), node.machine_id.clone(), node.version.clone());
         let capabilities = shown(&report.capabilities);
-        let is_same_machine = node.capabilities == capabilities;
+        let is_same_machine = *node.capabilities == capabilities;
         if node.incarnation != report.incarnation {
             node.incarnation = report.incarnation;
+            // What was saved of its earlier start is not true of this one.
+            self.revision += u64::from(node.registered);
             (node.registered, node.seq) = (false, None);
         }
         let boot_id = report.boot_id.as_deref().map(cut);
@@ -209,7 +211,7 @@ impl ServiceRegistry {
         }
         node.machine_id = cut(report.machine_id.as_deref().unwrap_or(report.node_id.as_str()));
         node.version = report.version.as_deref().map(cut);
-        node.capabilities = capabilities;
+        node.capabilities = self.machines.keep_whole(capabilities);
         node.polled = Some(url.clone());
         // Where a node says that it is reached counts for as long as that start of it lives.
         let after = (node.incarnation, node.boot_id.clone(), node.machine_id.clone(), node.version.clone());
@@ -218,10 +220,11 @@ impl ServiceRegistry {
             return is_news;
         }
         node.address = Some(url.clone());
-        for replica in self.refs_of(index) {
+        let addresses = &self.addresses;
+        for replica in refs_of(&self.nodes[index]) {
             self.table.update(replica, now, changes, |r| {
                 if let Some(engine) = r.target.engine() {
-                    r.target = target_of(engine, Some(url));
+                    r.target = addresses.target_of(engine, Some(url));
                 }
             });
         }

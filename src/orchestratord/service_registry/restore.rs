@@ -13,20 +13,21 @@
 //! - What was written longer ago than [`TRUST_MS`] gets no work before its node has been heard: by then
 //!   somebody else may have its address, who must see neither prompts nor the token.
 //!
-//! **What it costs.** Each node keeps its record, and makes a new one only when something in it has
-//! changed: registration, replicas, what they serve, whether they take work. Free slots and free memory
-//! are not among it: an ordinary heartbeat leaves the record alone, and [`ServiceRegistry::saved`] costs
-//! one reference count a node.
+//! **What it costs.** The revision moves only when something that is saved has changed: registration,
+//! replicas, what they serve, whether they take work. Free slots and free memory are not among it, so an
+//! ordinary heartbeat costs nothing here. What is to be written is made in pieces of a few nodes.
 
+use std::ops::Bound;
 use std::sync::Arc;
 
 use crate::orchestratord::saved::{NodeRecord, PoolRecord, ReplicaRecord, Saved, SavedNode, Standing};
 use crate::time::{Now, Wall};
+use crate::wire::id::NodeId;
 use crate::wire::node::PoolBeat;
 
-use super::snapshot::{cut, target_of};
+use super::snapshot::cut;
 use super::{
-    Change, Circuit, Confirmation, Node, NodeStatus, Replica, ReplicaTable, ServiceRegistry, Target,
+    Change, Circuit, Confirmation, Node, NodeStatus, Replica, ReplicaTable, ServiceRegistry, Target, shown,
 };
 
 /// Replicas of a file older than this get no work before their node has been heard, in milliseconds:
@@ -49,14 +50,25 @@ impl ServiceRegistry {
     /// at once.
     #[must_use]
     pub fn saved(&self, at: Wall) -> Saved {
-        let saved = |node: &Node| {
-            Some(SavedNode {
+        Saved::new(self.saved_after(None, usize::MAX).0, at)
+    }
+
+    /// The same in pieces: of `count` nodes, those after `last`, and whether there are none behind them.
+    #[must_use]
+    pub fn saved_after(&self, last: Option<&NodeId>, count: usize) -> (Vec<SavedNode>, bool) {
+        let from = last.map_or(Bound::Unbounded, Bound::Excluded);
+        let mut nodes =
+            self.by_id.range::<NodeId, _>((from, Bound::Unbounded)).map(|(_, index)| &self.nodes[*index]);
+        let mut saved = Vec::new();
+        for node in nodes.by_ref().filter(|node| node.registered).take(count) {
+            saved.extend(NodeRecord::of(node, &self.table).map(|record| SavedNode {
                 standing: standing(node.status),
                 heard_ms: node.last_heartbeat_at.map(Wall::unix_ms),
-                node: node.record.clone()?,
-            })
-        };
-        Saved::new(self.nodes().filter_map(saved).collect(), at)
+                node: record,
+            }));
+        }
+        let is_all = saved.len() < count || nodes.next().is_none();
+        (saved, is_all)
     }
 
     /// Takes up what an earlier start of the control plane saved. Nodes that have been silent for so
@@ -92,11 +104,7 @@ impl ServiceRegistry {
         node.machine_id = cut(&record.machine_id);
         node.address = Some(record.address.clone());
         node.version = record.version.as_deref().map(cut);
-        node.capabilities = record.capabilities.clone();
-        for gpu in &mut node.capabilities.gpus {
-            gpu.name = cut(&gpu.name);
-            gpu.compute_capability = cut(&gpu.compute_capability);
-        }
+        node.capabilities = self.machines.keep_whole(shown(&record.capabilities));
         node.incarnation = record.incarnation;
         node.boot_id = record.boot_id.as_deref().map(cut);
         node.status = status;
@@ -109,71 +117,36 @@ impl ServiceRegistry {
         // One sentence for all of them is told instead of one for each.
         let mut untold = Vec::new();
         for replica in &record.replicas {
-            let target =
-                replica.url.as_ref().map_or(Target::AskNode, |url| target_of(url, Some(&record.address)));
+            let target = replica
+                .url
+                .as_ref()
+                .map_or(Target::AskNode, |url| self.addresses.target_of(url, Some(&record.address)));
             let restored =
                 self.add_replica(index, replica.key(), replica.generation, target, now, &mut untold);
             self.table.set_models(restored, &replica.models, &mut untold);
+            let names = &mut self.names;
+            let mut name = |text: &Option<Arc<str>>| text.as_deref().map(|text| names.keep(&cut(text)));
             self.table.update(restored, now, &mut untold, |r| {
                 r.confirmation =
                     if trusted && !replica.doubted { Confirmation::Restored } else { Confirmation::Doubted };
                 r.circuit = Circuit::HalfOpen { failures: 0, reason: RESTORED.into(), trying: false };
                 r.ready = replica.ready;
                 r.draining = replica.draining;
-                r.device_mask = replica.device_mask.as_deref().map(cut);
-                r.engine = replica.engine.as_deref().map(cut);
-                r.engine_version = replica.engine_version.as_deref().map(cut);
+                r.device_mask = name(&replica.device_mask);
+                r.engine = name(&replica.engine);
+                r.engine_version = name(&replica.engine_version);
                 r.vram_free_bytes = replica.vram_free_bytes;
                 r.report_slots(replica.slots_total, replica.slots_total);
             });
             untold.clear();
         }
-        // As it was read, unless a text had to be cut.
-        let other = NodeRecord::of(&self.nodes[index], &self.table).filter(|own| *own != **record);
-        let node = &mut self.nodes[index];
-        node.record = Some(other.map_or_else(|| record.clone(), Arc::new));
-        node.touched = false;
+        self.nodes[index].touched = false;
     }
 
-    /// A node told who it is, or its address became known: its record is made anew.
-    pub(super) fn record(&mut self, index: usize) {
-        let record = NodeRecord::of(&self.nodes[index], &self.table);
-        self.revision += u64::from(record.is_some() || self.nodes[index].record.is_some());
+    /// A node was heard: whether what is saved of it has changed.
+    pub(super) fn note_changes(&mut self, index: usize) {
         let node = &mut self.nodes[index];
-        node.record = record.map(Arc::new);
-        node.touched = false;
-    }
-
-    /// A node was heard: its record is made anew if what it holds has changed.
-    pub(super) fn record_if_changed(&mut self, index: usize) {
-        let node = &mut self.nodes[index];
-        if !std::mem::take(&mut node.touched) {
-            return;
-        }
-        let node = &self.nodes[index];
-        if !node.registered && node.record.is_none() {
-            return;
-        }
-        if !node.record.as_ref().is_some_and(|record| record.agrees_with(node, &self.table)) {
-            self.record(index);
-        }
-    }
-
-    /// For tests and simulations: the node's record says what the node is.
-    pub(super) fn check_record(&self, node: &Node) {
-        assert_eq!(
-            node.record.is_some(),
-            node.registered,
-            "{}: exactly nodes that have registered are saved",
-            node.id
-        );
-        let Some(record) = &node.record else { return };
-        assert!(record.agrees_with(node, &self.table), "{}: outdated record {record:?}", node.id);
-        let registered =
-            (&record.id, &record.machine_id, Some(&record.address), &record.version, &record.boot_id);
-        let known = (&node.id, &node.machine_id, node.address.as_ref(), &node.version, &node.boot_id);
-        assert_eq!(registered, known, "{}: outdated record", node.id);
-        assert_eq!(record.capabilities, node.capabilities, "{}: outdated record", node.id);
+        self.revision += u64::from(std::mem::take(&mut node.touched) && node.registered);
     }
 }
 
@@ -191,11 +164,8 @@ fn wall(ms: u64) -> Wall {
 }
 
 impl NodeRecord {
-    /// `None` for a node that has not registered.
+    /// `None` for this machine itself.
     fn of(node: &Node, table: &ReplicaTable) -> Option<NodeRecord> {
-        if !node.registered {
-            return None;
-        }
         Some(NodeRecord {
             id: node.id.clone(),
             machine_id: node.machine_id.clone(),
@@ -208,20 +178,6 @@ impl NodeRecord {
             pools: node.pools.iter().map(PoolRecord::of).collect(),
             replicas: node.replicas.values().filter_map(|r| table.get(*r)).map(ReplicaRecord::of).collect(),
         })
-    }
-
-    /// Whether everything that a heartbeat may change is as recorded.
-    fn agrees_with(&self, node: &Node, table: &ReplicaTable) -> bool {
-        node.registered
-            && self.incarnation == node.incarnation
-            && self.pools.len() == node.pools.len()
-            && self.replicas.len() == node.replicas.len()
-            && self.pools.iter().zip(&node.pools).all(|(record, pool)| record.agrees_with(pool))
-            && self
-                .replicas
-                .iter()
-                .zip(node.replicas.values())
-                .all(|(record, replica)| table.get(*replica).is_some_and(|known| record.agrees_with(known)))
     }
 }
 
@@ -255,15 +211,6 @@ impl PoolRecord {
             replicas: self.listed.then(Vec::new),
         }
     }
-
-    fn agrees_with(&self, pool: &PoolBeat) -> bool {
-        self.pool == pool.pool_id
-            && (self.ready, self.draining, self.slots_total) == (pool.ready, pool.draining, pool.slots_total)
-            && self.listed == pool.replicas.is_some()
-            && self.engine == pool.engine
-            && self.engine_version == pool.engine_version
-            && self.models == pool.models_available
-    }
 }
 
 impl ReplicaRecord {
@@ -283,19 +230,5 @@ impl ReplicaRecord {
             device_mask: replica.device_mask.clone(),
             vram_free_bytes: replica.vram_free_bytes,
         }
-    }
-
-    fn agrees_with(&self, replica: &Replica) -> bool {
-        self.pool == replica.key.pool
-            && self.replica == replica.key.replica
-            && self.generation == replica.generation
-            && self.url.as_ref() == replica.target.engine()
-            && (self.ready, self.draining) == (replica.ready, replica.draining)
-            && self.doubted == (replica.confirmation == Confirmation::Doubted)
-            && self.slots_total == replica.slots_total
-            && (Arc::ptr_eq(&self.models, &replica.models) || self.models == replica.models)
-            && self.engine == replica.engine
-            && self.engine_version == replica.engine_version
-            && self.device_mask == replica.device_mask
     }
 }

@@ -11,8 +11,8 @@ use crate::time::Now;
 use crate::wire::id::{NodeId, PoolId, ReplicaId, ReplicaKey};
 use crate::wire::node::{POOLS_MAX, PoolBeat, REPLICAS_MAX, ReplicaBeat};
 use crate::wire::pool::ReplicaStatus;
-use crate::wire::url::BaseUrl;
 
+use super::shared::Shared;
 use super::{Change, Circuit, Confirmation, Fenced, Replica, ReplicaRef, ServiceRegistry, Target};
 
 /// Most replicas of one node: far above what GPUs allow, low enough to bound one heartbeat's work.
@@ -53,7 +53,7 @@ impl ServiceRegistry {
             return;
         }
         self.take_pool(index, &with_replicas, now, changes);
-        self.record_if_changed(index);
+        self.note_changes(index);
     }
 
     /// Takes a node's word about one of its pools, between heartbeats. The other pools stay as they are,
@@ -71,7 +71,7 @@ impl ServiceRegistry {
         let index = *self.by_id.get(node).ok_or(Fenced::UnknownNode)?;
         let known = &self.nodes[index];
         self.check_size(known.replicas.len(), std::slice::from_ref(pool))?;
-        let others = known.replicas.keys().filter(|key| key.pool != pool.pool_id).count();
+        let others = known.replicas.iter().filter(|(key, _)| key.pool != pool.pool_id).count();
         let own = pool.replicas.as_ref().map_or(1, Vec::len);
         too_large("replicas of a node", others + own, NODE_REPLICAS_MAX)?;
         let at = known.pools.iter().position(|known| known.pool_id == pool.pool_id);
@@ -83,7 +83,7 @@ impl ServiceRegistry {
             None => shown.push(without_replicas(pool)),
         }
         self.nodes[index].touched = true;
-        self.record_if_changed(index);
+        self.note_changes(index);
         Ok(())
     }
 
@@ -163,6 +163,7 @@ impl ServiceRegistry {
         let shown = &mut node.pools;
         node.touched |= shown.len() != pools.len();
         shown.truncate(pools.len());
+        shown.reserve_exact(pools.len() - shown.len());
         for (at, pool) in pools.iter().enumerate() {
             match shown.get_mut(at) {
                 Some(old) if same_pool(old, pool) => {
@@ -170,7 +171,9 @@ impl ServiceRegistry {
                     old.vram_free_bytes = pool.vram_free_bytes;
                 }
                 Some(old) => {
+                    let named = (old.pool_id == pool.pool_id).then(|| old.pool_id.clone());
                     *old = without_replicas(pool);
+                    old.pool_id = named.unwrap_or(pool.pool_id.clone());
                     node.touched = true;
                 }
                 None => shown.push(without_replicas(pool)),
@@ -204,7 +207,7 @@ impl ServiceRegistry {
             }
         }
         let replica = known.unwrap_or_else(|| {
-            let target = target_of(&beat.url, address.as_ref());
+            let target = self.addresses.target_of(&beat.url, address.as_ref());
             self.add_replica(index, key, beat.generation, target, now, changes)
         });
         let models = if beat.models.is_empty() && pool.replicas.as_ref().is_some_and(|l| l.len() == 1) {
@@ -213,9 +216,14 @@ impl ServiceRegistry {
             &beat.models
         };
         let mut touched = self.table.set_models(replica, models, changes);
-        if self.table.get(replica).is_some_and(|known| known.device_mask != beat.device_mask) {
+        if self
+            .table
+            .get(replica)
+            .is_some_and(|known| known.device_mask.as_deref() != beat.device_mask.as_deref())
+        {
             changes.push(Change::ReplicaCapacity(replica));
         }
+        let names = &mut self.names;
         self.table.update(replica, now, changes, |r| {
             let before = r.saved_numbers();
             r.seen_in_beat = beats;
@@ -224,12 +232,10 @@ impl ServiceRegistry {
             r.draining = beat.draining || pool.draining;
             r.vram_free_bytes = pool.vram_free_bytes;
             set_text(&mut r.reason, beat.reason.as_deref());
-            touched |= set_text(&mut r.device_mask, beat.device_mask.as_deref());
-            touched |= set_text(&mut r.engine, beat.engine.as_deref().or(pool.engine.as_deref()));
-            touched |= set_text(
-                &mut r.engine_version,
-                beat.engine_version.as_deref().or(pool.engine_version.as_deref()),
-            );
+            touched |= set_name(&mut r.device_mask, beat.device_mask.as_deref(), names);
+            touched |= set_name(&mut r.engine, beat.engine.as_deref().or(pool.engine.as_deref()), names);
+            let version = beat.engine_version.as_deref().or(pool.engine_version.as_deref());
+            touched |= set_name(&mut r.engine_version, version, names);
             r.report_slots(beat.slots_free, beat.slots_total.max(beat.slots_free));
             touched |= before != r.saved_numbers();
         });
@@ -254,8 +260,6 @@ impl ServiceRegistry {
             let key = ReplicaKey { pool: pool.pool_id.clone(), replica };
             own.push(self.add_replica(index, key, 0, Target::AskNode, now, changes));
         }
-        // What such senders report is little; it is compared with the record as a whole.
-        self.nodes[index].touched = true;
         let alone = own.len() == 1;
         let mut ask = false;
         for replica in own {
@@ -266,21 +270,26 @@ impl ServiceRegistry {
                 || old.circuit != Circuit::Closed
                 || old.confirmation == Confirmation::Restored;
             ask |= pool.ready && doubtful;
+            let mut touched = false;
             if !pool.models_available.is_empty() && (alone || old.models.is_empty()) {
-                self.table.set_models(replica, &pool.models_available, changes);
+                touched |= self.table.set_models(replica, &pool.models_available, changes);
             }
+            let names = &mut self.names;
             self.table.update(replica, now, changes, |r| {
+                let before = r.saved_numbers();
                 r.seen_in_beat = beats;
                 r.ready = pool.ready;
                 r.confirm();
                 r.draining = pool.draining;
                 r.vram_free_bytes = pool.vram_free_bytes;
-                set_text(&mut r.engine, pool.engine.as_deref());
-                set_text(&mut r.engine_version, pool.engine_version.as_deref());
+                touched |= set_name(&mut r.engine, pool.engine.as_deref(), names);
+                touched |= set_name(&mut r.engine_version, pool.engine_version.as_deref(), names);
                 if alone {
                     r.report_slots(pool.slots_free, pool.slots_total());
                 }
+                touched |= before != r.saved_numbers();
             });
+            self.nodes[index].touched |= touched;
         }
         if ask && let Some(agent) = self.nodes[index].address.clone() {
             changes.push(Change::AskNode {
@@ -302,6 +311,10 @@ impl ServiceRegistry {
     ) -> ReplicaRef {
         let node = &mut self.nodes[index];
         node.touched = true;
+        // One copy of the pool's name serves all that is kept of it.
+        let named = node.pools.iter().map(|known| &known.pool_id).find(|known| **known == key.pool);
+        let pool = named.unwrap_or(&key.pool).clone();
+        let key = ReplicaKey { pool, ..key };
         let replica = Replica {
             node: node.id.clone(),
             key: key.clone(),
@@ -324,6 +337,7 @@ impl ServiceRegistry {
             since: now.wall,
             circuit: Circuit::Closed,
             ours_since_report: false,
+            trials: 0,
             seen_in_beat: 0,
         };
         let reference = self.table.insert(replica, now, changes);
@@ -358,16 +372,6 @@ fn check_models(models: &[String]) -> Result<(), Fenced> {
     too_large("bytes in the name of a model", longest, MODEL_BYTES_MAX)
 }
 
-/// An engine on its node's loopback is reached through the node's agent; one on this machine, or on
-/// an address of its own, is dialled directly.
-pub(super) fn target_of(engine: &BaseUrl, agent: Option<&BaseUrl>) -> Target {
-    let hidden = engine.ip().is_some_and(|ip| ip.is_loopback() || ip.is_unspecified());
-    match agent {
-        Some(agent) if hidden => Target::Relay { agent: agent.clone(), engine: engine.clone() },
-        _ => Target::Direct(engine.clone()),
-    }
-}
-
 /// A pool of which a registration gives only the name.
 pub(super) fn announced(pool: &PoolId) -> PoolBeat {
     PoolBeat {
@@ -384,14 +388,26 @@ pub(super) fn announced(pool: &PoolId) -> PoolBeat {
     }
 }
 
-/// What is kept of a pool for display: whether it lists replicas, but not which.
+/// What is kept of a pool: whether it lists replicas, but not which. Where it does, these have the rest.
 fn without_replicas(pool: &PoolBeat) -> PoolBeat {
+    if pool.replicas.is_some() {
+        let pool_id = pool.pool_id.clone();
+        let (engine, engine_version, models_available) = (None, None, Vec::new());
+        return PoolBeat {
+            pool_id,
+            engine,
+            engine_version,
+            models_available,
+            replicas: Some(Vec::new()),
+            ..*pool
+        };
+    }
     PoolBeat {
         pool_id: pool.pool_id.clone(),
         engine: pool.engine.as_deref().map(cut),
         engine_version: pool.engine_version.as_deref().map(cut),
         models_available: pool.models_available.clone(),
-        replicas: pool.replicas.as_ref().map(|_| Vec::new()),
+        replicas: None,
         ..*pool
     }
 }
@@ -400,10 +416,11 @@ fn without_replicas(pool: &PoolBeat) -> PoolBeat {
 fn same_pool(old: &PoolBeat, new: &PoolBeat) -> bool {
     old.pool_id == new.pool_id
         && (old.ready, old.draining, old.slots_total) == (new.ready, new.draining, new.slots_total)
-        && old.engine == new.engine
-        && old.engine_version == new.engine_version
-        && old.models_available == new.models_available
         && old.replicas.is_some() == new.replicas.is_some()
+        && (old.replicas.is_some()
+            || (old.engine == new.engine
+                && old.engine_version == new.engine_version
+                && old.models_available == new.models_available))
 }
 
 /// A replica of a status answer, as a heartbeat would have listed it.
@@ -431,11 +448,18 @@ pub(super) fn cut(text: &str) -> String {
     text[..end].chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
-/// Sets a text that seldom changes, without allocating where it does not. True if it did.
-fn set_text(old: &mut Option<String>, new: Option<&str>) -> bool {
+/// As [`set_text`], for texts that many replicas have in common. True if it changed.
+fn set_name(old: &mut Option<Arc<str>>, new: Option<&str>, names: &mut Shared<str>) -> bool {
     let changes = old.as_deref() != new;
     if changes {
-        *old = new.map(cut);
+        *old = new.map(|new| names.keep(&cut(new)));
     }
     changes
+}
+
+/// Sets a text that seldom changes, without allocating where it does not.
+fn set_text(old: &mut Option<String>, new: Option<&str>) {
+    if old.as_deref() != new {
+        *old = new.map(cut);
+    }
 }

@@ -3,6 +3,7 @@
 use super::*;
 use crate::orchestratord::placement::{Ask, Choice, Strategy as Placement, StrategyState, choose, fits};
 use crate::orchestratord::replica_table::{BACKOFF_FIRST_MS, BACKOFF_MAX_MS};
+use crate::orchestratord::saved::SavedNode;
 use crate::wire::id::PoolId;
 use crate::wire::node::REPLICAS_MAX;
 use crate::wire::pool::ReplicaStatus;
@@ -217,6 +218,41 @@ fn registering_again_with_the_same_incarnation_hides_nothing() {
 }
 
 #[test]
+fn a_registration_whose_answer_is_always_lost_flaps_nothing() {
+    let mut world = World::online(1);
+    world.pass(30_000);
+    assert_eq!(world.status(0), Some(NodeStatus::Suspect));
+    world.changes.clear();
+    for _ in 0..5 {
+        world.register(0, Some(1), Some("boot")).expect("its answer is lost");
+        world.pass(35_000);
+    }
+    let became = world.changes.iter().filter_map(|change| match change {
+        Change::NodeStatus { to, .. } => Some(*to),
+        _ => None,
+    });
+    assert_eq!(became.collect::<Vec<_>>(), [NodeStatus::Offline], "once, and for good");
+    world.beat(0, &beat(Some(1), Some(99), &[])).expect("it has heard the answer");
+    assert_eq!(world.status(0), Some(NodeStatus::Online));
+}
+
+#[test]
+fn a_clone_that_counted_to_the_same_number_is_another_node() {
+    let mut world = World::online(1);
+    let replica = world.only_replica(0);
+    let mut of_clone = beat(Some(1), Some(9), &[]);
+    of_clone.boot_id = Some("clone".into());
+    assert_eq!(world.beat(0, &of_clone), Err(Fenced::UnknownNode));
+    assert!(world.takes_work(replica));
+    world.pass(15_000);
+    world.register(0, Some(1), Some("clone")).expect("the first one is silent");
+    assert!(!world.takes_work(replica), "it is the first one's");
+    let mut of_first = beat(Some(1), Some(10), &[]);
+    of_first.boot_id = Some("boot".into());
+    assert_eq!(world.beat(0, &of_first), Err(Fenced::UnknownNode));
+}
+
+#[test]
 fn a_restarted_agent_keeps_the_ledger_of_engines_that_are_still_the_same() {
     for (same, url) in [(true, "http://127.0.0.1:8080"), (false, "http://127.0.0.1:9999")] {
         let mut world = World::online(1);
@@ -357,6 +393,34 @@ fn a_failing_data_path_backs_off_and_tries_one_request() {
 }
 
 #[test]
+fn a_trial_that_ends_late_makes_no_room_beside_a_later_one() {
+    let mut world = World::online(1);
+    let r = world.only_replica(0);
+    world.registry.data_path_failed(r, "refused", world.now, &mut world.changes);
+    world.pass(250);
+    let first = world.registry.acquire(r, 1).expect("one may try");
+    world.registry.data_path_failed(r, "so did an earlier request", world.now, &mut world.changes);
+    world.pass(500);
+    let second = world.registry.acquire(r, 1).expect("one may try again");
+    world.registry.release(first);
+    assert!(world.registry.acquire(r, 1).is_none(), "a second one tried");
+    world.registry.release(second);
+}
+
+#[test]
+fn fewer_slots_may_be_enough_for_who_wants_all_of_them() {
+    let mut world = World::online(1);
+    let r = world.only_replica(0);
+    let mut shrinking = idle();
+    shrinking["slots_free"] = 1.into();
+    world.beat(0, &beat(Some(1), Some(2), &[shrinking.clone()])).expect("accepted");
+    world.changes.clear();
+    shrinking["slots_total"] = 1.into();
+    world.beat(0, &beat(Some(1), Some(3), &[shrinking])).expect("accepted");
+    assert_eq!(world.changes, [Change::ReplicaCapacity(r)], "one of one slot is free, as one of four was");
+}
+
+#[test]
 fn replicas_that_a_node_does_not_list_are_asked_for_and_then_used() {
     let mut world = World::new();
     world.register(0, None, None).expect("registered");
@@ -458,6 +522,7 @@ proptest! {
         let mut state = StrategyState::new(1);
         let mut grants: Vec<Grant> = Vec::new();
         let (mut incarnations, mut seq) = ([1u64; 4], 0u64);
+        let mut saved: Option<(u64, Vec<SavedNode>)> = None;
         let any_replica = |world: &World, pick: usize| {
             let all: Vec<_> = world.registry.replicas().map(|(r, _)| r).collect();
             (!all.is_empty()).then(|| all[pick % all.len()])
@@ -559,6 +624,12 @@ proptest! {
                 }
             }
             world.registry.check_invariants();
+            // What is saved does not change behind the revision's back.
+            let kept = (world.registry.revision(), worth_saving(&world.registry));
+            if let Some((revision, before)) = &saved && *revision == kept.0 {
+                prop_assert_eq!(before, &kept.1);
+            }
+            saved = Some(kept);
             for (reference, replica) in world.registry.replicas() {
                 let held: u32 = grants.iter().filter(|g| g.replica() == reference).map(Grant::slots).sum();
                 prop_assert_eq!(replica.in_flight, held, "{} {}", replica.node, replica.key);
@@ -579,4 +650,130 @@ proptest! {
             prop_assert_eq!((replica.obstacle(), replica.slots_free()), (None, 4));
         }
     }
+}
+
+#[test]
+fn whoever_never_beats_makes_room_for_others_the_oldest_first() {
+    let mut world = World::new();
+    world.registry.limits.nodes_max = 4;
+    world.register(0, Some(1), Some("boot")).expect("registered");
+    world.beat(0, &beat(Some(1), Some(1), &[idle()])).expect("it is real");
+    for n in 1..=9 {
+        world.register(n, Some(1), None).expect("there is always room");
+        world.registry.check_invariants();
+    }
+    let known: Vec<usize> = (0..10).filter(|n| world.status(*n).is_some()).collect();
+    assert_eq!(known, [0, 7, 8, 9]);
+    let gone = world.changes.iter().filter(|c| matches!(c, Change::NodeGone { .. })).count();
+    assert_eq!(gone, 6, "each is told");
+    // Who has to go hears of it, and comes again.
+    assert_eq!(world.beat(1, &beat(Some(1), Some(1), &[idle()])), Err(Fenced::UnknownNode));
+    world.register(1, Some(1), None).expect("again");
+    world.beat(1, &beat(Some(1), Some(1), &[idle()])).expect("accepted");
+    for n in [8, 9] {
+        world.beat(n, &beat(Some(1), Some(1), &[idle()])).expect("accepted");
+    }
+    // All are alive: nobody makes room.
+    assert_eq!(world.register(5, Some(1), None), Err(Fenced::TooMany { what: "nodes", limit: 4 }));
+    // The one that is offline does.
+    for _ in 0..5 {
+        world.pass(10_000);
+        for n in [0, 1, 8] {
+            world.beat(n, &beat(Some(1), None, &[idle()])).expect("accepted");
+        }
+    }
+    assert_eq!(world.status(9), Some(NodeStatus::Offline));
+    world.register(5, Some(1), None).expect("room");
+    assert_eq!(world.status(9), None);
+    world.registry.check_invariants();
+}
+
+#[test]
+fn no_peer_has_more_newcomers_than_it_may() {
+    let mut world = World::new();
+    let register = |world: &mut World, n: usize, peer: &str| {
+        let request = registration(n, Some(1), None);
+        world.registry.register(&request, peer, world.now, &mut world.changes).expect("registered");
+        world.changes.clear();
+    };
+    register(&mut world, 0, "10.0.0.8");
+    for n in 1..=NEWCOMERS_PER_PEER_MAX + 500 {
+        register(&mut world, n, PEER);
+    }
+    assert_eq!(world.registry.nodes_len(), NEWCOMERS_PER_PEER_MAX + 1);
+    assert!(world.status(0).is_some(), "another peer's");
+    assert!(world.status(500).is_none() && world.status(501).is_some(), "the oldest went");
+    // A first heartbeat ends the newcomer, and its place is free for another one of that peer.
+    world.beat(501, &beat(Some(1), Some(1), &[idle()])).expect("accepted");
+    register(&mut world, 9_999, PEER);
+    assert!(world.status(501).is_some() && world.status(502).is_some());
+    world.registry.check_invariants();
+}
+
+#[test]
+fn names_that_nobody_stands_behind_keep_no_dead_node_alive() {
+    let mut world = World::online(4);
+    for n in 10..30 {
+        world.register(n, Some(1), None).expect("registered");
+    }
+    world.pass(20_000);
+    for n in 1..4 {
+        world.beat(n, &beat(Some(1), Some(2), &[idle()])).expect("accepted");
+    }
+    world.pass(10_000);
+    assert_eq!(world.status(0), Some(NodeStatus::Suspect), "twenty silent names are no silent majority");
+    assert_eq!((world.status(1), world.status(10)), (Some(NodeStatus::Online), Some(NodeStatus::Suspect)));
+    assert!(!world.changes.iter().any(|c| matches!(c, Change::ExpiryHeld { .. })));
+}
+
+#[test]
+fn an_agent_out_of_reach_takes_what_stands_behind_it_along() {
+    let mut world = World::online(2);
+    let behind = [idle(), replica("r1", "http://127.0.0.1:8081", 1, true, 4)];
+    let all = [&behind[..], &[replica("r2", "http://10.0.0.9:8080", 1, true, 4)]].concat();
+    world.beat(0, &beat(Some(1), Some(2), &all)).expect("accepted");
+    let node = world.registry.node(&id(0)).expect("known");
+    let replicas: Vec<ReplicaRef> = world.registry.replicas_of(node).collect();
+    world.registry.agent_failed(replicas[0], "connection refused", world.now, &mut world.changes);
+    world.registry.check_invariants();
+    let routable: Vec<bool> = replicas.iter().map(|replica| world.takes_work(*replica)).collect();
+    assert_eq!(routable, [false, false, true], "the third is dialled directly");
+    assert!(world.takes_work(world.only_replica(1)), "another node's");
+    world.pass(BACKOFF_FIRST_MS);
+    assert!(replicas.iter().all(|replica| world.takes_work(*replica)), "each is tried again");
+}
+
+#[test]
+fn of_two_agents_with_one_boot_the_later_start_has_the_name_and_it_is_said_once() {
+    let mut world = World::online(1);
+    let mut elsewhere = registration(0, Some(2), Some("boot"));
+    elsewhere.address = BaseUrl::new("http://n0:9300").expect("a URL");
+    world.registry.register(&elsewhere, PEER, world.now, &mut world.changes).expect("it started later");
+    world.changes.clear();
+    for _ in 0..3 {
+        assert_eq!(world.register(0, Some(1), Some("boot")), Err(Fenced::OldIncarnation { known: 2 }));
+    }
+    let twins: Vec<&Change> =
+        world.changes.iter().filter(|c| matches!(c, Change::TwinRefused { .. })).collect();
+    assert!(
+        matches!(twins[..], [Change::TwinRefused { peer, holder, .. }]
+            if peer == "http://n0:9200" && holder == "http://n0:9300"),
+        "{twins:?}"
+    );
+    // From the same address it is a late message, and no news.
+    world.changes.clear();
+    elsewhere.incarnation = Some(1);
+    assert!(world.registry.register(&elsewhere, PEER, world.now, &mut world.changes).is_err());
+    assert_eq!(world.changes, []);
+}
+
+/// What is saved, but for what may change with every heartbeat.
+fn worth_saving(registry: &ServiceRegistry) -> Vec<SavedNode> {
+    let mut nodes = registry.saved(Wall(0)).nodes;
+    for node in &mut nodes {
+        node.heard_ms = None;
+        node.node.pools.iter_mut().for_each(|pool| pool.vram_free_bytes = 0);
+        node.node.replicas.iter_mut().for_each(|replica| replica.vram_free_bytes = 0);
+    }
+    nodes
 }

@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 
 use super::{Daemon, Running};
+use crate::pool_managerd::callback_client;
 use crate::pool_managerd::callbacks::Delivery;
 use crate::pool_managerd::core::Input;
 use crate::pool_managerd::operations::{self, Operation};
@@ -41,7 +42,7 @@ impl Daemon {
         let leases: BTreeSet<u64> = leases.iter().copied().collect();
         let is_meant = |running: &Running| match running {
             Running::Relay { lease, .. } => leases.contains(&lease.id),
-            Running::Probe(..) | Running::Call { .. } => false,
+            Running::Probe(..) | Running::Call { .. } | Running::Callback { .. } => false,
         };
         let meant = self.exchanges.iter().filter(|(_, running)| is_meant(running)).map(|(token, _)| *token);
         for exchange in meant.collect::<Vec<Token>>() {
@@ -49,16 +50,11 @@ impl Daemon {
         }
     }
 
-    pub(super) fn deliver(&mut self, delivery: Box<Delivery>, now: Now) {
-        let bearer = self.tokens.bearer();
-        if let Err((callback, event, outcome)) = self.callbacks.submit(delivery, bearer) {
-            self.core.handle(Input::Delivered(callback, event, outcome), now, &mut self.effects);
-        }
-    }
-
-    pub(super) fn take_deliveries(&mut self, now: Now) {
-        while let Some((callback, event, outcome)) = self.callbacks.take() {
-            self.core.handle(Input::Delivered(callback, event, outcome), now, &mut self.effects);
-        }
+    /// Delivers a notice.
+    pub(super) fn deliver(&mut self, delivery: &Delivery, now: Now) {
+        let outbound = callback_client::outbound(delivery, self.tokens.bearer());
+        let exchange = self.net.start_judged(outbound, Some(self.callback_rule.clone()), now.mono);
+        let (callback, event) = (delivery.callback, delivery.event);
+        self.exchanges.insert(exchange, Running::Callback { callback, event });
     }
 }
