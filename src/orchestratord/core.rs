@@ -95,6 +95,8 @@ pub struct Core {
     registry: ServiceRegistry,
     admission: Admission<Wanted>,
     hopes: Hopes,
+    /// A replica takes other work than before, or is being tried: who failed elsewhere may have waited for it.
+    replicas_changed: bool,
     drains: DrainRate,
     limits: BTreeSet<(Mono, RequestId)>,
     meters: Meters,
@@ -133,6 +135,7 @@ impl Core {
             registry,
             admission: Admission::new(options.admission_capacity),
             hopes: Hopes::default(),
+            replicas_changed: false,
             drains: DrainRate::new(options.seed),
             limits: BTreeSet::new(),
             meters: Meters::default(),
@@ -222,6 +225,7 @@ impl Core {
             self.registry.expire(now, &mut changes);
         }
         self.follow(changes, now, effects);
+        self.serve_who_failed(now, effects);
         self.send_probes(now, effects);
         if tick {
             self.end_waits(now, effects);
@@ -362,11 +366,10 @@ impl Core {
             }
             match change {
                 Change::ReplicaReady(replica) | Change::ReplicaCapacity(replica) => {
+                    self.replicas_changed = true;
                     self.serve_waiters(replica, now, effects);
                 }
-                Change::ReplicaNotReady { .. } | Change::ReplicaGone { .. } => {
-                    self.serve_who_failed(now, effects);
-                }
+                Change::ReplicaNotReady { .. } | Change::ReplicaGone { .. } => self.replicas_changed = true,
                 Change::NodeStatus { node, to: NodeStatus::Offline, .. } | Change::NodeGone { node, .. } => {
                     self.recall(&node, effects);
                 }
@@ -542,6 +545,8 @@ impl Core {
         let node = known.node.clone();
         request.running = Some(Run { grant, node, since: now.mono, answering: false, abort: None });
         effects.push(Effect::Dispatch(id, dispatch));
+        // A trial keeps everybody else away.
+        self.replicas_changed |= self.registry.table().get_hot(replica).is_some_and(|hot| !hot.placeable);
     }
 
     fn answering(&mut self, id: RequestId, now: Now, changes: &mut Vec<Change>) {

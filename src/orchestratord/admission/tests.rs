@@ -229,6 +229,8 @@ proptest! {
             }
             queue.check_invariants();
             prop_assert_eq!(queue.len(), inside.len());
+            let order: Vec<_> = queue.in_order().map(|waiter| (waiter.priority, waiter.since, waiter.id)).collect();
+            prop_assert!(order.is_sorted() && order.iter().all(|(.., id)| inside.contains_key(id)), "{order:?}");
         }
     }
 }

@@ -71,12 +71,15 @@ impl Core {
         }
     }
 
-    /// A replica takes no work any more: who failed elsewhere may have waited for it.
+    /// Where replicas have changed: gives those who failed a slot where they failed, if that is the only
+    /// place left.
     pub(super) fn serve_who_failed(&mut self, now: Now, effects: &mut Vec<Effect>) {
-        let tried: BTreeSet<ReplicaRef> =
-            self.admission.wanted().flat_map(|wanted| wanted.tried.iter().copied()).collect();
-        for replica in tried {
-            self.serve_waiters(replica, now, effects);
+        while std::mem::take(&mut self.replicas_changed) {
+            let tried: BTreeSet<ReplicaRef> =
+                self.admission.wanted().flat_map(|wanted| wanted.tried.iter().copied()).collect();
+            for replica in tried {
+                self.serve_waiters(replica, now, effects);
+            }
         }
     }
 
