@@ -23,6 +23,7 @@ use std::sync::Arc;
 
 use crate::http::head::RequestHead;
 use crate::http::server::{Request, Response};
+use crate::metrics::Histogram;
 use crate::reactor::ready::ReadyList;
 use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Edge, Registry, Waker};
@@ -31,12 +32,14 @@ use crate::wire::url::BaseUrl;
 
 pub mod budget;
 pub mod buffer;
+pub mod meter;
 pub mod relay;
 pub mod resolve;
 mod server;
 mod upstream;
 
 use budget::BodyHold;
+use meter::Tokens;
 use relay::Forward;
 use resolve::Resolver;
 use server::{ClientNext, Server};
@@ -156,8 +159,22 @@ pub enum Sink {
         /// Larger answers are an error.
         bytes_max: usize,
     },
-    /// Handed to the owner as it comes, decoded, in [`NetEvent::Data`].
-    Owner,
+    /// Handed to the owner as it comes, decoded, in [`NetEvent::Data`]. Statuses in `hold_back` end the
+    /// exchange before the owner hears of an answer.
+    Owner {
+        /// Statuses that are not handed over.
+        hold_back: &'static [u16],
+    },
+}
+
+impl Sink {
+    /// Statuses that end the exchange without an answer.
+    fn hold_back(&self) -> &'static [u16] {
+        match self {
+            Sink::Client { hold_back, .. } | Sink::Owner { hold_back } => hold_back,
+            Sink::Collect { .. } => &[],
+        }
+    }
 }
 
 /// What happened.
@@ -238,6 +255,8 @@ pub struct Fault {
     pub answered: bool,
     /// Whether a byte of the request may have reached the engine.
     pub sent: bool,
+    /// After how many seconds the peer wants to be asked again, if its status was held back and it said so.
+    pub retry_after_s: Option<u64>,
 }
 
 /// Kinds of fault, as they differ in what may be done next.
@@ -261,7 +280,7 @@ pub enum FaultKind {
     Aborted,
 }
 
-/// Points in an exchange's life.
+/// Points in an exchange's life, and what it took.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Timing {
     /// [`Net::start`] was called.
@@ -270,8 +289,13 @@ pub struct Timing {
     pub connected: Option<Mono>,
     /// The answer's head was complete.
     pub first_byte: Option<Mono>,
+    /// The first piece of a stream that said something came: no head, no comment. `None` for what is no stream
+    /// of events.
+    pub first_token: Option<Mono>,
     /// It ended.
     pub ended: Mono,
+    /// What the engine told at its answer's end.
+    pub tokens: Tokens,
 }
 
 /// How far an exchange has come.
@@ -316,6 +340,7 @@ pub struct Net {
     events: VecDeque<NetEvent>,
     scratch: Vec<u8>,
     limits: Limits,
+    token_gaps: Histogram,
 }
 
 /// Most sessions that are ended in one turn because their time is over: thousands may have begun together.
@@ -338,6 +363,7 @@ impl Net {
             events: VecDeque::new(),
             scratch: vec![0; SCRATCH_BYTES],
             limits,
+            token_gaps: Histogram::default(),
         }
     }
 
@@ -430,6 +456,18 @@ impl Net {
         self.upstreams.exchanges.len()
     }
 
+    /// Times between two pieces of one relayed stream, of all streams.
+    #[must_use]
+    pub fn token_gaps(&self) -> &Histogram {
+        &self.token_gaps
+    }
+
+    /// Whether the head of an exchange's answer has come.
+    #[must_use]
+    pub fn is_answered(&self, exchange: Token) -> bool {
+        self.upstreams.exchanges.get(exchange).is_some_and(|session| session.is_answered())
+    }
+
     /// Answers a request. Nothing happens if the client has left.
     pub fn respond(&mut self, client: Token, response: &Response, now: Mono) {
         let Some(session) = self.server.clients.get_mut(client) else { return };
@@ -505,14 +543,12 @@ impl Net {
     /// The same under a rule of its own, in the place of the one for all.
     pub fn start_judged(&mut self, outbound: Outbound, rule: Option<DialRule>, now: Mono) -> Token {
         let forward = match &outbound.sink {
-            Sink::Client { client, hold_back, fields } => {
-                self.server.clients.get_mut(*client).map(|session| {
-                    let mut fields = fields.clone();
-                    fields.extend(session.echo());
-                    Forward { to: session.answer_to(), hold_back, fields }
-                })
-            }
-            Sink::Collect { .. } | Sink::Owner => None,
+            Sink::Client { client, fields, .. } => self.server.clients.get_mut(*client).map(|session| {
+                let mut fields = fields.clone();
+                fields.extend(session.echo());
+                Forward { to: session.answer_to(), fields }
+            }),
+            Sink::Collect { .. } | Sink::Owner { .. } => None,
         };
         let client = match outbound.sink {
             Sink::Client { client, .. } => Some(client),

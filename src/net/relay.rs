@@ -15,13 +15,13 @@ use crate::http::head::{BadMessage, Framing, ResponseHead, Version, is_hop_by_ho
 use crate::http::server::{AnswerTo, LAST_CHUNK, begin_head, encode_chunk, push_connection, push_field};
 use crate::http::sse::{KEEP_ALIVE, Tail};
 
+use super::meter::{Meter, Tokens};
+
 /// How to forward an answer to a client.
 #[derive(Debug)]
 pub struct Forward {
     /// What the client's request asked of an answer.
     pub to: AnswerTo,
-    /// Statuses that are not forwarded.
-    pub hold_back: &'static [u16],
     /// Fields to add.
     pub fields: Vec<(&'static str, String)>,
 }
@@ -55,9 +55,12 @@ pub struct Relay {
     forward: Option<Forward>,
     /// The answer's dialect ends a stream with `[DONE]`.
     says_done: bool,
+    hold_back: &'static [u16],
     /// Part of a head that has not ended yet.
     held: Vec<u8>,
     head: Option<Answer>,
+    /// `Retry-After` of an answer that was held back.
+    retry_after_s: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -71,6 +74,7 @@ struct Answer {
     must_say_end: bool,
     /// The last piece of the body began with an error event, as a relay puts one behind a broken stream.
     error_told: bool,
+    meter: Meter,
 }
 
 /// Paths, below any prefix, whose streams end with `[DONE]`.
@@ -80,13 +84,20 @@ const ERROR_EVENT_START: &[u8] = b"data: {\"error\":";
 
 impl Relay {
     /// A relay for the answer to a request with `method` and `target`; without `forward` the decoded
-    /// body is put out alone.
+    /// body is put out alone. Nothing is put out of an answer with a status in `hold_back`.
     #[must_use]
-    pub fn new(method: &str, target: &str, forward: Option<Forward>) -> Relay {
+    pub fn new(method: &str, target: &str, forward: Option<Forward>, hold_back: &'static [u16]) -> Relay {
         let path = target.split('?').next().unwrap_or_default();
         let says_done = DONE_PATHS.iter().any(|known| path.ends_with(known));
-        let reader = ResponseReader::new(method == "HEAD");
-        Relay { reader, forward, says_done, held: Vec::new(), head: None }
+        Relay {
+            reader: ResponseReader::new(method == "HEAD"),
+            forward,
+            says_done,
+            hold_back,
+            held: Vec::new(),
+            head: None,
+            retry_after_s: None,
+        }
     }
 
     /// The status, once the head is known.
@@ -105,6 +116,24 @@ impl Relay {
     #[must_use]
     pub fn said_done(&self) -> bool {
         self.head.as_ref().and_then(|answer| answer.events.as_ref()).is_some_and(Tail::done)
+    }
+
+    /// Whether the answer is a stream of events.
+    #[must_use]
+    pub fn is_event_stream(&self) -> bool {
+        self.head.as_ref().is_some_and(|answer| answer.events.is_some())
+    }
+
+    /// The tokens that the engine told of so far.
+    #[must_use]
+    pub fn tokens(&self) -> Tokens {
+        self.head.as_ref().map_or_else(Tokens::default, |answer| answer.meter.tokens())
+    }
+
+    /// After how many seconds the engine wants to be asked again, if its answer was held back and says so.
+    #[must_use]
+    pub fn retry_after_s(&self) -> Option<u64> {
+        self.retry_after_s
     }
 
     /// Whether the engine's connection may serve another request after the answer.
@@ -217,11 +246,14 @@ impl Relay {
             events: (head.is_event_stream() && !is_encoded(head)).then(Tail::default),
             must_say_end: self.says_done && head.status == 200 && head.framing == Framing::UntilClose,
             error_told: false,
+            meter: Meter::default(),
         };
+        if self.hold_back.contains(&head.status) {
+            let after = head.fields.get("retry-after");
+            self.retry_after_s = after.and_then(|seconds| seconds.trim().parse().ok());
+            return Ok(Step::HeldBack(head.status));
+        }
         if let Some(forward) = &self.forward {
-            if forward.hold_back.contains(&head.status) {
-                return Ok(Step::HeldBack(head.status));
-            }
             answer.body = match (head.framing, forward.to.version) {
                 (Framing::Empty | Framing::Length(_), _) | (Framing::Chunked, Version::Http11) => Body::Same,
                 (Framing::UntilClose, Version::Http11) => Body::Rechunked,
@@ -256,6 +288,7 @@ impl Relay {
                 }
                 tail.passed(data);
             }
+            answer.meter.passed(data);
             rest = &rest[piece.consumed..];
         }
         if !decoder.finished() {

@@ -59,6 +59,10 @@ impl Exchange {
     fn silence_ms(&self) -> u64 {
         if self.last_byte.is_some() { self.patience.idle_ms } else { self.patience.first_byte_ms }
     }
+
+    pub(super) fn is_answered(&self) -> bool {
+        self.relay.status().is_some()
+    }
 }
 
 #[derive(Debug)]
@@ -130,15 +134,15 @@ impl Upstreams {
             head,
             body,
             sent: 0,
-            relay: Relay::new(&outbound.method, &outbound.target, forward),
+            relay: Relay::new(&outbound.method, &outbound.target, forward, outbound.sink.hold_back()),
             sink: match outbound.sink {
                 Sink::Client { client, .. } => SinkState::Client(client),
                 Sink::Collect { bytes_max } => SinkState::Collect { bytes_max, bytes: Vec::new() },
-                Sink::Owner => SinkState::Owner { paused: false },
+                Sink::Owner { .. } => SinkState::Owner { paused: false },
             },
             patience: outbound.patience,
             keep_ms: outbound.keep_ms,
-            timing: Timing { started: now, connected: None, first_byte: None, ended: now },
+            timing: Timing { started: now, ended: now, ..Timing::default() },
             connection: None,
             received: false,
             last_byte: None,
@@ -412,7 +416,11 @@ impl Net {
             budget = budget.saturating_sub(length);
             session.received = true;
             if is_progress(&self.scratch[..length], session.relay.status().is_some()) {
-                session.last_byte = Some(now);
+                let before = session.last_byte.replace(now);
+                session.timing.first_token.get_or_insert(now);
+                if let Some(before) = before.filter(|_| session.relay.is_event_stream()) {
+                    self.token_gaps.observe_ns(now.ns_since(before));
+                }
             }
             if !matches!(session.sink, SinkState::Collect { .. }) {
                 let until = now.plus_ms(session.silence_ms());
@@ -610,7 +618,8 @@ impl Net {
             SinkState::Collect { .. } | SinkState::Owner { .. } => session.relay.status().is_some(),
         };
         let sent = session.sent > 0 || session.received;
-        let fault = Fault { kind, reason: reason.to_string(), answered, sent };
+        let retry_after_s = session.relay.retry_after_s();
+        let fault = Fault { kind, reason: reason.to_string(), answered, sent, retry_after_s };
         let client = self.upstreams.client_of(exchange);
         self.finish_exchange(exchange, Outcome::Failed(fault), now);
         if answered && let Some(client) = client {
@@ -624,7 +633,9 @@ impl Net {
         if let Some(connection) = session.connection {
             self.close_connection(connection);
         }
-        let timing = Timing { ended: now, ..session.timing };
+        let first_token = session.timing.first_token.filter(|_| session.relay.is_event_stream());
+        let tokens = session.relay.tokens();
+        let timing = Timing { ended: now, first_token, tokens, ..session.timing };
         self.events.push_back(NetEvent::Finished { exchange, outcome, timing });
     }
 

@@ -1,15 +1,24 @@
 //! Who waits for a slot, and who is next.
 //!
-//! Two classes: interactive work goes before batch work, but after [`INTERACTIVE_RUN_MAX`]
-//! interactive ones in a row a waiting batch one goes first. Within a class clients take turns, and
-//! within a client the first to come is the first to go, so one client with a thousand requests
-//! delays another client's single request by one.
+//! Waiters who ask for exactly the same stand in one group, and groups are found by the model that they
+//! name: a slot that becomes free is offered to the groups that its engine could serve, one question a
+//! group, however many wait for other models.
 //!
-//! What a waiter asks for is opaque here (`A`): the queue hands asks to a predicate and takes out
-//! the first that fits, so that a request for a busy model does not hold up one for an idle model.
-//! The queue is bounded; beyond that the only honest answer is a refusal.
+//! **Clients take turns.** Within a group the client that was served longest ago is next, a newcomer
+//! comes behind those who are there, and within a client the first to come is the first to go: one
+//! client with a thousand requests delays another client's single request by one. Where several groups
+//! fit, the one is next whose next client was served longest ago, whatever it was served; who asks for
+//! many different things gains no turns by that.
+//!
+//! **Nobody starves.** A client that is served often elsewhere would always be the last to be served
+//! here. So where the group that was served longest ago has been passed over [`PASSES_MAX`] times, it is
+//! next. Interactive work goes before batch work, but a batch group that fits lets at most
+//! [`INTERACTIVE_RUN_MAX`] interactive requests pass.
+//!
+//! What a waiter asks for is opaque here ([`Wanted`]), but for the model. The queue is bounded; beyond
+//! that the only honest answer is a refusal.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 
@@ -20,8 +29,11 @@ use crate::time::Mono;
 pub const CAPACITY_DEFAULT: usize = 1000;
 /// Default time that a request waits, in milliseconds: shorter than common client timeouts.
 pub const TIMEOUT_MS_DEFAULT: u64 = 60_000;
-/// Interactive requests in a row before a waiting batch request goes first.
+/// Interactive requests that may pass a batch group that fits as well.
 pub const INTERACTIVE_RUN_MAX: u32 = 8;
+/// How often the group that was served longest ago may be passed over: seldom enough that turns of
+/// clients decide nearly always.
+pub const PASSES_MAX: u32 = 8;
 
 /// How urgent a request is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -34,6 +46,9 @@ pub enum Priority {
 }
 
 impl Priority {
+    /// Every priority.
+    pub const ALL: [Priority; 2] = [Priority::Interactive, Priority::Batch];
+
     /// The name on the wire and in metrics.
     #[must_use]
     pub fn as_str(self) -> &'static str {
@@ -56,6 +71,21 @@ impl std::str::FromStr for Priority {
     }
 }
 
+/// What is asked for. Equal asks share a group.
+pub trait Wanted: Clone + Ord {
+    /// The model by name; `None` takes any.
+    fn model(&self) -> Option<&str>;
+}
+
+/// What an engine serves: which groups are offered its slot.
+#[derive(Clone, Copy, Debug)]
+pub enum Serves<'a> {
+    /// These models, and asks that name none.
+    Models(&'a [String]),
+    /// Whatever it is asked for.
+    Anything,
+}
+
 /// A waiting request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Waiter<A> {
@@ -67,7 +97,8 @@ pub struct Waiter<A> {
     pub priority: Priority,
     /// With whom it shares a turn.
     pub client: Arc<str>,
-    /// When it began to wait.
+    /// When it was asked for: within its client the oldest is the first, so one that comes back to the
+    /// queue has not lost its place.
     pub since: Mono,
     /// When it gives up.
     pub deadline: Mono,
@@ -100,20 +131,71 @@ pub struct Admission<A> {
     capacity: usize,
     waiters: BTreeMap<u64, Waiter<A>>,
     deadlines: BTreeSet<(Mono, u64)>,
-    interactive: Class,
-    batch: Class,
-    /// Interactive requests taken since a batch one was, while one was waiting.
-    interactive_run: u32,
+    by_age: BTreeSet<(Priority, Mono, u64)>,
+    interactive: Class<A>,
+    batch: Class<A>,
+    /// Turns given so far: numbers the order in which clients and groups came or were served.
+    turns: u64,
 }
 
-/// The order within one class: clients in turn, and each one's requests by arrival.
-#[derive(Debug, Default)]
-struct Class {
-    turns: VecDeque<Arc<str>>,
-    queues: BTreeMap<Arc<str>, VecDeque<u64>>,
+/// Everybody of one priority.
+#[derive(Debug)]
+struct Class<A> {
+    by_model: BTreeMap<String, Groups<A>>,
+    any_model: Groups<A>,
+    clients: BTreeMap<Arc<str>, Client>,
+    len: usize,
 }
 
-impl<A> Admission<A> {
+#[derive(Debug)]
+struct Groups<A> {
+    groups: BTreeMap<A, Group>,
+    len: usize,
+}
+
+/// A client that waits for anything.
+#[derive(Debug)]
+struct Client {
+    waiting: usize,
+    /// Its turn: when it came, or was served last.
+    turn: u64,
+}
+
+/// Those who ask for the same.
+#[derive(Debug)]
+struct Group {
+    lines: BTreeMap<Arc<str>, Line>,
+    /// Whose turn is next, by [`Line::turn`].
+    order: BTreeMap<u64, Arc<str>>,
+    /// When it came to be, or was served last.
+    turn: u64,
+    /// Slots that it fitted and that another group of its class got.
+    passed: u32,
+    /// Slots that it fitted and that interactive requests got, if it is a batch group.
+    outranked: u32,
+    /// Fits the slot that is being given away.
+    fits: bool,
+}
+
+/// One client's requests in a group.
+#[derive(Debug)]
+struct Line {
+    turn: u64,
+    ids: BTreeSet<(Mono, u64)>,
+}
+
+/// Who of a class is next for a slot.
+struct Next {
+    id: u64,
+    /// Groups that fit.
+    groups: usize,
+    /// It is next because it was passed over for long.
+    was_passed: bool,
+    /// Its class has let as many interactive requests pass as it must.
+    is_outranked: bool,
+}
+
+impl<A: Wanted> Admission<A> {
     /// An empty queue for at most `capacity` requests.
     #[must_use]
     pub fn new(capacity: usize) -> Self {
@@ -121,9 +203,10 @@ impl<A> Admission<A> {
             capacity,
             waiters: BTreeMap::new(),
             deadlines: BTreeSet::new(),
+            by_age: BTreeSet::new(),
             interactive: Class::default(),
             batch: Class::default(),
-            interactive_run: 0,
+            turns: 0,
         }
     }
 
@@ -138,20 +221,18 @@ impl<A> Admission<A> {
         if self.waiters.len() >= self.capacity {
             return Err(Refused::Full { capacity: self.capacity });
         }
-        let (id, priority) = (waiter.id, waiter.priority);
-        self.class(priority).push(&waiter.client, id);
+        self.turns += 1;
+        let (id, turn) = (waiter.id, self.turns);
+        self.class(waiter.priority).push(&waiter, turn);
         self.deadlines.insert((waiter.deadline, id));
-        let client = waiter.client.clone();
+        self.by_age.insert((waiter.priority, waiter.since, id));
         self.waiters.insert(id, waiter);
-        Ok(self.class(priority).position(&client, id).unwrap_or(0))
+        Ok(self.position(id).unwrap_or(0))
     }
 
     /// Takes a request out that no longer waits (its client left).
     pub fn remove(&mut self, id: u64) -> Option<Waiter<A>> {
-        let waiter = self.waiters.remove(&id)?;
-        self.deadlines.remove(&(waiter.deadline, id));
-        self.class(waiter.priority).remove(&waiter.client, id);
-        Some(waiter)
+        self.take(id, None)
     }
 
     /// Takes out whoever has waited for too long, the most overdue first.
@@ -171,55 +252,48 @@ impl<A> Admission<A> {
         self.deadlines.first().map(|(deadline, _)| *deadline)
     }
 
-    /// Takes out the first request in order that `fits`. At most one call of `fits` a waiter.
-    pub fn next_fitting(&mut self, mut fits: impl FnMut(&A) -> bool) -> Option<Waiter<A>> {
-        let batch_first = self.interactive_run >= INTERACTIVE_RUN_MAX;
-        let order = if batch_first {
-            [Priority::Batch, Priority::Interactive]
-        } else {
-            [Priority::Interactive, Priority::Batch]
+    /// Takes out who is next for a slot of an engine that `serves` so much, of those whose ask `fits`. At
+    /// most one call of `fits` a group.
+    pub fn next_fitting(
+        &mut self,
+        serves: Serves<'_>,
+        mut fits: impl FnMut(&A) -> bool,
+    ) -> Option<Waiter<A>> {
+        let interactive = self.interactive.next(serves, &mut fits);
+        let batch = self.batch.next(serves, &mut fits);
+        let next = match (interactive, batch) {
+            (Some(_), Some(batch)) if batch.is_outranked => batch,
+            (Some(interactive), batch) => {
+                if batch.is_some() {
+                    self.batch.each_fitting(serves, |group| group.outranked += 1);
+                }
+                interactive
+            }
+            (None, batch) => batch?,
         };
-        let waiters = &self.waiters;
-        let mut fits_id = |id: u64| waiters.get(&id).is_some_and(|waiter| fits(&waiter.ask));
-        let found = order.into_iter().find_map(|priority| match priority {
-            Priority::Interactive => self.interactive.in_order().find(|id| fits_id(*id)),
-            Priority::Batch => self.batch.in_order().find(|id| fits_id(*id)),
-        })?;
-        let waiter = self.remove(found)?;
-        self.class(waiter.priority).end_turn(&waiter.client);
-        self.interactive_run = match waiter.priority {
-            Priority::Interactive if !self.batch.queues.is_empty() => self.interactive_run.saturating_add(1),
-            _ => 0,
-        };
-        Some(waiter)
+        let priority = self.waiters.get(&next.id)?.priority;
+        let class = self.class(priority);
+        if next.groups > 1 || priority == Priority::Batch {
+            class.each_fitting(serves, |group| {
+                group.passed = if next.was_passed { 0 } else { group.passed + 1 };
+                group.outranked = 0;
+            });
+        }
+        self.turns += 1;
+        self.take(next.id, Some(self.turns))
     }
 
-    /// How many of its class go before a request if all fit; 0 is next.
+    /// How many of those who ask for the same with the same priority go before a request; 0 is next.
     #[must_use]
     pub fn position(&self, id: u64) -> Option<usize> {
         let waiter = self.waiters.get(&id)?;
-        match waiter.priority {
-            Priority::Interactive => self.interactive.position(&waiter.client, id),
-            Priority::Batch => self.batch.position(&waiter.client, id),
-        }
+        self.class_of(waiter.priority).groups_of(&waiter.ask)?.groups.get(&waiter.ask)?.position(waiter)
     }
 
-    /// Everybody in the order in which they are served if all fit.
+    /// Everybody, interactive work first, within that by age: about the order in which they are served if
+    /// all fit, without the turns of clients. For forecasts.
     pub fn in_order(&self) -> impl Iterator<Item = &Waiter<A>> {
-        let mut interactive = self.interactive.in_order().peekable();
-        let mut batch = self.batch.in_order().peekable();
-        let mut run = self.interactive_run;
-        std::iter::from_fn(move || {
-            let batch_next = interactive.peek().is_none() || run >= INTERACTIVE_RUN_MAX;
-            let id = if batch_next && batch.peek().is_some() {
-                run = 0;
-                batch.next()
-            } else {
-                run = if batch.peek().is_some() { run.saturating_add(1) } else { 0 };
-                interactive.next()
-            };
-            self.waiters.get(&id?)
-        })
+        self.by_age.iter().filter_map(|(.., id)| self.waiters.get(id))
     }
 
     /// How many wait.
@@ -234,225 +308,288 @@ impl<A> Admission<A> {
         self.waiters.is_empty()
     }
 
+    /// How many of this priority wait.
+    #[must_use]
+    pub fn len_of(&self, priority: Priority) -> usize {
+        self.class_of(priority).len
+    }
+
+    /// How many wait for this model; for any, with `None`.
+    #[must_use]
+    pub fn len_for(&self, model: Option<&str>) -> usize {
+        let of = |class: &Class<A>| match model {
+            Some(model) => class.by_model.get(model).map_or(0, |groups| groups.len),
+            None => class.any_model.len,
+        };
+        of(&self.interactive) + of(&self.batch)
+    }
+
+    /// Everything that is asked for; twice, if with both priorities.
+    pub fn wanted(&self) -> impl Iterator<Item = &A> {
+        [&self.interactive, &self.batch].into_iter().flat_map(|class| {
+            class.by_model.values().chain([&class.any_model]).flat_map(|groups| groups.groups.keys())
+        })
+    }
+
+    /// Who asks for exactly this.
+    #[must_use]
+    pub fn who_wants(&self, ask: &A) -> Vec<u64> {
+        [&self.interactive, &self.batch]
+            .into_iter()
+            .filter_map(|class| class.groups_of(ask)?.groups.get(ask))
+            .flat_map(|group| group.lines.values())
+            .flat_map(|line| line.ids.iter().map(|(_, id)| *id))
+            .collect()
+    }
+
     /// Panics where the queue contradicts itself. For tests and simulations; linear.
     pub fn check_invariants(&self) {
         assert!(self.waiters.len() <= self.capacity, "more wait than may");
         assert_eq!(self.deadlines.len(), self.waiters.len(), "a stray deadline");
+        assert!(self.by_age.len() == self.waiters.len() && self.in_order().count() == self.waiters.len());
         let mut queued = 0;
-        for (class, priority) in [(&self.interactive, Priority::Interactive), (&self.batch, Priority::Batch)]
-        {
-            let turns: BTreeSet<&Arc<str>> = class.turns.iter().collect();
-            assert_eq!(turns.len(), class.turns.len(), "a client has two turns");
-            assert!(
-                turns.into_iter().eq(class.queues.keys()),
-                "a client without a turn, or a turn for nobody"
-            );
-            for (client, queue) in &class.queues {
-                assert!(!queue.is_empty(), "a turn for nobody");
-                for id in queue {
-                    let waiter = &self.waiters[id];
-                    assert_eq!((&waiter.client, waiter.priority), (client, priority), "in the wrong queue");
-                    assert!(self.deadlines.contains(&(waiter.deadline, *id)), "waits for ever");
+        for priority in Priority::ALL {
+            let class = self.class_of(priority);
+            let mut by_client: BTreeMap<&Arc<str>, usize> = BTreeMap::new();
+            let named = class.by_model.iter().map(|(model, groups)| (Some(model.as_str()), groups));
+            for (model, groups) in named.chain([(None, &class.any_model)]) {
+                assert!(model.is_none() || groups.len > 0, "a model that nobody wants");
+                let mut in_model = 0;
+                for (ask, group) in &groups.groups {
+                    assert_eq!(ask.model(), model, "under another model");
+                    let order: Vec<_> = group.order.iter().collect();
+                    assert_eq!(order.len(), group.lines.len(), "a client without a turn");
+                    for (turn, client) in order {
+                        assert_eq!(group.lines[client].turn, *turn, "two turns");
+                        assert!(*turn <= self.turns && group.turn <= self.turns, "a turn to come");
+                    }
+                    for (client, line) in &group.lines {
+                        assert!(!line.ids.is_empty(), "a turn for nobody");
+                        for (since, id) in &line.ids {
+                            let waiter = &self.waiters[id];
+                            assert_eq!((&waiter.client, waiter.priority), (client, priority), "misplaced");
+                            assert!(waiter.ask == *ask && waiter.since == *since, "in the wrong group");
+                            assert!(self.deadlines.contains(&(waiter.deadline, *id)), "waits for ever");
+                        }
+                        in_model += line.ids.len();
+                        *by_client.entry(client).or_default() += line.ids.len();
+                    }
                 }
-                queued += queue.len();
+                assert_eq!(groups.len, in_model, "counted wrongly");
+                queued += in_model;
             }
+            let counted = class.clients.iter().map(|(client, known)| (client, known.waiting));
+            assert!(counted.eq(by_client), "clients are counted wrongly");
         }
         assert_eq!(queued, self.waiters.len(), "a waiter in no queue");
     }
 
-    fn class(&mut self, priority: Priority) -> &mut Class {
+    /// With `turn` it is served, which is its client's turn and its group's.
+    fn take(&mut self, id: u64, turn: Option<u64>) -> Option<Waiter<A>> {
+        let waiter = self.waiters.remove(&id)?;
+        self.deadlines.remove(&(waiter.deadline, id));
+        self.by_age.remove(&(waiter.priority, waiter.since, id));
+        self.class(waiter.priority).remove(&waiter, turn);
+        Some(waiter)
+    }
+
+    fn class(&mut self, priority: Priority) -> &mut Class<A> {
         match priority {
             Priority::Interactive => &mut self.interactive,
             Priority::Batch => &mut self.batch,
         }
     }
+
+    fn class_of(&self, priority: Priority) -> &Class<A> {
+        match priority {
+            Priority::Interactive => &self.interactive,
+            Priority::Batch => &self.batch,
+        }
+    }
 }
 
-impl Class {
-    fn push(&mut self, client: &Arc<str>, id: u64) {
-        if !self.queues.contains_key(client) {
-            self.turns.push_back(client.clone());
+impl<A: Ord> Default for Groups<A> {
+    fn default() -> Self {
+        Groups { groups: BTreeMap::new(), len: 0 }
+    }
+}
+
+impl<A: Ord> Default for Class<A> {
+    fn default() -> Self {
+        Class { by_model: BTreeMap::new(), any_model: Groups::default(), clients: BTreeMap::new(), len: 0 }
+    }
+}
+
+impl<A: Wanted> Class<A> {
+    fn push(&mut self, waiter: &Waiter<A>, turn: u64) {
+        let client = self.clients.entry(waiter.client.clone()).or_insert_with(|| Client { waiting: 0, turn });
+        client.waiting += 1;
+        self.len += 1;
+        let groups = match waiter.ask.model() {
+            Some(model) if !self.by_model.contains_key(model) => {
+                self.by_model.entry(model.to_string()).or_default()
+            }
+            Some(model) => match self.by_model.get_mut(model) {
+                Some(groups) => groups,
+                None => return,
+            },
+            None => &mut self.any_model,
+        };
+        groups.len += 1;
+        let group = groups.groups.entry(waiter.ask.clone()).or_insert_with(|| Group {
+            lines: BTreeMap::new(),
+            order: BTreeMap::new(),
+            turn,
+            passed: 0,
+            outranked: 0,
+            fits: false,
+        });
+        if !group.lines.contains_key(&waiter.client) {
+            group.lines.insert(waiter.client.clone(), Line { turn, ids: BTreeSet::new() });
+            group.order.insert(turn, waiter.client.clone());
         }
-        self.queues.entry(client.clone()).or_default().push_back(id);
+        if let Some(line) = group.lines.get_mut(&waiter.client) {
+            line.ids.insert((waiter.since, waiter.id));
+        }
     }
 
-    fn remove(&mut self, client: &Arc<str>, id: u64) {
-        let Some(queue) = self.queues.get_mut(client) else { return };
-        queue.retain(|other| *other != id);
-        if queue.is_empty() {
-            self.queues.remove(client);
-            self.turns.retain(|other| other != client);
+    fn remove(&mut self, waiter: &Waiter<A>, served: Option<u64>) {
+        self.len -= 1;
+        if let Some(client) = self.clients.get_mut(&waiter.client) {
+            client.waiting -= 1;
+            client.turn = served.unwrap_or(client.turn);
+            if client.waiting == 0 {
+                self.clients.remove(&waiter.client);
+            }
+        }
+        let model = waiter.ask.model();
+        let groups = match model {
+            Some(model) => self.by_model.get_mut(model),
+            None => Some(&mut self.any_model),
+        };
+        let Some(groups) = groups else { return };
+        groups.len -= 1;
+        let is_empty = groups.len == 0;
+        if let Some(group) = groups.groups.get_mut(&waiter.ask) {
+            group.remove(waiter, served);
+            if group.lines.is_empty() {
+                groups.groups.remove(&waiter.ask);
+            }
+        }
+        if let Some(model) = model.filter(|_| is_empty) {
+            self.by_model.remove(model);
         }
     }
 
-    /// A client that was served goes to the end of the turns.
-    fn end_turn(&mut self, client: &Arc<str>) {
-        if let Some(at) = self.turns.iter().position(|other| other == client)
-            && let Some(client) = self.turns.remove(at)
-        {
-            self.turns.push_back(client);
+    fn groups_of(&self, ask: &A) -> Option<&Groups<A>> {
+        match ask.model() {
+            Some(model) => self.by_model.get(model),
+            None => Some(&self.any_model),
         }
     }
 
-    /// Everybody in the order of service: one of each client, then the second of each, and so on.
-    fn in_order(&self) -> impl Iterator<Item = u64> {
-        let mut round: VecDeque<_> = self
-            .turns
-            .iter()
-            .filter_map(|client| self.queues.get(client))
-            .map(|queue| queue.iter())
-            .collect();
-        std::iter::from_fn(move || {
-            while let Some(mut queue) = round.pop_front() {
-                if let Some(id) = queue.next() {
-                    round.push_back(queue);
-                    return Some(*id);
+    /// Hands every group that an engine might serve to `each`.
+    fn each(
+        &mut self,
+        serves: Serves<'_>,
+        mut each: impl FnMut(&A, &mut Group, &BTreeMap<Arc<str>, Client>),
+    ) {
+        let clients = &self.clients;
+        let mut all = |groups: &mut Groups<A>| {
+            groups.groups.iter_mut().for_each(|(ask, group)| each(ask, group, clients));
+        };
+        all(&mut self.any_model);
+        match serves {
+            Serves::Anything => self.by_model.values_mut().for_each(all),
+            Serves::Models(models) => {
+                for (at, model) in models.iter().enumerate() {
+                    // Once, even if it is named twice.
+                    if let Some(groups) = self.by_model.get_mut(model)
+                        && !models[..at].contains(model)
+                    {
+                        all(groups);
+                    }
                 }
             }
-            None
-        })
+        }
     }
 
-    fn position(&self, client: &Arc<str>, id: u64) -> Option<usize> {
-        let depth = self.queues.get(client)?.iter().position(|other| *other == id)?;
-        let turn = self.turns.iter().position(|other| other == client)?;
-        let ahead = |(at, other): (usize, &Arc<str>)| {
-            let waiting = self.queues.get(other).map_or(0, VecDeque::len);
-            waiting.min(if at < turn { depth + 1 } else { depth })
+    fn each_fitting(&mut self, serves: Serves<'_>, mut act: impl FnMut(&mut Group)) {
+        self.each(serves, |_, group, _| {
+            if group.fits {
+                act(group);
+            }
+        });
+    }
+
+    /// Who is next. The groups that fit are marked.
+    fn next(&mut self, serves: Serves<'_>, fits: &mut impl FnMut(&A) -> bool) -> Option<Next> {
+        if self.len == 0 {
+            return None;
+        }
+        let (mut groups, mut is_outranked) = (0, false);
+        let mut by_client: Option<(u64, Mono, u64)> = None;
+        let mut by_age: Option<(u64, u32, u64)> = None;
+        self.each(serves, |ask, group, clients| {
+            group.fits = fits(ask);
+            let Some((client, &(since, id))) = group.first().filter(|_| group.fits) else { return };
+            groups += 1;
+            is_outranked |= group.outranked >= INTERACTIVE_RUN_MAX;
+            let turn = clients.get(client).map_or(0, |client| client.turn);
+            if by_client.is_none_or(|best| (turn, since, id) < best) {
+                by_client = Some((turn, since, id));
+            }
+            if by_age.is_none_or(|(oldest, ..)| group.turn < oldest) {
+                by_age = Some((group.turn, group.passed, id));
+            }
+        });
+        let was_passed = groups > 1 && by_age.is_some_and(|(_, passed, _)| passed >= PASSES_MAX);
+        let id = if was_passed { by_age.map(|(.., id)| id) } else { by_client.map(|(.., id)| id) };
+        Some(Next { id: id?, groups, was_passed, is_outranked })
+    }
+}
+
+impl Group {
+    /// The client whose turn it is, and its first request.
+    fn first(&self) -> Option<(&Arc<str>, &(Mono, u64))> {
+        let (_, client) = self.order.first_key_value()?;
+        Some((client, self.lines.get(client)?.ids.first()?))
+    }
+
+    fn remove<A>(&mut self, waiter: &Waiter<A>, served: Option<u64>) {
+        if let Some(turn) = served {
+            (self.turn, self.passed) = (turn, 0);
+        }
+        let Some(line) = self.lines.get_mut(&waiter.client) else { return };
+        line.ids.remove(&(waiter.since, waiter.id));
+        if line.ids.is_empty() {
+            self.order.remove(&line.turn);
+            self.lines.remove(&waiter.client);
+        } else if let Some(turn) = served {
+            // Who was served goes to the end of the turns.
+            self.order.remove(&line.turn);
+            line.turn = turn;
+            self.order.insert(turn, waiter.client.clone());
+        }
+    }
+
+    fn position<A>(&self, waiter: &Waiter<A>) -> Option<usize> {
+        let line = self.lines.get(&waiter.client)?;
+        let own = (waiter.since, waiter.id);
+        // Mostly it has just come and is the last one.
+        let depth = if line.ids.last() == Some(&own) {
+            line.ids.len() - 1
+        } else {
+            line.ids.iter().position(|other| *other == own)?
         };
-        Some(self.turns.iter().enumerate().map(ahead).sum())
+        if depth == 0 && self.order.last_key_value().is_some_and(|(turn, _)| *turn == line.turn) {
+            return Some(self.lines.len() - 1);
+        }
+        let ahead = |other: &Line| other.ids.len().min(depth + usize::from(other.turn < line.turn));
+        let others = self.lines.values().filter(|other| other.turn != line.turn);
+        Some(depth + others.map(ahead).sum::<usize>())
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn waiter(id: u64, priority: Priority, client: &str) -> Waiter<u64> {
-        let since = Mono(0);
-        Waiter {
-            id,
-            ask: id,
-            priority,
-            client: client.into(),
-            since,
-            deadline: since.plus_ms(TIMEOUT_MS_DEFAULT),
-        }
-    }
-
-    fn drain(queue: &mut Admission<u64>) -> Vec<u64> {
-        std::iter::from_fn(|| queue.next_fitting(|_| true)).map(|w| w.id).collect()
-    }
-
-    #[test]
-    fn batch_waits_behind_eight_interactive_ones_but_not_for_ever() {
-        let mut queue = Admission::new(100);
-        queue.push(waiter(100, Priority::Batch, "b")).expect("room");
-        queue.push(waiter(101, Priority::Batch, "b")).expect("room");
-        for id in 0..20 {
-            queue.push(waiter(id, Priority::Interactive, "i")).expect("room");
-        }
-        let order = drain(&mut queue);
-        let batch: Vec<usize> =
-            order.iter().enumerate().filter(|(_, id)| **id >= 100).map(|(at, _)| at).collect();
-        assert_eq!(batch, [8, 17], "{order:?}");
-    }
-
-    #[test]
-    fn a_flood_of_one_client_delays_another_by_one() {
-        let mut queue = Admission::new(1000);
-        for id in 0..900 {
-            queue.push(waiter(id, Priority::Interactive, "flood")).expect("room");
-        }
-        assert_eq!(queue.push(waiter(900, Priority::Interactive, "quiet")), Ok(1));
-        assert_eq!(drain(&mut queue)[..3], [0, 900, 1]);
-    }
-
-    #[test]
-    fn who_does_not_fit_holds_up_nobody() {
-        let mut queue = Admission::new(10);
-        for id in 0..4 {
-            queue.push(waiter(id, Priority::Interactive, "c")).expect("room");
-        }
-        assert_eq!(queue.next_fitting(|ask| *ask >= 2).map(|w| w.id), Some(2));
-        assert_eq!(queue.next_fitting(|ask| *ask > 9), None);
-        assert_eq!(drain(&mut queue), [0, 1, 3]);
-    }
-
-    #[test]
-    fn a_full_queue_refuses_and_a_late_waiter_leaves() {
-        let mut queue = Admission::new(1);
-        queue.push(waiter(1, Priority::Batch, "c")).expect("room");
-        assert_eq!(queue.push(waiter(1, Priority::Batch, "c")), Err(Refused::Known));
-        assert_eq!(queue.push(waiter(2, Priority::Interactive, "c")), Err(Refused::Full { capacity: 1 }));
-        let due = queue.deadline().expect("one waits");
-        assert!(queue.expire(Mono(due.0 - 1)).is_empty());
-        let ids: Vec<u64> = queue.expire(due).into_iter().map(|w| w.id).collect();
-        assert_eq!((ids, queue.deadline(), queue.is_empty()), (vec![1], None, true));
-    }
-
-    proptest! {
-        /// Whatever comes and goes: nobody is lost or served twice, one client's requests keep their
-        /// order, positions tell the order of service, and nobody outlives the deadline.
-        #[test]
-        fn nobody_is_lost(ops in proptest::collection::vec((0u8..5, 0u64..40, 0usize..4, any::<bool>()), 1..150)) {
-            let mut queue = Admission::new(20);
-            let (mut now, mut next_id) = (Mono(0), 0u64);
-            let mut inside: BTreeSet<u64> = BTreeSet::new();
-            for (op, number, client, batch) in ops {
-                match op {
-                    0 | 1 => {
-                        let priority = if batch { Priority::Batch } else { Priority::Interactive };
-                        let mut one = waiter(next_id, priority, ["a", "b", "c", "d"][client]);
-                        one.deadline = now.plus_ms(number * 10);
-                        let pushed = queue.push(one);
-                        prop_assert_eq!(pushed.is_ok(), inside.len() < 20);
-                        if let Ok(position) = pushed {
-                            prop_assert_eq!(queue.position(next_id), Some(position));
-                            inside.insert(next_id);
-                        }
-                        next_id += 1;
-                    }
-                    2 => {
-                        prop_assert_eq!(queue.remove(number).is_some(), inside.remove(&number));
-                        let order: Vec<u64> = queue.in_order().map(|waiter| waiter.id).collect();
-                        let (mut all, mut sorted) = (order.clone(), inside.iter().copied().collect::<Vec<_>>());
-                        all.sort_unstable();
-                        sorted.sort_unstable();
-                        prop_assert_eq!(all, sorted);
-                        if inside.len() == 20 {
-                            prop_assert_eq!(drain(&mut queue), order);
-                            inside.clear();
-                        }
-                    }
-                    3 => {
-                        now = now.plus_ms(number);
-                        for waiter in queue.expire(now) {
-                            prop_assert!(waiter.deadline <= now && inside.remove(&waiter.id));
-                        }
-                        prop_assert!(queue.deadline().is_none_or(|due| due > now));
-                    }
-                    _ => {
-                        let before: BTreeMap<u64, usize> =
-                            inside.iter().map(|id| (*id, queue.position(*id).expect("waits"))).collect();
-                        let Some(taken) = queue.next_fitting(|_| true) else {
-                            prop_assert!(inside.is_empty());
-                            continue;
-                        };
-                        prop_assert_eq!(before[&taken.id], 0, "not the first of its class");
-                        prop_assert!(inside.remove(&taken.id));
-                        for id in &inside {
-                            let waits = &queue.waiters[id];
-                            let same = waits.priority == taken.priority;
-                            prop_assert_eq!(queue.position(*id), Some(before[id] - usize::from(same)));
-                            prop_assert!(!same || waits.client != taken.client || *id > taken.id, "overtaken");
-                        }
-                    }
-                }
-                queue.check_invariants();
-                prop_assert_eq!(queue.len(), inside.len());
-            }
-        }
-    }
-}
+mod tests;

@@ -34,7 +34,7 @@ pub const LOOKS_MAX: usize = 32;
 pub const PREFIX_BYTES_MAX: usize = 4096;
 
 /// What requests have in common that should meet the same cache.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Affinity {
     /// The client named its session. Remembered, see [`ServedSessions`].
     Session(Arc<str>),

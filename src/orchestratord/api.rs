@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use crate::http::server::{Request, Response};
-use crate::metrics::{self, Scrape};
+use crate::metrics::{self, Histogram, Scrape};
 use crate::service::auth::Tokens;
 use crate::service::lag::LoopLag;
 use crate::time::Now;
@@ -19,8 +19,10 @@ use super::aliases::Aliases;
 use super::core::Core;
 use super::explain::{self, Explain, Survey};
 use super::messages::PoolReady;
+use super::meters;
 use super::openai::{self, Forwarding};
 use super::pages::{self, Page, limit_of};
+use super::patience::ClientPatience;
 use super::poller::{POLL_OUTCOMES, POLL_STATES};
 use super::refusal::Refusal;
 use super::service_registry::{Fenced, NodeStatus, Replica};
@@ -90,6 +92,8 @@ pub struct Facts<'a> {
     pub bodies: (usize, u64),
     /// How far the loop lags behind.
     pub lag: &'a LoopLag,
+    /// Times between two pieces of one relayed stream.
+    pub token_gaps: &'a Histogram,
 }
 
 /// Decides about a request.
@@ -111,8 +115,17 @@ pub fn route(request: &Request, core: &Core, facts: &Facts<'_>, now: Now) -> Act
             if !post {
                 return refuse(Refusal::Method("POST"));
             }
-            match openai::forwarding(path, &request.body, Arc::from(facts.peer), facts.aliases) {
-                Ok(forwarding) => Action::Engine(Box::new(forwarding)),
+            let patience = ClientPatience::read(&head.fields);
+            let read = |own: ClientPatience| {
+                let read = openai::forwarding(path, &request.body, client_of(facts), facts.aliases)?;
+                Ok((own, read))
+            };
+            match patience.and_then(read) {
+                Ok((own, mut forwarding)) => {
+                    let asked = &mut forwarding.asked;
+                    asked.wait_ms_max = asked.wait_ms_max.min(own.wait_ms_max());
+                    Action::Engine(Box::new(forwarding))
+                }
                 Err(refusal) => refuse(refusal),
             }
         }
@@ -152,14 +165,14 @@ pub fn route(request: &Request, core: &Core, facts: &Facts<'_>, now: Now) -> Act
         }
         ["v2", "nodes", rest @ ..] => nodes(rest, request, core, now),
         ["v2", "pools"] if get => match Page::of(head) {
-            Ok(page) => Action::Respond(pages::pools(core.registry(), page)),
+            Ok(page) => Action::Respond(pages::pools(core.registry(), page, now)),
             Err(refusal) => refuse(refusal),
         },
         ["v2", "explain", id @ ..] if get => explained(id, request, core, facts, now),
         ["v2", "pools", pool, "health"] | ["control", "pools", pool, "health"] if get => {
             pool_health(core, pool)
         }
-        ["v2", "tasks"] if post => match tasks::parse(&request.body, Arc::from(facts.peer)) {
+        ["v2", "tasks"] if post => match tasks::parse(&request.body, client_of(facts)) {
             Ok(task) => Action::CreateTask(Box::new(task)),
             Err(refusal) => refuse(refusal),
         },
@@ -180,6 +193,12 @@ pub fn route(request: &Request, core: &Core, facts: &Facts<'_>, now: Now) -> Act
         ["v2", "tasks"] | ["v2", "tasks", _, "cancel"] => refuse(Refusal::Method("POST")),
         _ => refuse(Refusal::NoSuchPath),
     }
+}
+
+/// With whom a request shares a turn in the queue: everybody at one address. The token tells clients apart
+/// no further: all of them have the same.
+fn client_of(facts: &Facts<'_>) -> Arc<str> {
+    Arc::from(facts.peer)
 }
 
 fn respond(status: u16, body: &impl serde::Serialize) -> Action {
@@ -393,6 +412,7 @@ fn scrape(core: &Core, facts: &Facts<'_>, now: Now) -> Response {
         &counts.first_byte,
     );
     scrape.histogram("orchestratord_request_seconds", "From ask to the answer's end.", &counts.duration);
+    meters::scrape(core, facts.token_gaps, &mut scrape);
     facts.lag.scrape("orchestratord", now.mono, &mut scrape);
     if let Some(bytes) = facts.resident_bytes {
         scrape.gauge("process_resident_memory_bytes", "Resident memory.", &[("", bytes as f64)]);

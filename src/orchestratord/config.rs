@@ -118,6 +118,30 @@ pub static TABLE: &[Setting] = &[
         help: "Memory for all request bodies together, those of waiting requests included; 2 to 65536",
     },
     Setting {
+        flag: "first-byte-timeout-ms",
+        env: "ORCHESTRATORD_FIRST_BYTE_TIMEOUT_MS",
+        aliases: &[],
+        default: Some("900000"),
+        value: "MS",
+        help: "How long an engine may take from the request to the first byte of its answer; 100 to 86400000",
+    },
+    Setting {
+        flag: "idle-timeout-ms",
+        env: "ORCHESTRATORD_IDLE_TIMEOUT_MS",
+        aliases: &[],
+        default: Some("300000"),
+        value: "MS",
+        help: "How long an answer may pause between two bytes; 100 to 86400000",
+    },
+    Setting {
+        flag: "request-timeout-ms",
+        env: "ORCHESTRATORD_REQUEST_TIMEOUT_MS",
+        aliases: &[],
+        default: Some("0"),
+        value: "MS",
+        help: "How long a request may take altogether, its wait included; 0 to 86400000, 0 for no limit",
+    },
+    Setting {
         flag: "runtime-dir",
         env: "ORCHD_RUNTIME_DIR",
         aliases: &[],
@@ -232,6 +256,12 @@ pub struct Config {
     pub body_bytes_max: usize,
     /// All request bodies together, in bytes.
     pub bodies_bytes_max: usize,
+    /// From a request to the first byte of its answer.
+    pub first_byte_timeout_ms: u64,
+    /// Between two bytes of an answer.
+    pub idle_timeout_ms: u64,
+    /// From a request to the last byte of its answer; 0 for no limit.
+    pub request_timeout_ms: u64,
     /// Where handoffs appear in the HOME profile.
     pub runtime_dir: PathBuf,
     /// Listing interval without events.
@@ -308,6 +338,9 @@ impl Config {
             aliases: settings.get("model-alias", Aliases::parse)?.unwrap_or_default(),
             body_bytes_max,
             bodies_bytes_max,
+            first_byte_timeout_ms: settings.need("first-byte-timeout-ms", number(100, 86_400_000))?,
+            idle_timeout_ms: settings.need("idle-timeout-ms", number(100, 86_400_000))?,
+            request_timeout_ms: settings.need("request-timeout-ms", number(0, 86_400_000))?,
             runtime_dir: settings.need("runtime-dir", |text| Ok(PathBuf::from(text)))?,
             watch_interval_ms: settings.need("watch-interval-ms", number(100, 10_000))?,
             pool_managers,

@@ -6,14 +6,14 @@
 //!   Listing, Probed ─▶ local replicas (HOME) ┤
 //!                                            ▼
 //!   Ask ─▶ placement ──slot taken──▶ Effect::Dispatch ─▶ Answering ─▶ Ended ─▶ slot given back
-//!             └─ no slot ─▶ admission queue ──▲                        └─ failed unanswered: once more
+//!             └─ no slot ─▶ admission queue ──▲                        └─ failed unanswered: elsewhere
 //! ```
 //!
 //! A request is placed, or put into the queue, in the turn in which it is asked for; a slot that
 //! becomes free goes to the first waiter that fits in the same turn. A slot is taken by exactly one
 //! grant and given back exactly once, when the exchange behind it has ended.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::replicas::{self, Fault, Trouble};
@@ -22,26 +22,36 @@ use crate::time::{Mono, Now, earliest};
 use crate::wire::id::NodeId;
 
 use self::keeping::Keeper;
+use self::limits::Abort;
 pub use self::predicting::QueuePlace;
-use super::admission::{Admission, Waiter};
+use self::waiting::{Hopes, Wanted};
+use super::admission::{Admission, Priority, Waiter};
 use super::affinity::{self, Affinity};
+use super::drain_rate::DrainRate;
 use super::explain::Considered;
 use super::forecast::Speeds;
 pub use super::messages::{Asked, Counts, Dispatch, Effect, Ending, Input, Options, RequestId};
-use super::placement::{Ask, Choice, Strategy, StrategyState, choose, fits};
+use super::meters::{Ended, Meters};
+use super::placement::{Ask, Choice, Strategy, StrategyState, choose};
 use super::poller::Poller;
-use super::refusal::{RETRY_MS_DEFAULT, Refusal};
+use super::refusal::Refusal;
 use super::report::happening;
 use super::served_sessions::{ServedSession, ServedSessions};
-use super::service_registry::{Change, Fenced, Grant, Replica, ReplicaRef, ServiceRegistry, Target};
+use super::service_registry::{
+    Change, Fenced, Grant, NodeStatus, Replica, ReplicaRef, ServiceRegistry, Target,
+};
 
 #[cfg(test)]
 mod affinity_tests;
 mod keeping;
+mod limits;
 mod polling;
 mod predicting;
 #[cfg(test)]
 mod tests;
+mod waiting;
+
+pub use self::waiting::NOBODY_GRACE_MS;
 
 /// Engines that one request is tried on before it is given up.
 pub const ATTEMPTS_MAX: u32 = 3;
@@ -62,13 +72,20 @@ struct Request {
     running: Option<Run>,
     /// What the last placement saw, until it is told.
     considered: Option<Considered>,
+    /// When its time is over, and how long that is after its ask.
+    limit: Option<(Mono, u64)>,
+    /// Its time is over.
+    is_overdue: bool,
 }
 
 #[derive(Debug)]
 struct Run {
     grant: Grant,
+    node: NodeId,
     since: Mono,
     answering: bool,
+    /// It is being ended from here.
+    abort: Option<Abort>,
 }
 
 /// The engines of this machine, in the HOME profile.
@@ -83,7 +100,13 @@ struct Local {
 #[derive(Debug)]
 pub struct Core {
     registry: ServiceRegistry,
-    admission: Admission<Ask>,
+    admission: Admission<Wanted>,
+    hopes: Hopes,
+    /// A replica takes other work than before, or is being tried: who failed elsewhere may have waited for it.
+    replicas_changed: bool,
+    drains: DrainRate,
+    limits: BTreeSet<(Mono, RequestId)>,
+    meters: Meters,
     requests: BTreeMap<RequestId, Request>,
     local: Option<Local>,
     poller: Poller,
@@ -120,6 +143,11 @@ impl Core {
             poller: Poller::new(&options.polled, options.limits.poll_interval_ms, options.seed, now),
             registry,
             admission: Admission::new(options.admission_capacity),
+            hopes: Hopes::default(),
+            replicas_changed: false,
+            drains: DrainRate::new(options.seed),
+            limits: BTreeSet::new(),
+            meters: Meters::default(),
             requests: BTreeMap::new(),
             local,
             strategy: options.strategy,
@@ -183,6 +211,13 @@ impl Core {
             Input::Polled(id, outcome) => self.polled(id, outcome, now, &mut changes, effects),
             Input::PoolReady { reply, notice } => self.pool_ready(reply, &notice, now, effects),
             Input::Ask { request, asked } => self.ask(request, *asked, now, effects),
+            Input::Limit { request, total_ms } => self.limit(request, total_ms),
+            Input::Metered(id, metered) => {
+                if let Some(request) = self.requests.get(&id) {
+                    let model = request.asked.ask.model.as_deref();
+                    self.meters.metered(model, metered, request.since);
+                }
+            }
             Input::Answering(request) => self.answering(request, now, &mut changes),
             Input::Measured { request, first_token_ms, tokens, decode_ms } => {
                 self.measured(request, first_token_ms, tokens, decode_ms);
@@ -201,9 +236,12 @@ impl Core {
             self.registry.expire(now, &mut changes);
         }
         self.follow(changes, now, effects);
+        self.serve_who_failed(now, effects);
         self.send_probes(now, effects);
         if tick {
             self.end_waits(now, effects);
+            self.end_overdue(now, effects);
+            self.look_for_hope(now, effects);
             self.send_polls(now, effects);
         }
         self.end_shutdown(now, effects);
@@ -216,7 +254,8 @@ impl Core {
         // As long as probes are sent: a deadline that nothing meets would make the loop spin.
         let local = self.local.as_ref().filter(|_| self.ends_at.is_none());
         let local = local.and_then(|local| local.replicas.deadline());
-        let queue = self.admission.deadline();
+        let queue =
+            earliest(self.admission.deadline(), earliest(self.limits_deadline(), self.look_deadline()));
         let end = self.ends_at.filter(|_| !self.over && !self.is_keeping_last());
         earliest(
             earliest(self.registry.deadline(), earliest(queue, self.poller.deadline())),
@@ -272,6 +311,18 @@ impl Core {
         self.admission.len()
     }
 
+    /// Of these, the ones of this priority.
+    #[must_use]
+    pub fn waiting_of(&self, priority: Priority) -> usize {
+        self.admission.len_of(priority)
+    }
+
+    /// What is counted by model.
+    #[must_use]
+    pub fn meters(&self) -> &Meters {
+        &self.meters
+    }
+
     /// Requests that run on an engine.
     #[must_use]
     pub fn in_flight(&self) -> usize {
@@ -313,6 +364,8 @@ impl Core {
         }
         let waiting = self.requests.values().filter(|request| request.running.is_none()).count();
         assert_eq!(waiting, self.admission.len(), "a request neither runs nor waits");
+        let limited = self.requests.values().filter(|request| request.limit.is_some()).count();
+        assert_eq!(limited, self.limits.len(), "a stray limit");
         let mut granted: BTreeMap<ReplicaRef, u32> = BTreeMap::new();
         for run in self.requests.values().filter_map(|request| request.running.as_ref()) {
             *granted.entry(run.grant.replica()).or_default() += run.grant.slots();
@@ -343,7 +396,12 @@ impl Core {
             }
             match change {
                 Change::ReplicaReady(replica) | Change::ReplicaCapacity(replica) => {
+                    self.replicas_changed = true;
                     self.serve_waiters(replica, now, effects);
+                }
+                Change::ReplicaNotReady { .. } | Change::ReplicaGone { .. } => self.replicas_changed = true,
+                Change::NodeStatus { node, to: NodeStatus::Offline, .. } | Change::NodeGone { node, .. } => {
+                    self.recall(&node, effects);
                 }
                 Change::AskNode { node, pool, agent } => effects.push(Effect::AskAgent { node, pool, agent }),
                 _ => {}
@@ -402,6 +460,8 @@ impl Core {
             tried: Vec::new(),
             running: None,
             considered: None,
+            limit: None,
+            is_overdue: false,
         };
         self.requests.insert(id, request);
         self.place(id, now, effects);
@@ -410,6 +470,9 @@ impl Core {
     /// Gives a request a slot, or a place in the queue, or a refusal.
     fn place(&mut self, id: RequestId, now: Now, effects: &mut Vec<Effect>) {
         let Some(request) = self.requests.get_mut(&id) else { return };
+        if request.is_overdue {
+            return self.refuse(id, Refusal::OutOfTime, effects);
+        }
         let (strategy, state) = (self.strategy, &mut self.strategy_state);
         let (ask, sessions) = (&request.asked.ask, &self.sessions);
         let placement =
@@ -424,10 +487,11 @@ impl Core {
                 self.refuse(id, Refusal::UnknownModel { model, known }, effects);
             }
             Choice::UnknownPin if first => {
-                let gone = request.asked.ask.node.as_ref().filter(|node| self.registry.node(node).is_none());
-                let refusal = match gone {
+                let ask = request.asked.ask.clone();
+                let refusal = match ask.node.as_ref().filter(|node| self.registry.node(node).is_none()) {
                     Some(node) => {
-                        Refusal::Unready { reason: format!("node {node} is not known"), node: true }
+                        let reason = format!("node {node} is not known");
+                        Refusal::Unready { reason, node: true, retry_ms: self.retry_ms(&ask, now) }
                     }
                     None => Refusal::UnknownPin,
                 };
@@ -437,19 +501,18 @@ impl Core {
                 let wanted_tokens = ask.context_tokens.unwrap_or(0);
                 self.refuse(id, Refusal::ContextTooLong { wanted_tokens, longest_tokens }, effects);
             }
-            // One that failed is as good as any once its circuit allows it; `attempts` bounds this.
+            Choice::Busy => self.wait(id, None, now, effects),
+            // Nobody else could: one that failed is as good as any once its circuit allows it.
             _ if tried => {
-                if let Some(request) = self.requests.get_mut(&id) {
-                    request.tried.clear();
+                let (strategy, state) = (self.strategy, &mut self.strategy_state);
+                match choose(&self.registry, &request.asked.ask, &[], strategy, state).choice {
+                    Choice::Replica { replica, slots } => self.dispatch(id, replica, slots, now, effects),
+                    Choice::NotReady { reason } => self.wait(id, Some(reason), now, effects),
+                    _ => self.wait(id, None, now, effects),
                 }
-                self.place(id, now, effects);
             }
             Choice::NotReady { reason } => self.wait(id, Some(reason), now, effects),
-            Choice::Busy
-            | Choice::Nothing
-            | Choice::ContextTooLong { .. }
-            | Choice::UnknownModel
-            | Choice::UnknownPin => {
+            Choice::Nothing | Choice::ContextTooLong { .. } | Choice::UnknownModel | Choice::UnknownPin => {
                 self.wait(id, None, now, effects);
             }
         }
@@ -457,10 +520,11 @@ impl Core {
 
     fn wait(&mut self, id: RequestId, not_ready: Option<String>, now: Now, effects: &mut Vec<Effect>) {
         let Some(request) = self.requests.get(&id) else { return };
+        let deadline = request.asked.is_deadline.then(|| request.since.plus_ms(request.asked.wait_ms_max));
         let wait_ms = self.wait_ms_max.min(request.asked.wait_ms_max);
         let waiter = Waiter {
             id,
-            ask: request.asked.ask.clone(),
+            ask: request.wanted(),
             priority: request.asked.priority,
             client: request.asked.client.clone(),
             since: request.since,
@@ -468,10 +532,11 @@ impl Core {
         };
         match self.admission.push(waiter) {
             Ok(position) => {
-                let left_ms = request.since.plus_ms(request.asked.wait_ms_max).ms_since(now.mono);
+                self.hopes.looked.get_or_insert(now.mono);
                 let considered = self.requests.get_mut(&id).and_then(|request| request.considered.take());
                 let predicted_ms = self.predicted_ms(id, now);
-                match predicted_ms.filter(|ms| *ms > left_ms) {
+                let is_late = |ms: &u64| deadline.is_some_and(|at| *ms > at.ms_since(now.mono));
+                match predicted_ms.filter(is_late) {
                     Some(ms) => {
                         self.admission.remove(id);
                         let reason = format!("deadline_ms cannot be met: the start is expected in {ms} ms");
@@ -485,8 +550,8 @@ impl Core {
                 }
             }
             Err(_) => {
-                let retry_ms = self.retry_ms(&request.asked.ask, RETRY_MS_DEFAULT, now);
-                let capacity = self.admission.len();
+                let (capacity, ask) = (self.admission.len(), request.asked.ask.clone());
+                let retry_ms = self.retry_ms(&ask, now);
                 self.refuse(id, Refusal::QueueFull { capacity, retry_ms }, effects);
             }
         }
@@ -523,20 +588,12 @@ impl Core {
             self.counts.waited.observe_ns(now.mono.ns_since(request.since));
         }
         request.attempts += 1;
-        request.running = Some(Run { grant, since: now.mono, answering: false });
+        self.meters.dispatched(request.asked.ask.model.as_deref());
+        let node = known.node.clone();
+        request.running = Some(Run { grant, node, since: now.mono, answering: false, abort: None });
         effects.push(Effect::Dispatch(id, dispatch));
-    }
-
-    /// Gives what `replica` has free to waiters, in their order.
-    fn serve_waiters(&mut self, replica: ReplicaRef, now: Now, effects: &mut Vec<Effect>) {
-        while let Some(waiter) = self.admission.next_fitting(|ask| fits(&self.registry, replica, ask)) {
-            let total = self.registry.replica(replica).map_or(1, |known| known.slots_total);
-            self.dispatch(waiter.id, replica, waiter.ask.slots.clamp(1, total.max(1)), now, effects);
-            // Judged to fit and yet not taken: it waits again, and so must this loop.
-            if self.requests.get(&waiter.id).is_some_and(|request| request.running.is_none()) {
-                return;
-            }
-        }
+        // A trial keeps everybody else away.
+        self.replicas_changed |= self.registry.table().get_hot(replica).is_some_and(|hot| !hot.placeable);
     }
 
     fn answering(&mut self, id: RequestId, now: Now, changes: &mut Vec<Change>) {
@@ -567,39 +624,82 @@ impl Core {
         let is_untried = self.registry.replica(replica).is_some_and(Replica::is_untried);
         request.untried += u32::from(is_untried && request.untried < UNTRIED_ATTEMPTS_MAX);
         let (since, attempts) = (request.since, request.attempts - request.untried);
+        let (ask, abort): (Ask, _) = (request.asked.ask.clone(), run.abort);
         match ending {
             Ending::Complete => {
                 self.counts.answered += 1;
                 self.counts.duration.observe_ns(now.mono.ns_since(since));
                 self.learn(replica, now.mono.ms_since(run.since));
-                self.requests.remove(&id);
-                self.release(run.grant, now, effects);
+                self.over(id, Ended::Answered, now);
             }
             Ending::Withdrawn => {
                 self.counts.withdrawn += 1;
-                self.requests.remove(&id);
-                self.release(run.grant, now, effects);
+                self.over(id, Ended::Withdrawn, now);
             }
-            Ending::NotTried(reason) => {
-                self.refuse(id, Refusal::Overloaded(reason), effects);
-                self.release(run.grant, now, effects);
-            }
+            Ending::NotTried(reason) => self.refuse(id, Refusal::Overloaded(reason), effects),
             Ending::Failed { reason, connect, timeout, answered } => {
                 request.tried.push(replica);
+                self.counts.failures.add(connect, timeout);
                 self.engine_failed(replica, &reason, connect, timeout, now, changes, effects);
                 self.registry.release(run.grant);
                 if answered {
                     self.counts.broken += 1;
-                    self.requests.remove(&id);
+                    self.over(id, Ended::Broken, now);
                 } else if timeout || attempts >= ATTEMPTS_MAX {
-                    self.refuse(id, Refusal::EngineFailed { reason, timeout }, effects);
+                    let retry_ms = self.retry_ms(&ask, now);
+                    self.refuse(id, Refusal::EngineFailed { reason, timeout, retry_ms }, effects);
                 } else {
                     self.counts.retried += 1;
                     self.place(id, now, effects);
                 }
-                self.serve_waiters(replica, now, effects);
+                return self.serve_waiters(replica, now, effects);
             }
+            Ending::NotReady { reason, pause_ms } => {
+                request.tried.push(replica);
+                self.counts.failures.not_ready += 1;
+                self.registry.data_path_not_ready(replica, pause_ms, &reason, now, changes);
+                self.registry.release(run.grant);
+                if attempts >= ATTEMPTS_MAX {
+                    let retry_ms = self.retry_ms(&ask, now);
+                    self.refuse(id, Refusal::EngineFailed { reason, timeout: false, retry_ms }, effects);
+                } else {
+                    self.counts.retried += 1;
+                    self.place(id, now, effects);
+                }
+                return self.serve_waiters(replica, now, effects);
+            }
+            Ending::Aborted { answered: true } => {
+                self.counts.broken += 1;
+                self.over(id, Ended::Broken, now);
+            }
+            Ending::Aborted { .. } if abort == Some(Abort::Moved) => {
+                request.tried.push(replica);
+                self.counts.failures.vanished += 1;
+                self.counts.retried += 1;
+                self.registry.release(run.grant);
+                self.place(id, now, effects);
+                return self.serve_waiters(replica, now, effects);
+            }
+            Ending::Aborted { .. } => self.refuse(id, Refusal::OutOfTime, effects),
         }
+        self.release(run.grant, now, effects);
+    }
+
+    /// A request has ended that held a slot.
+    fn over(&mut self, id: RequestId, how: Ended, now: Now) {
+        if let Some(request) = self.forget(id) {
+            let model = request.asked.ask.model.as_deref();
+            self.meters.ended(model, how);
+            self.drains.ended(model, now.mono);
+        }
+    }
+
+    fn forget(&mut self, id: RequestId) -> Option<Request> {
+        let request = self.requests.remove(&id)?;
+        if let Some((at, _)) = request.limit {
+            self.limits.remove(&(at, id));
+        }
+        Some(request)
     }
 
     #[expect(clippy::too_many_arguments, reason = "they are one failure")]
@@ -639,13 +739,17 @@ impl Core {
     fn withdraw(&mut self, id: RequestId) {
         if self.admission.remove(id).is_some() {
             self.counts.withdrawn += 1;
-            self.requests.remove(&id);
+            if let Some(request) = self.forget(id) {
+                self.meters.ended(request.asked.ask.model.as_deref(), Ended::Withdrawn);
+            }
         }
     }
 
     fn refuse(&mut self, id: RequestId, refusal: Refusal, effects: &mut Vec<Effect>) {
         *self.counts.refused.entry(refusal.label()).or_default() += 1;
-        self.requests.remove(&id);
+        if let Some(request) = self.forget(id) {
+            self.meters.ended(request.asked.ask.model.as_deref(), Ended::Refused);
+        }
         effects.push(Effect::Refuse(id, refusal));
     }
 
@@ -658,30 +762,6 @@ impl Core {
             local.replicas.due_probes(now, &mut orders);
         }
         effects.extend(orders.into_iter().map(Effect::Probe));
-    }
-
-    /// Refuses waiters whose time is over, with what they waited for.
-    fn end_waits(&mut self, now: Now, effects: &mut Vec<Effect>) {
-        for waiter in self.admission.expire(now.mono) {
-            let placement = choose(&self.registry, &waiter.ask, &[], self.strategy, &mut self.strategy_state);
-            let own = self.requests.get(&waiter.id).map_or(u64::MAX, |request| request.asked.wait_ms_max);
-            let (reason, full) = match placement.choice {
-                Choice::Busy | Choice::Replica { .. } => ("every slot was busy".to_string(), true),
-                Choice::NotReady { reason } if own >= self.wait_ms_max => {
-                    let refusal = Refusal::Unready { reason, node: waiter.ask.node.is_some() };
-                    self.refuse(waiter.id, refusal, effects);
-                    continue;
-                }
-                Choice::NotReady { reason } => (reason, false),
-                _ => ("no engine is known that could serve it".to_string(), false),
-            };
-            let refusal = if own < self.wait_ms_max {
-                Refusal::Deadline(format!("deadline_ms has passed before a slot became free: {reason}"))
-            } else {
-                Refusal::Waited { reason, full }
-            };
-            self.refuse(waiter.id, refusal, effects);
-        }
     }
 
     fn end_shutdown(&mut self, now: Now, effects: &mut Vec<Effect>) {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::http::head::RequestHead;
 use crate::http::server::{Request, Response};
 use crate::net::budget::BodyHold;
-use crate::net::{DialRule, FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Sink};
+use crate::net::{DialRule, Net, NetEvent, Outbound, Outcome, Patience, Sink, Timing};
 use crate::reactor::signal::Signals;
 use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Reactor, Registry, Waker, now};
@@ -27,6 +27,7 @@ use super::config::Config;
 use super::core::{Core, Dispatch, Effect, Ending, Input, Options, RequestId};
 use super::envelope::{to_client, to_engine};
 use super::explain::{self, Explain};
+use super::meters::Metered;
 use super::poller::PollId;
 use super::refusal::Refusal;
 use super::service_registry::Target;
@@ -38,8 +39,8 @@ mod front_door;
 mod state;
 mod tasks;
 
-/// What a request to an engine may take: prompts are read for minutes before the first token.
-const ENGINE_PATIENCE: Patience = Patience { connect_ms: 2_000, first_byte_ms: 900_000, idle_ms: 300_000 };
+/// How long a connection to an engine may take to come about, in milliseconds.
+const CONNECT_MS: u64 = 2_000;
 /// An engine that answers so did not take the request: another one may.
 const HOLD_BACK: &[u16] = &[502, 503, 504];
 /// An agent also answers 409 when another engine stands behind the name by now.
@@ -92,10 +93,6 @@ struct Job {
     on: Option<(ReplicaKey, u64)>,
     /// The session that it belongs to, until its part in that is over.
     session: Option<Arc<str>>,
-    /// With these statuses its engine says that it did not take the request.
-    hold_back: &'static [u16],
-    /// It did.
-    held_back: bool,
 }
 
 enum Front {
@@ -261,6 +258,7 @@ impl Daemon {
                 NetEvent::Head { exchange, status } => self.head(exchange, status, now),
                 NetEvent::Data { exchange, bytes } => self.data(exchange, &bytes, now),
                 NetEvent::Finished { exchange, outcome, timing } => {
+                    self.meter(exchange, &timing, now);
                     self.explain_attempt(exchange, &outcome, timing);
                     self.finished(exchange, outcome, now);
                 }
@@ -284,6 +282,14 @@ impl Daemon {
                         self.explain.waits(request, position, considered);
                     }
                     Effect::Dispatch(request, dispatch) => self.dispatch(request, &dispatch, now),
+                    Effect::Abort { request, reason, even_answered } => {
+                        let exchange = self.jobs.get(&request).and_then(|job| job.exchange);
+                        if let Some(exchange) = exchange
+                            && (even_answered || !self.net.is_answered(exchange))
+                        {
+                            self.net.abort(exchange, &reason, now.mono);
+                        }
+                    }
                     Effect::Process(order) => {
                         if let Some((key, generation, seen)) = self.processes.carry_out(order, &self.registry)
                         {
@@ -320,6 +326,7 @@ impl Daemon {
             sessions: self.sessions.len(),
             bodies: (self.net.bodies_bytes(), self.net.bodies_refused()),
             lag: &self.lag,
+            token_gaps: self.net.token_gaps(),
         };
         match api::route(&request, &self.core, &facts, now) {
             Action::Respond(response) => self.net.respond(client, &response, now.mono),
@@ -452,21 +459,23 @@ impl Daemon {
                 let fields = to_client(dispatch, queue_ms, job.attempts + 1);
                 Sink::Client { client: *client, hold_back, fields }
             }
-            _ => Sink::Owner,
+            _ => Sink::Owner { hold_back },
         };
         let method = method.to_string();
         let body = job.body.clone();
+        let patience = Patience {
+            connect_ms: CONNECT_MS,
+            first_byte_ms: self.config.first_byte_timeout_ms,
+            idle_ms: self.config.idle_timeout_ms,
+        };
         self.task_dispatched(request, dispatch, now);
-        let outbound =
-            Outbound { to, method, target, fields, body, sink, patience: ENGINE_PATIENCE, keep_ms: None };
+        let outbound = Outbound { to, method, target, fields, body, sink, patience, keep_ms: None };
         let exchange = self.net.start(outbound, now.mono);
         self.exchanges.insert(exchange, Running::Request(request));
         if let Some(job) = self.jobs.get_mut(&request) {
             job.attempts += 1;
             job.exchange = Some(exchange);
             job.on = Some((dispatch.key.clone(), dispatch.generation));
-            job.hold_back = hold_back;
-            job.held_back = false;
         }
     }
 
@@ -477,17 +486,35 @@ impl Daemon {
         self.core.handle(Input::Ended(request, ending), now, &mut self.effects);
     }
 
+    /// A request may take no longer than its client says, or than is configured.
+    fn limit(&mut self, request: RequestId, own_ms: Option<u64>, now: Now) {
+        let configured_ms = Some(self.config.request_timeout_ms).filter(|ms| *ms > 0);
+        if let Some(total_ms) = own_ms.into_iter().chain(configured_ms).min() {
+            self.core.handle(Input::Limit { request, total_ms }, now, &mut self.effects);
+        }
+    }
+
+    fn meter(&mut self, exchange: Token, timing: &Timing, now: Now) {
+        if let Some(Running::Request(request)) = self.exchanges.get(&exchange) {
+            let metered = Metered {
+                first_token: timing.first_token,
+                tokens_in: timing.tokens.prompt,
+                tokens_out: timing.tokens.completion,
+            };
+            self.core.handle(Input::Metered(*request, metered), now, &mut self.effects);
+        }
+    }
+
     fn head(&mut self, exchange: Token, status: u16, now: Now) {
         if let Some(Running::Request(request)) = self.exchanges.get(&exchange) {
             let request = *request;
-            if self.task_head(request, exchange, status, now) {
-                self.explain.answering(request, status, now.mono);
-                if let Some(job) = self.jobs.get_mut(&request) {
-                    // Nothing else will be tried any more.
-                    (job.body, job.room) = (Arc::default(), None);
-                }
-                self.core.handle(Input::Answering(request), now, &mut self.effects);
+            self.task_head(request, status, now);
+            self.explain.answering(request, status, now.mono);
+            if let Some(job) = self.jobs.get_mut(&request) {
+                // Nothing else will be tried any more.
+                (job.body, job.room) = (Arc::default(), None);
             }
+            self.core.handle(Input::Answering(request), now, &mut self.effects);
         }
     }
 
@@ -532,7 +559,7 @@ impl Daemon {
         if let Some(job) = self.jobs.get_mut(&request) {
             job.exchange = None;
         }
-        let (ending, over) = match self.task_outcome(request, outcome) {
+        let (ending, over) = match outcome {
             Outcome::Complete { status, .. } => {
                 self.task_answered(request, now);
                 if !is_task && status == 200 {
@@ -541,12 +568,9 @@ impl Daemon {
                 (Ending::Complete, true)
             }
             Outcome::ClientGone | Outcome::Cancelled => (Ending::Withdrawn, true),
-            Outcome::Failed(fault) if fault.kind == FaultKind::Local => {
-                (Ending::NotTried(fault.reason), false)
-            }
             Outcome::Failed(fault) => {
-                let ending = self.task_fault(request, &fault, now);
-                (ending, fault.answered)
+                let answered = fault.answered;
+                (self.task_fault(request, fault, now), answered)
             }
         };
         let is_wanted = self.jobs.contains_key(&request) && !self.tasks.is_over(request);

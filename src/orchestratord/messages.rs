@@ -17,6 +17,7 @@ use crate::wire::url::BaseUrl;
 
 use super::admission::Priority;
 use super::explain::Considered;
+use super::meters::Metered;
 use super::placement::{Ask, Strategy};
 use super::poller::{PollId, PollOrder};
 use super::refusal::Refusal;
@@ -37,6 +38,9 @@ pub struct Asked {
     pub client: Arc<str>,
     /// Longest wait, in milliseconds; the configured limit if that is shorter.
     pub wait_ms_max: u64,
+    /// That is the time by which the client wants it to start: who cannot be served until then is refused
+    /// at once, as far as can be told.
+    pub is_deadline: bool,
 }
 
 /// How an exchange with an engine ended.
@@ -56,6 +60,18 @@ pub enum Ending {
         connect: bool,
         /// It was too slow.
         timeout: bool,
+        /// The client has seen a part of the answer.
+        answered: bool,
+    },
+    /// The engine said that it is not ready. Nothing of that has reached the client.
+    NotReady {
+        /// What it said, for people.
+        reason: String,
+        /// How long it wants to be left alone, in milliseconds.
+        pause_ms: u64,
+    },
+    /// It was ended as [`Effect::Abort`] demanded.
+    Aborted {
         /// The client has seen a part of the answer.
         answered: bool,
     },
@@ -165,6 +181,15 @@ pub enum Input {
         /// What it wants.
         asked: Box<Asked>,
     },
+    /// A request that was just asked for may take so long altogether, in milliseconds.
+    Limit {
+        /// The request.
+        request: RequestId,
+        /// From its ask to the last byte of its answer.
+        total_ms: u64,
+    },
+    /// What was measured of an exchange that is about to end.
+    Metered(RequestId, Metered),
     /// The head of an engine's answer came.
     Answering(RequestId),
     /// A request's answer, which has come but whose exchange has not ended, was read token by token.
@@ -207,7 +232,7 @@ pub enum Effect {
     Waiting {
         /// The request.
         request: RequestId,
-        /// So many of its class go first.
+        /// So many of those who ask for the same go first.
         position: usize,
         /// When it may be its turn, in milliseconds from now; `None` where nothing was measured that
         /// could tell.
@@ -219,6 +244,15 @@ pub enum Effect {
     },
     /// Send a request to an engine.
     Dispatch(RequestId, Dispatch),
+    /// End an exchange, if it still runs. [`Ending::Aborted`] is the answer.
+    Abort {
+        /// The request.
+        request: RequestId,
+        /// Why, for people.
+        reason: String,
+        /// Also where the answer has begun.
+        even_answered: bool,
+    },
     /// Watch a process, or forget it.
     Process(ProcessOrder),
     /// Send a probe.
@@ -298,6 +332,8 @@ pub struct Counts {
     pub broken: u64,
     /// Requests sent to another engine after a failure.
     pub retried: u64,
+    /// Exchanges that engines failed.
+    pub failures: Failures,
     /// Refusals by their label.
     pub refused: BTreeMap<&'static str, u64>,
     /// Registrations accepted.
@@ -318,4 +354,30 @@ pub struct Counts {
     pub first_byte: Histogram,
     /// From ask to end, answered requests only.
     pub duration: Histogram,
+}
+
+/// Exchanges that engines failed, by what that means for them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Failures {
+    /// No connection.
+    pub connect: u64,
+    /// Reset, cut off, or answered with 502, 503 or 504.
+    pub broken: u64,
+    /// Too slow.
+    pub timeout: u64,
+    /// Not ready, as the engine said itself.
+    pub not_ready: u64,
+    /// Its node vanished before the answer began.
+    pub vanished: u64,
+}
+
+impl Failures {
+    /// One more.
+    pub fn add(&mut self, connect: bool, timeout: bool) {
+        match (connect, timeout) {
+            (_, true) => self.timeout += 1,
+            (true, false) => self.connect += 1,
+            (false, false) => self.broken += 1,
+        }
+    }
 }

@@ -70,7 +70,8 @@ pub fn forwarding(
         affinity: session.or(prefix_hash.map(Affinity::Prefix)),
         ..Ask::default()
     };
-    let asked = Asked { ask, priority: Priority::Interactive, client, wait_ms_max: u64::MAX };
+    let priority = Priority::Interactive;
+    let asked = Asked { ask, priority, client, wait_ms_max: u64::MAX, is_deadline: false };
     let alias = read.model.filter(|_| rewrite.is_some()).map(Cow::into_owned);
     Ok(Forwarding { asked, rewrite, alias, stream: read.stream })
 }

@@ -19,7 +19,7 @@ use crate::wire::url::BaseUrl;
 
 use super::poller::Poller;
 use super::refusal::Refusal;
-use super::service_registry::{Confirmation, Node, Obstacle, Replica, ServiceRegistry};
+use super::service_registry::{Circuit, Confirmation, Node, Obstacle, Replica, ServiceRegistry};
 
 /// Entries of one page, at most and unless told otherwise: 1,000 nodes of a few replicas are a megabyte.
 pub const PAGE_MAX: usize = 1_000;
@@ -109,7 +109,7 @@ pub fn node(registry: &ServiceRegistry, node: &Node, now: Now) -> Response {
 
 /// One page of pools, each over all nodes.
 #[must_use]
-pub fn pools(registry: &ServiceRegistry, page: Page<'_>) -> Response {
+pub fn pools(registry: &ServiceRegistry, page: Page<'_>, now: Now) -> Response {
     #[derive(Serialize)]
     struct Pools<'a> {
         count: usize,
@@ -130,7 +130,7 @@ pub fn pools(registry: &ServiceRegistry, page: Page<'_>) -> Response {
         }
         for replica in registry.replicas_of(node).filter_map(|replica| registry.replica(replica)) {
             if let Some(view) = found.get_mut(&replica.key.pool) {
-                view.add(replica);
+                view.add(replica, now);
             }
         }
     }
@@ -188,7 +188,7 @@ impl<'a> NodeView<'a> {
             last_address: &node.peer,
             incarnation: node.incarnation,
             unconfirmed: node.restored,
-            replicas: replicas.map(ReplicaView::new).collect(),
+            replicas: replicas.map(|replica| ReplicaView::new(replica, now)).collect(),
         }
     }
 }
@@ -210,8 +210,8 @@ impl<'a> PoolView<'a> {
         PoolView { pool_id, nodes, live: false, ready: false, slots_total: 0, slots_free: 0, replicas }
     }
 
-    fn add(&mut self, replica: &'a Replica) {
-        let view = ReplicaView::new(replica);
+    fn add(&mut self, replica: &'a Replica, now: Now) {
+        let view = ReplicaView::new(replica, now);
         self.live |= replica.ready;
         if view.routable {
             self.ready = true;
@@ -232,6 +232,7 @@ struct ReplicaView<'a> {
     #[serde(serialize_with = "displayed")]
     reason: Option<Obstacle>,
     since_ms: u64,
+    circuit: CircuitView<'a>,
     ready: bool,
     draining: bool,
     generation: u64,
@@ -247,7 +248,7 @@ struct ReplicaView<'a> {
 }
 
 impl<'a> ReplicaView<'a> {
-    fn new(replica: &'a Replica) -> ReplicaView<'a> {
+    fn new(replica: &'a Replica, now: Now) -> ReplicaView<'a> {
         let reason = replica.obstacle();
         ReplicaView {
             node_id: &replica.node,
@@ -257,6 +258,7 @@ impl<'a> ReplicaView<'a> {
             routable: reason.is_none(),
             reason,
             since_ms: replica.since.unix_ms(),
+            circuit: CircuitView::new(&replica.circuit, now),
             ready: replica.ready,
             draining: replica.draining,
             generation: replica.generation,
@@ -269,6 +271,42 @@ impl<'a> ReplicaView<'a> {
             engine_version: replica.engine_version.as_deref(),
             device_mask: replica.device_mask.as_deref(),
             vram_free_bytes: replica.vram_free_bytes,
+        }
+    }
+}
+
+/// Whether requests reach it, as the control plane's own attempts have shown.
+#[derive(Default, Serialize)]
+struct CircuitView<'a> {
+    state: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    failures: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tried_again_in_ms: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    trying: Option<bool>,
+}
+
+impl<'a> CircuitView<'a> {
+    fn new(circuit: &'a Circuit, now: Now) -> CircuitView<'a> {
+        match circuit {
+            Circuit::Closed => CircuitView { state: "closed", ..CircuitView::default() },
+            Circuit::Open { until, failures, reason } => CircuitView {
+                state: "open",
+                failures: Some(*failures),
+                reason: Some(reason),
+                tried_again_in_ms: Some(until.ms_since(now.mono)),
+                trying: None,
+            },
+            Circuit::HalfOpen { failures, reason, trying, .. } => CircuitView {
+                state: "half_open",
+                failures: Some(*failures),
+                reason: Some(reason),
+                tried_again_in_ms: None,
+                trying: Some(*trying),
+            },
         }
     }
 }
@@ -355,7 +393,7 @@ mod tests {
     fn pages_of_pools_are_the_whole_and_add_up() {
         let registry = registry(6, 5, 2);
         for (limit, pages) in [(1, 5), (2, 3), (5, 1)] {
-            let (listed, seen) = all(limit, "pools", |page| super::pools(&registry, page));
+            let (listed, seen) = all(limit, "pools", |page| super::pools(&registry, page, Now::default()));
             assert_eq!((listed.len(), seen), (5, pages), "pages of {limit}");
             let (ready, unready) = (&listed[0], &listed[1]);
             assert_eq!(
@@ -377,7 +415,7 @@ mod tests {
     #[test]
     fn pages_with_many_replicas_are_short() {
         let registry = registry(90, 3, 30);
-        let (listed, pages) = all(PAGE_MAX, "pools", |page| super::pools(&registry, page));
+        let (listed, pages) = all(PAGE_MAX, "pools", |page| super::pools(&registry, page, Now::default()));
         assert_eq!((listed.len(), pages), (3, 2), "two pools of 2,700 replicas, then the third");
     }
 }

@@ -42,7 +42,7 @@ pub use self::survey::survey;
 const NARROW_MAX: usize = if cfg!(test) { 2 } else { 64 };
 
 /// What a request needs.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Ask {
     /// The model by name; `None` or empty takes any.
     pub model: Option<String>,

@@ -62,6 +62,8 @@ pub enum Refusal {
         reason: String,
         /// Whether replicas that fit were full, rather than not there.
         full: bool,
+        /// When a slot is likely, in milliseconds.
+        retry_ms: u64,
     },
     /// It waited as long as it may, or need not wait, for replicas that are known and take no work.
     Unready {
@@ -69,6 +71,8 @@ pub enum Refusal {
         reason: String,
         /// The request wants a certain node.
         node: bool,
+        /// When a slot is likely, in milliseconds.
+        retry_ms: u64,
     },
     /// The engines that were tried failed before they answered.
     EngineFailed {
@@ -76,7 +80,11 @@ pub enum Refusal {
         reason: String,
         /// It was too slow, rather than broken.
         timeout: bool,
+        /// When to try again if it was broken, in milliseconds.
+        retry_ms: u64,
     },
+    /// The time that the request may take is over, and no answer has begun.
+    OutOfTime,
     /// This process is at a limit of its own; the text says which.
     Overloaded(String),
     /// This process is about to end.
@@ -150,23 +158,46 @@ impl Refusal {
                 Some(*retry_ms),
                 "queue_full",
             ),
-            Refusal::Waited { full: true, .. } => {
-                row(503, "REPLICA_EXHAUSTED", ("service_unavailable", "slots_busy"), soon, "waited_full")
-            }
-            Refusal::Waited { full: false, .. } => {
-                row(503, "POOL_UNAVAILABLE", ("service_unavailable", "no_replica"), soon, "waited_none")
-            }
-            Refusal::Unready { node: false, .. } => {
-                row(503, "POOL_UNREADY", ("service_unavailable", "no_replica"), soon, "waited_unready")
-            }
-            Refusal::Unready { node: true, .. } => {
-                row(503, "NODE_UNAVAILABLE", ("service_unavailable", "no_replica"), soon, "waited_node")
-            }
-            Refusal::EngineFailed { timeout: false, .. } => {
-                row(502, "POOL_UNAVAILABLE", ("upstream_error", "engine_failed"), soon, "engine_failed")
-            }
+            Refusal::Waited { full: true, retry_ms, .. } => row(
+                503,
+                "REPLICA_EXHAUSTED",
+                ("service_unavailable", "slots_busy"),
+                Some(*retry_ms),
+                "waited_full",
+            ),
+            Refusal::Waited { full: false, retry_ms, .. } => row(
+                503,
+                "POOL_UNAVAILABLE",
+                ("service_unavailable", "no_replica"),
+                Some(*retry_ms),
+                "waited_none",
+            ),
+            Refusal::Unready { node: false, retry_ms, .. } => row(
+                503,
+                "POOL_UNREADY",
+                ("service_unavailable", "no_replica"),
+                Some(*retry_ms),
+                "waited_unready",
+            ),
+            Refusal::Unready { node: true, retry_ms, .. } => row(
+                503,
+                "NODE_UNAVAILABLE",
+                ("service_unavailable", "no_replica"),
+                Some(*retry_ms),
+                "waited_node",
+            ),
+            Refusal::EngineFailed { timeout: false, retry_ms, .. } => row(
+                502,
+                "POOL_UNAVAILABLE",
+                ("upstream_error", "engine_failed"),
+                Some(*retry_ms),
+                "engine_failed",
+            ),
             Refusal::EngineFailed { timeout: true, .. } => {
                 row(504, "DECODE_TIMEOUT", ("upstream_error", "engine_timeout"), None, "engine_timeout")
+            }
+            Refusal::OutOfTime => {
+                row(504, "DEADLINE_UNMET", ("timeout", "deadline_exceeded"), None, "out_of_time")
             }
             Refusal::Overloaded(_) => row(503, "POOL_UNAVAILABLE", AWAY, soon, "overloaded"),
             Refusal::ShuttingDown => row(503, "SHUTTING_DOWN", AWAY, soon, "shutting_down"),
@@ -241,6 +272,7 @@ impl Refusal {
             Refusal::Waited { reason, .. } => format!("no slot became free in time: {reason}"),
             Refusal::Unready { reason, .. } => format!("no engine took it in time: {reason}"),
             Refusal::EngineFailed { reason, .. } => format!("the engine failed before it answered: {reason}"),
+            Refusal::OutOfTime => "the time that the request may take is over".into(),
             Refusal::Overloaded(reason) => format!("this control plane is at its limit: {reason}"),
             Refusal::ShuttingDown => "this control plane is shutting down".into(),
             Refusal::CloudDisabled => {

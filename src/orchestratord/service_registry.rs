@@ -49,6 +49,7 @@ use crate::wire::url::BaseUrl;
 
 mod addresses;
 mod change;
+mod circuits;
 mod departed;
 mod expiry;
 mod newcomers;
@@ -62,6 +63,7 @@ mod together;
 
 use self::addresses::Addresses;
 pub use self::change::{Change, Fenced};
+pub use self::circuits::{CircuitCounts, NOT_READY_MS_MAX};
 use self::departed::Departed;
 pub use self::departed::{DEPARTED_MAX, DEPARTED_MS};
 use self::expiry::Hold;
@@ -78,7 +80,6 @@ pub use self::snapshot::{
 use self::snapshot::{announced, cut, too_large};
 use super::placement;
 use super::placement_index::GroupId;
-use super::replica_table::{BACKOFF_FIRST_MS, BACKOFF_MAX_MS};
 pub use super::replica_table::{
     Circuit, Confirmation, Grant, Obstacle, Replica, ReplicaRef, ReplicaTable, Target,
 };
@@ -525,43 +526,6 @@ impl ServiceRegistry {
     /// be admitted.
     pub fn release(&mut self, grant: Grant) {
         self.table.release(grant);
-    }
-
-    /// A request could not be delivered (no connection, or closed before the answer began). The
-    /// replica leaves the rotation at once, for 250 ms at first and up to 10 s after more failures
-    /// in a row. Failures while it is out count once.
-    pub fn data_path_failed(
-        &mut self,
-        replica: ReplicaRef,
-        reason: &str,
-        now: Now,
-        changes: &mut Vec<Change>,
-    ) {
-        let Some(known) = self.table.get(replica) else { return };
-        let failures = match &known.circuit {
-            Circuit::Open { .. } => return,
-            Circuit::Closed => 1,
-            Circuit::HalfOpen { failures, .. } => failures.saturating_add(1),
-        };
-        let doublings = (failures - 1).min(16);
-        let until = now.mono.plus_ms((BACKOFF_FIRST_MS << doublings).min(BACKOFF_MAX_MS));
-        self.retries.insert((until, replica));
-        let reason = cut(reason);
-        self.table.update(replica, now, changes, |r| r.circuit = Circuit::Open { until, failures, reason });
-    }
-
-    /// A replica answered a request: its data path is trusted again. To be called when the head of
-    /// an answer arrives, for until then a replica in doubt is given one request at a time.
-    pub fn data_path_worked(&mut self, replica: ReplicaRef, now: Now, changes: &mut Vec<Change>) {
-        let Some(known) = self.table.get(replica) else { return };
-        match known.circuit {
-            Circuit::Closed => return,
-            Circuit::Open { until, .. } => {
-                self.retries.remove(&(until, replica));
-            }
-            Circuit::HalfOpen { .. } => {}
-        }
-        self.table.update(replica, now, changes, |r| r.circuit = Circuit::Closed);
     }
 
     /// Every node, by name.

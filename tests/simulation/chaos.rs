@@ -47,12 +47,11 @@ impl World {
             avoid_pools: if random.u64(0..100) < 5 { vec![pool(random)] } else { Vec::new() },
             ..Ask::default()
         };
-        let asked = Asked {
-            ask,
-            priority: if random.bool() { Priority::Interactive } else { Priority::Batch },
-            client: format!("client-{}", random.usize(..clients)).into(),
-            wait_ms_max: random.u64(100..60_000),
-        };
+        let priority = if random.bool() { Priority::Interactive } else { Priority::Batch };
+        let client = format!("client-{}", random.usize(..clients)).into();
+        let wait_ms_max = random.u64(100..60_000);
+        let is_deadline = wait_ms_max.is_multiple_of(2);
+        let asked = Asked { ask, priority, client, wait_ms_max, is_deadline };
         let plane = random.usize(..planes);
         self.arrive(plane, Arrival::Ask(Box::new(asked)));
     }

@@ -320,7 +320,8 @@ impl World {
                     Ending::Complete => self.totals.count("requests answered"),
                     Ending::Withdrawn => self.totals.count("requests withdrawn"),
                     Ending::Failed { answered: true, .. } => self.totals.count("requests broken"),
-                    Ending::Failed { .. } | Ending::NotTried(_) => {}
+                    Ending::Aborted { .. } => self.totals.count("requests called back"),
+                    Ending::Failed { .. } | Ending::NotTried(_) | Ending::NotReady { .. } => {}
                 }
                 Input::Ended(request, ending)
             }
@@ -399,6 +400,16 @@ impl World {
             }
             Effect::Waiting { .. } => self.totals.count("requests waited"),
             Effect::Dispatch(request, dispatch) => self.dispatch(plane, request, dispatch),
+            Effect::Abort { request, even_answered, .. } => {
+                let is_meant = |exchange: &Exchange| {
+                    let is_it = exchange.plane == plane && exchange.request == request;
+                    is_it && (even_answered || !exchange.answered)
+                };
+                let mut meant = self.exchanges.iter().filter(|(_, exchange)| is_meant(exchange));
+                if let Some((id, answered)) = meant.next().map(|(id, exchange)| (*id, exchange.answered)) {
+                    self.end_exchange(id, Ending::Aborted { answered }, None);
+                }
+            }
             Effect::AskAgent { pool, agent, .. } => {
                 let life = self.planes[plane].control.as_ref().map_or(0, |control| control.life);
                 let node = self.machine_at(agent.ip().expect("an address"));

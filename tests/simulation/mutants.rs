@@ -403,8 +403,8 @@ const MUTANTS: &[Mutant] = &[
     Mutant {
         name: "who waits is served",
         file: CONTROL,
-        text: "                    self.serve_waiters(replica, now, effects);\n                }\n                Change::AskNode",
-        replacement: "                    if !$off { self.serve_waiters(replica, now, effects); }\n                }\n                Change::AskNode",
+        text: "                    self.serve_waiters(replica, now, effects);\n                }\n                Change::ReplicaNotReady",
+        replacement: "                    if !$off { self.serve_waiters(replica, now, effects); }\n                }\n                Change::ReplicaNotReady",
     },
     Mutant {
         name: "length of the queue",

@@ -15,7 +15,8 @@ use crate::world::{Place, World};
 
 /// How long a lease lasts without a sign of life.
 pub(crate) const TTL_MS: u64 = 30_000;
-/// How long a replica is out of the rotation after a failure; twice as long after each one in a row.
+/// How long a replica is out of the rotation after a failure, or up to a fifth less; twice as long after
+/// each one in a row.
 const CIRCUIT_MS: u64 = 250;
 const CIRCUIT_MS_MAX: u64 = 10_000;
 /// Engines that one request may be sent to.
@@ -44,6 +45,8 @@ struct Request {
     deadline: Mono,
     attempts: u32,
     untried: u32,
+    /// Where it failed before an answer began.
+    failed_at: Vec<ReplicaRef>,
     state: State,
 }
 
@@ -63,19 +66,29 @@ enum State {
 
 /// A replica whose data path failed and has not worked since.
 struct Doubt {
+    /// Until then it is out of the rotation at least, and at most.
     until: Mono,
-    /// Time has not ended its pause yet.
+    until_most: Mono,
+    /// Time has not ended its pause yet, surely or perhaps.
     is_out: bool,
+    may_be_out: bool,
+    /// Failures in a row at least, and at most.
     failures: u32,
+    failures_most: u32,
     trying: Option<u64>,
+}
+
+/// The longest pause after so many failures in a row.
+fn pause_ms(failures: u32) -> u64 {
+    (CIRCUIT_MS << (failures - 1).min(16)).min(CIRCUIT_MS_MAX)
 }
 
 impl Ledger {
     pub(crate) fn asked(&mut self, request: u64, asked: &Asked, now: Mono) {
         let deadline = now.plus_ms(asked.wait_ms_max.min(WAIT_MS_MAX));
         let ask = asked.ask.clone();
-        self.requests
-            .insert(request, Request { ask, deadline, attempts: 0, untried: 0, state: State::Pending });
+        let (failed_at, state) = (Vec::new(), State::Pending);
+        self.requests.insert(request, Request { ask, deadline, attempts: 0, untried: 0, failed_at, state });
         self.pending.insert(request);
     }
 
@@ -131,8 +144,13 @@ impl Ledger {
         let next = match ending {
             Ending::Complete => State::Done("answered"),
             Ending::Withdrawn => State::Done("withdrawn"),
-            Ending::Failed { answered: true, .. } => State::Done("broken"),
-            Ending::Failed { .. } | Ending::NotTried(_) => State::Pending,
+            Ending::Failed { answered: true, .. } | Ending::Aborted { answered: true } => {
+                State::Done("broken")
+            }
+            Ending::Failed { .. }
+            | Ending::NotTried(_)
+            | Ending::NotReady { .. }
+            | Ending::Aborted { .. } => State::Pending,
         };
         let State::Running { place, replica, slots, exchange } = self.become_(request, next) else {
             panic!("request {request} ends and did not run");
@@ -147,6 +165,9 @@ impl Ledger {
             && doubt.trying == Some(request)
         {
             doubt.trying = None;
+        }
+        if self.pending.contains(&request) {
+            self.requests.get_mut(&request).expect("it was asked").failed_at.push(replica);
         }
         if matches!(ending, Ending::Failed { timeout: false, .. }) {
             self.failed(replica, now);
@@ -163,18 +184,36 @@ impl Ledger {
 
     /// A replica has failed, or the way to it.
     pub(crate) fn failed(&mut self, replica: ReplicaRef, now: Mono) {
-        let failures = match self.doubts.get(&replica) {
+        let (failures, failures_most) = match self.doubts.get_mut(&replica) {
             // While it is out of the rotation failures count once.
             Some(doubt) if doubt.is_out => return,
-            doubt => doubt.map_or(1, |doubt| doubt.failures + 1),
+            Some(doubt) if doubt.may_be_out => {
+                // Perhaps it counts, which would be the end of a trial.
+                doubt.trying = None;
+                doubt.failures_most += 1;
+                doubt.until_most = doubt.until_most.max(now.plus_ms(pause_ms(doubt.failures_most)));
+                return;
+            }
+            doubt => doubt.map_or((1, 1), |doubt| (doubt.failures + 1, doubt.failures_most + 1)),
         };
-        let until = now.plus_ms((CIRCUIT_MS << (failures - 1).min(16)).min(CIRCUIT_MS_MAX));
-        self.doubts.insert(replica, Doubt { until, is_out: true, failures, trying: None });
+        let doubt = Doubt {
+            until: now.plus_ms(pause_ms(failures) * 4 / 5),
+            until_most: now.plus_ms(pause_ms(failures_most)),
+            is_out: true,
+            may_be_out: true,
+            failures,
+            failures_most,
+            trying: None,
+        };
+        self.doubts.insert(replica, doubt);
     }
 
     /// Time may have ended pauses.
     pub(crate) fn ticked(&mut self, now: Mono) {
-        self.doubts.values_mut().for_each(|doubt| doubt.is_out &= doubt.until > now);
+        for doubt in self.doubts.values_mut() {
+            doubt.is_out &= doubt.until > now;
+            doubt.may_be_out &= doubt.until_most > now;
+        }
     }
 
     fn dispatch(
@@ -268,7 +307,12 @@ impl World {
             assert!(request.deadline > now, "request {id} waits beyond {:?}", request.deadline);
             let state = &mut StrategyState::new(1);
             let registry = control.core.registry();
-            let placement = choose(registry, &request.ask, &[], Strategy::LeastLoaded, state);
+            // One on which it failed will do only where no other could serve it.
+            let tried = &request.failed_at;
+            let mut placement = choose(registry, &request.ask, tried, Strategy::LeastLoaded, state);
+            if !matches!(placement.choice, Choice::Busy) {
+                placement = choose(registry, &request.ask, &[], Strategy::LeastLoaded, state);
+            }
             assert!(
                 !matches!(placement.choice, Choice::Replica { .. }),
                 "request {id} waits for {:?} while a slot is free",

@@ -28,7 +28,13 @@ fn core() -> Core {
 
 /// Asks, and says which node was chosen, or the code of the refusal.
 fn ask(core: &mut Core, request: RequestId, ask: Ask, now: Now) -> String {
-    let asked = Asked { ask, priority: Priority::Interactive, client: "c".into(), wait_ms_max: 60_000 };
+    let asked = Asked {
+        ask,
+        priority: Priority::Interactive,
+        client: "c".into(),
+        wait_ms_max: 60_000,
+        is_deadline: false,
+    };
     let effects = handle(core, Input::Ask { request, asked: Box::new(asked) }, now);
     let told = effects.iter().find_map(|effect| match effect {
         Effect::Dispatch(_, dispatch) => Some(dispatch.node.to_string()),

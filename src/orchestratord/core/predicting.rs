@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::Core;
+use super::waiting::Wanted;
 use crate::orchestratord::admission::Waiter;
 use crate::orchestratord::forecast::{Load, Need, Running, start_ms};
 use crate::orchestratord::messages::RequestId;
@@ -11,13 +12,10 @@ use crate::orchestratord::placement::{Ask, could_serve};
 use crate::orchestratord::service_registry::ReplicaRef;
 use crate::time::Now;
 
-/// Longest pause that a refused client is advised to make, in milliseconds.
-const RETRY_MS_MAX: u64 = 60_000;
-
 /// A waiting request's place in the queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QueuePlace {
-    /// So many of its class go first.
+    /// So many of those who ask for the same go first.
     pub position: usize,
     /// So many wait in all.
     pub depth: usize,
@@ -41,15 +39,9 @@ impl Core {
         self.start_behind(before, ask, now)
     }
 
-    /// When one more request like this could start if it went last, for whoever finds the queue full.
-    pub(super) fn retry_ms(&self, ask: &Ask, least_ms: u64, now: Now) -> u64 {
-        let start = self.start_behind(self.admission.in_order(), ask, now);
-        start.unwrap_or(0).clamp(least_ms, RETRY_MS_MAX)
-    }
-
     fn start_behind<'a>(
         &self,
-        before: impl Iterator<Item = &'a Waiter<Ask>>,
+        before: impl Iterator<Item = &'a Waiter<Wanted>>,
         ask: &Ask,
         now: Now,
     ) -> Option<u64> {
@@ -70,7 +62,8 @@ impl Core {
             }
         }
         let loads: Vec<Load> = loads.into_values().collect();
-        let ahead = before.filter(|waiter| compete(&waiter.ask, ask)).map(|waiter| need(&waiter.ask));
+        let asks = before.filter_map(|waiter| Some(&self.requests.get(&waiter.id)?.asked.ask));
+        let ahead = asks.filter(|other| compete(other, ask)).map(need);
         start_ms(&loads, ahead, need(ask))
     }
 
@@ -178,7 +171,7 @@ mod tests {
         handle(&mut core, ask(2, Ask::default()), NOW.plus_ms(9_000));
         for (request, deadline_ms, fits) in [(3, 8_000, false), (4, 10_000, true)] {
             let Input::Ask { mut asked, .. } = ask(request, Ask::default()) else { panic!("an ask") };
-            asked.wait_ms_max = deadline_ms;
+            (asked.wait_ms_max, asked.is_deadline) = (deadline_ms, true);
             let effects = handle(&mut core, Input::Ask { request, asked }, NOW.plus_ms(9_000));
             let refused = matches!(effects[..], [Effect::Refuse(_, Refusal::Deadline(_))]);
             assert_eq!((refused, waiting(&effects).is_some()), (!fits, fits), "{effects:?}");

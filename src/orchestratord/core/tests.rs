@@ -47,7 +47,8 @@ fn listing(text: &str) -> Input {
 }
 
 pub(super) fn ask(request: RequestId, ask: Ask) -> Input {
-    let asked = Asked { ask, priority: Priority::Batch, client: "c".into(), wait_ms_max: 60_000 };
+    let (priority, client) = (Priority::Batch, "c".into());
+    let asked = Asked { ask, priority, client, wait_ms_max: 60_000, is_deadline: false };
     Input::Ask { request, asked: Box::new(asked) }
 }
 

@@ -12,6 +12,7 @@ use super::super::affinity::Affinity;
 use super::super::core::{Asked, Input, RequestId};
 use super::super::explain::{self, Received};
 use super::super::openai::Forwarding;
+use super::super::patience::ClientPatience;
 use super::super::sessions;
 use super::{Daemon, Front, Job, Running, SESSION_FIELD};
 
@@ -26,8 +27,6 @@ impl Job {
             exchange: None,
             on: None,
             session: None,
-            hold_back: &[],
-            held_back: false,
         }
     }
 }
@@ -50,6 +49,8 @@ impl Daemon {
         };
         let room = self.net.take_body(client);
         let path = head.path().to_string();
+        // Checked by the route.
+        let own_ms = ClientPatience::read(&head.fields).ok().and_then(|own| own.total_ms);
         let number = self.open_job(Front::Engine { client, head: Box::new(head) }, body, now);
         if let Some(job) = self.jobs.get_mut(&number) {
             job.room = room;
@@ -70,6 +71,7 @@ impl Daemon {
         self.explain.begin(number, &received, now);
         let asked = Box::new(forwarding.asked);
         self.core.handle(Input::Ask { request: number, asked }, now, &mut self.effects);
+        self.limit(number, own_ms, now);
     }
 
     /// A task is remembered by its own name, and has its room in the budget: it outlives the request that
@@ -101,17 +103,13 @@ impl Daemon {
     /// Notes how an exchange ended, before the core decides what follows from it.
     pub(super) fn explain_attempt(&mut self, exchange: Token, outcome: &Outcome, timing: Timing) {
         let Some(Running::Request(request)) = self.exchanges.get(&exchange) else { return };
-        // With its status an engine said that it does not take the task: another one is tried.
-        let held_back = self.jobs.get(request).is_some_and(|job| job.held_back);
         let failure = match outcome {
             Outcome::Failed(fault) => Some(fault.reason.as_str()),
-            _ if held_back => Some("the engine did not take it"),
             _ => None,
         };
         self.explain.attempt_ended(*request, timing.connected, failure, timing.ended);
         let (outcome, reason) = match outcome {
             Outcome::ClientGone | Outcome::Cancelled => (explain::Outcome::Withdrawn, ""),
-            _ if held_back => return,
             Outcome::Complete { .. } => (explain::Outcome::Answered, ""),
             // What breaks behind a complete answer breaks nothing.
             Outcome::Failed(_) if self.tasks.is_answered(*request) => (explain::Outcome::Answered, ""),

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use serde_json::json;
 
 use crate::http::server::Response;
+use crate::net::Fault;
 use crate::net::buffer::HIGH_WATER_BYTES;
-use crate::net::{Fault, FaultKind, Outcome};
+use crate::orchestratord::blame;
 use crate::orchestratord::core::{Dispatch, Effect, Ending, Input, RequestId};
 use crate::orchestratord::explain;
 use crate::orchestratord::refusal::Refusal;
@@ -51,6 +52,7 @@ impl Daemon {
         self.note_task(request, &task.id, &task.asked, client, now);
         let asked = Box::new(task.asked.clone());
         self.core.handle(Input::Ask { request, asked }, now, &mut self.effects);
+        self.limit(request, None, now);
         // The core has decided in this call: placed, waiting or refused.
         let mut standing = Standing::placed();
         for effect in &self.effects {
@@ -135,42 +137,22 @@ impl Daemon {
         self.push_task_events(request, now);
     }
 
-    /// The head of a task's answer: a status with which the engine did not take the request ends the
-    /// exchange, as if nothing had been answered. Returns whether it is an answer.
-    pub(super) fn task_head(&mut self, request: RequestId, exchange: Token, status: u16, now: Now) -> bool {
-        let Some(job) = self.jobs.get_mut(&request) else { return true };
+    /// The head of a request's answer.
+    pub(super) fn task_head(&mut self, request: RequestId, status: u16, now: Now) {
+        let Some(job) = self.jobs.get(&request) else { return };
         if let Some(name) = job.session.as_ref().filter(|_| status == 200) {
             self.sessions.answering(name);
         }
-        if !matches!(job.front, Front::Task { .. }) {
-            return true;
-        }
-        if job.hold_back.contains(&status) {
-            job.held_back = true;
-            self.net.abort(exchange, &format!("the engine answered {status}"), now.mono);
-            return false;
-        }
-        self.tasks.answering(request, status);
-        self.push_task_events(request, now);
-        true
-    }
-
-    /// How the exchange of a request ended, seen by whether its engine took it: a short answer is complete
-    /// before it can be left.
-    pub(super) fn task_outcome(&self, request: RequestId, outcome: Outcome) -> Outcome {
-        match outcome {
-            Outcome::Complete { status, .. } if self.jobs.get(&request).is_some_and(|job| job.held_back) => {
-                let (kind, reason) = (FaultKind::Status(status), format!("the engine answered {status}"));
-                Outcome::Failed(Fault { kind, reason, answered: true, sent: true })
-            }
-            outcome => outcome,
+        if matches!(job.front, Front::Task { .. }) {
+            self.tasks.answering(request, status);
+            self.push_task_events(request, now);
         }
     }
 
     pub(super) fn data(&mut self, exchange: Token, bytes: &[u8], now: Now) {
         let Some(super::Running::Request(request)) = self.exchanges.get(&exchange) else { return };
         let request = *request;
-        if self.jobs.get(&request).is_none_or(|job| job.held_back) {
+        if !self.jobs.contains_key(&request) {
             return;
         }
         let progress = self.tasks.received(request, bytes, now);
@@ -205,28 +187,29 @@ impl Daemon {
         self.leave_session(request, Some(measured.turn), now);
     }
 
-    /// What an engine's failure means for a request: `answered` as the core is to see it.
-    pub(super) fn task_fault(&mut self, request: RequestId, fault: &Fault, now: Now) -> Ending {
-        let timeout = fault.kind == FaultKind::Timeout;
-        let (mut answered, mut is_task) = (fault.answered, false);
-        if let Some(job) = self.jobs.get_mut(&request)
-            && matches!(job.front, Front::Task { .. })
-        {
-            is_task = true;
-            answered &= !std::mem::take(&mut job.held_back);
+    /// What the failure of an exchange means for its request.
+    pub(super) fn task_fault(&mut self, request: RequestId, fault: Fault, now: Now) -> Ending {
+        if !matches!(self.jobs.get(&request), Some(Job { front: Front::Task { .. }, .. })) {
+            return blame::ending(fault);
         }
         // What breaks behind a complete answer breaks nothing.
-        if is_task && answered && self.tasks.is_answered(request) {
+        if fault.answered && self.tasks.is_answered(request) {
             self.task_answered(request, now);
             return Ending::Complete;
         }
-        if is_task && answered {
-            self.tasks.broken(request, &fault.reason, timeout);
-        } else if is_task {
-            self.tasks.retried(request, &fault.reason);
+        let reason = fault.reason.clone();
+        let ending = blame::ending(fault);
+        match &ending {
+            Ending::Failed { answered: true, timeout, .. } => self.tasks.broken(request, &reason, *timeout),
+            Ending::Aborted { answered: true } => {
+                self.tasks.failed(request, Refusal::OutOfTime.code(), &reason, Refusal::OutOfTime.retry_ms());
+            }
+            Ending::Failed { .. } | Ending::NotReady { .. } | Ending::Aborted { .. } => {
+                self.tasks.retried(request, &reason);
+            }
+            Ending::NotTried(_) | Ending::Complete | Ending::Withdrawn => {}
         }
-        let connect = matches!(fault.kind, FaultKind::Connect | FaultKind::Unreached);
-        Ending::Failed { reason: fault.reason.clone(), connect, timeout, answered }
+        ending
     }
 
     /// Gives a task's reader what is new; ends the stream behind the last event.

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::orchestratord::placement::{Ask, Choice, Strategy as Placement, StrategyState, choose, fits};
+use crate::orchestratord::replica_table::{BACKOFF_FIRST_MS, BACKOFF_MAX_MS};
 use crate::orchestratord::saved::SavedNode;
 use crate::wire::id::PoolId;
 use crate::wire::node::REPLICAS_MAX;
@@ -372,11 +373,11 @@ fn a_failing_data_path_backs_off_and_tries_one_request() {
     for backoff_ms in [250, 500, 1_000, 2_000, 4_000, 8_000, 10_000, 10_000] {
         world.registry.data_path_failed(r, "refused", world.now, &mut world.changes);
         world.registry.data_path_failed(r, "refused too", world.now, &mut world.changes);
-        world.pass(backoff_ms - 1);
+        world.pass(backoff_ms * 4 / 5 - 1);
         world.beat(0, &beat(Some(1), None, &[idle()])).expect("accepted");
         assert!(!world.takes_work(r), "a heartbeat ended a backoff of {backoff_ms} ms");
         world.changes.clear();
-        world.pass(1);
+        world.pass(backoff_ms / 5 + 1);
         assert_eq!(world.changes, [Change::ReplicaReady(r)]);
         let trial = world.registry.acquire(r, 1).expect("one may try");
         assert!(world.registry.acquire(r, 1).is_none(), "a second one tried");

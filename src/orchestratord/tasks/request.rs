@@ -162,7 +162,7 @@ pub fn parse(body: &[u8], client: Arc<str>) -> Result<NewTask, Refusal> {
     Ok(NewTask {
         session: session.map(Arc::from),
         id: task.task_id,
-        asked: Asked { ask, priority, client, wait_ms_max },
+        asked: Asked { ask, priority, client, wait_ms_max, is_deadline: deadline_ms.is_some() },
         path,
         body: body.to_string().into_bytes(),
         tokens_max,

@@ -1,0 +1,130 @@
+//! How many tokens an answer took, as its engine told: from the end of the answer, pure.
+//!
+//! Engines of OpenAI's dialect put `usage` into the last event of a stream, or to the end of a JSON body;
+//! llama.cpp adds `timings` also where nobody asked for usage. Only the last [`TAIL_BYTES`] are kept, and
+//! nothing is parsed until the answer is over.
+
+/// What is kept of an answer's end, in bytes: the last event with its `usage` and `timings`, and `[DONE]`.
+pub const TAIL_BYTES: usize = 2048;
+
+/// Tokens of an exchange, where told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tokens {
+    /// Of the prompt.
+    pub prompt: Option<u64>,
+    /// Of the answer.
+    pub completion: Option<u64>,
+}
+
+/// The end of one answer.
+#[derive(Debug, Default)]
+pub struct Meter {
+    /// Up to twice [`TAIL_BYTES`], so that most pieces are appended and nothing is moved.
+    tail: Vec<u8>,
+}
+
+impl Meter {
+    /// More of the answer's data passed.
+    pub fn passed(&mut self, data: &[u8]) {
+        let data = &data[data.len().saturating_sub(TAIL_BYTES)..];
+        if self.tail.len() + data.len() > 2 * TAIL_BYTES {
+            let surplus = (self.tail.len() + data.len()).saturating_sub(TAIL_BYTES);
+            self.tail.drain(..surplus.min(self.tail.len()));
+        }
+        self.tail.extend_from_slice(data);
+    }
+
+    /// What the engine told.
+    #[must_use]
+    pub fn tokens(&self) -> Tokens {
+        let usage = object(&self.tail, b"\"usage\"");
+        let timings = object(&self.tail, b"\"timings\"");
+        let find = |keys: [&[u8]; 2], timing: &[u8]| {
+            let told = usage.and_then(|usage| keys.into_iter().find_map(|key| number(usage, key)));
+            told.or_else(|| timings.and_then(|timings| number(timings, timing)))
+        };
+        Tokens {
+            prompt: find([b"\"prompt_tokens\"", b"\"input_tokens\""], b"\"prompt_n\""),
+            completion: find([b"\"completion_tokens\"", b"\"output_tokens\""], b"\"predicted_n\""),
+        }
+    }
+}
+
+/// What follows the last `key` whose value is an object.
+fn object<'a>(tail: &'a [u8], key: &[u8]) -> Option<&'a [u8]> {
+    memchr::memmem::rfind_iter(tail, key).find_map(|at| {
+        let value = after_colon(&tail[at + key.len()..])?;
+        let end = end_of_object(value)?;
+        Some(&value[..end])
+    })
+}
+
+/// The length of the object with which `text` begins. No string in it holds a brace: they are counts.
+fn end_of_object(text: &[u8]) -> Option<usize> {
+    let mut depth = 0usize;
+    for (at, byte) in text.iter().enumerate() {
+        match byte {
+            b'{' => depth += 1,
+            b'}' if depth <= 1 => return (depth == 1).then_some(at + 1),
+            b'}' => depth -= 1,
+            _ if depth == 0 => return None,
+            _ => {}
+        }
+    }
+    None
+}
+
+fn number(object: &[u8], key: &[u8]) -> Option<u64> {
+    let at = memchr::memmem::find(object, key)?;
+    let value = after_colon(&object[at + key.len()..])?;
+    let digits = value.iter().take_while(|byte| byte.is_ascii_digit()).count();
+    std::str::from_utf8(&value[..digits]).ok()?.parse().ok()
+}
+
+fn after_colon(text: &[u8]) -> Option<&[u8]> {
+    Some(text.trim_ascii_start().strip_prefix(b":")?.trim_ascii_start())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tokens(pieces: &[&[u8]]) -> (Option<u64>, Option<u64>) {
+        let mut meter = Meter::default();
+        pieces.iter().for_each(|piece| meter.passed(piece));
+        (meter.tokens().prompt, meter.tokens().completion)
+    }
+
+    #[test]
+    fn tokens_are_read_as_engines_tell_them() {
+        let openai = br#"{"choices":[{"text":"\"usage\":{\"prompt_tokens\":9}"}],"usage": {"prompt_tokens":12,"prompt_tokens_details":{"cached_tokens":3},"completion_tokens" : 7,"total_tokens":19}}"#;
+        assert_eq!(tokens(&[openai]), (Some(12), Some(7)));
+        let stream = b"data: {\"usage\":null}\n\ndata: {\"choices\":[],\"usage\":{\"completion_tokens\":5,\"prompt_tokens\":6},\"timings\":{\"prompt_n\":1}}\n\ndata: [DONE]\n\n";
+        assert_eq!(tokens(&[stream]), (Some(6), Some(5)));
+        let llama = br#"data: {"choices":[{"finish_reason":"stop"}],"usage":null,"timings":{"prompt_n":4,"prompt_ms":8.5,"predicted_n":16}}"#;
+        assert_eq!(tokens(&[llama]), (Some(4), Some(16)));
+        let messages = br#"data: {"type":"message_delta","usage":{"input_tokens":3,"output_tokens":2}}"#;
+        assert_eq!(tokens(&[messages]), (Some(3), Some(2)));
+        let embeddings = br#""usage":{"prompt_tokens":8,"total_tokens":8}}"#;
+        assert_eq!(tokens(&[embeddings]), (Some(8), None));
+        for none in
+            [&b""[..], b"data: hello", b"\"usage\":", b"\"usage\":{\"prompt_tokens\":1", b"\"usage\":7}"]
+        {
+            assert_eq!(tokens(&[none]), (None, None), "{none:?}");
+        }
+    }
+
+    #[test]
+    fn the_end_is_kept_however_the_bytes_were_cut() {
+        let mut answer = b"data: x\n\n".repeat(1000);
+        answer.extend_from_slice(br#"data: {"usage":{"prompt_tokens":1,"completion_tokens":2}}"#);
+        for size in [1, 7, 100, TAIL_BYTES - 1, TAIL_BYTES, TAIL_BYTES + 1, 2 * TAIL_BYTES, answer.len()] {
+            let mut meter = Meter::default();
+            for piece in answer.chunks(size) {
+                meter.passed(piece);
+                assert!(meter.tail.len() <= 2 * TAIL_BYTES);
+            }
+            assert_eq!((meter.tokens().prompt, meter.tokens().completion), (Some(1), Some(2)), "{size}");
+        }
+    }
+}
