@@ -57,7 +57,9 @@ impl Control {
     }
 
     pub(crate) fn node(&self, name: &str) -> Option<Value> {
-        self.nodes().into_iter().find(|node| node["node_id"] == name)
+        // By its name: a listing has pages.
+        let answer = get(self.port, &format!("/v2/nodes/{name}")).expect("an answer");
+        (answer.status == 200).then(|| answer.json())
     }
 
     pub(crate) fn status(&self, name: &str) -> String {
