@@ -176,6 +176,17 @@ mod tests {
             let refused = matches!(effects[..], [Effect::Refuse(_, Refusal::Deadline(_))]);
             assert_eq!((refused, waiting(&effects).is_some()), (!fits, fits), "{effects:?}");
         }
+        // A client's patience is no deadline: it may be lucky, and waits as long as it likes.
+        let Input::Ask { mut asked, .. } = ask(5, Ask::default()) else { panic!("an ask") };
+        asked.wait_ms_max = 8_000;
+        let effects = handle(&mut core, Input::Ask { request: 5, asked }, NOW.plus_ms(9_000));
+        assert_eq!(waiting(&effects), Some((1, Some(18_000))), "{effects:?}");
+        let effects = handle(&mut core, Input::Tick, NOW.plus_ms(17_001));
+        let refusal = effects.iter().find_map(|effect| match effect {
+            Effect::Refuse(5, refusal) => Some(refusal),
+            _ => None,
+        });
+        assert!(matches!(refusal, Some(Refusal::Waited { full: true, .. })), "{effects:?}");
         // It was feasible, but the engine takes longer than it used to.
         let effects = handle(&mut core, Input::Tick, NOW.plus_ms(19_001));
         assert!(matches!(effects[..], [.., Effect::Refuse(4, Refusal::Deadline(_))]), "{effects:?}");
