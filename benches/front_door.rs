@@ -112,7 +112,9 @@ fn listings(c: &mut Criterion) {
     let first = Page { limit: PAGE_MAX, after: None };
     let later = Page { limit: PAGE_MAX, after: Some("pool-3") };
     group.bench_function("nodes", |b| b.iter(|| nodes(black_box(&registry), &poller, None, first, now)));
-    group.bench_function("pools_with_a_pool_on_all", |b| b.iter(|| pools(black_box(&registry), first, Now::default())));
+    group.bench_function("pools_with_a_pool_on_all", |b| {
+        b.iter(|| pools(black_box(&registry), first, Now::default()))
+    });
     group.bench_function("pools", |b| b.iter(|| pools(black_box(&registry), later, Now::default())));
     group.finish();
 }

@@ -6,7 +6,6 @@
 //! engines that drain, and those of nodes that are offline, are not. Where nobody could for
 //! [`NOBODY_GRACE_MS`], waiting ends with a refusal.
 
-use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Core, Effect, Request};
@@ -25,50 +24,12 @@ const LOOK_INTERVAL_MS: u64 = 1_000;
 const LOOKS_MAX: usize = 64;
 
 /// What a waiter asks for.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Wanted {
     pub(super) ask: Ask,
     /// Where it failed already.
     pub(super) tried: Vec<ReplicaRef>,
 }
-
-/// Those who ask for the same wait in one line. Where a request would rather go, and how long its answer may
-/// be, is its own affair.
-impl Ord for Wanted {
-    fn cmp(&self, other: &Wanted) -> Ordering {
-        fn same(wanted: &Wanted) -> impl Ord + '_ {
-            let Ask {
-                model,
-                slots,
-                pool,
-                node,
-                device_mask,
-                prefer_pools,
-                avoid_pools,
-                tokens_max: _,
-                context_tokens,
-                affinity: _,
-            } = &wanted.ask;
-            let pins = (pool, node, device_mask, prefer_pools, avoid_pools);
-            (model, slots, pins, context_tokens, &wanted.tried)
-        }
-        same(self).cmp(&same(other))
-    }
-}
-
-impl PartialOrd for Wanted {
-    fn partial_cmp(&self, other: &Wanted) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl PartialEq for Wanted {
-    fn eq(&self, other: &Wanted) -> bool {
-        self.cmp(other) == Ordering::Equal
-    }
-}
-
-impl Eq for Wanted {}
 
 impl admission::Wanted for Wanted {
     fn model(&self) -> Option<&str> {
@@ -204,7 +165,7 @@ impl Core {
 impl Request {
     pub(super) fn wanted(&self) -> Wanted {
         // How long the answer may be says nothing about where it can come from.
-        let ask = Ask { tokens_max: None, ..self.asked.ask.clone() };
+        let ask = Ask { tokens_max: None, affinity: None, ..self.asked.ask.clone() };
         Wanted { ask, tried: self.tried.clone() }
     }
 }
