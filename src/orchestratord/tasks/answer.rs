@@ -212,8 +212,9 @@ impl Answer {
         self.finish_reason.as_deref()
     }
 
+    /// What breaks behind a complete answer breaks nothing.
     fn fail(&mut self, failure: Failure) {
-        if !self.is_done {
+        if !self.is_complete() {
             self.failure.get_or_insert(failure);
         }
     }
