@@ -29,16 +29,14 @@ use super::service_registry::{ReplicaRef, ServiceRegistry};
 /// Replicas on the ring that are looked at: with a fifth of them under the bound, the chance that none
 /// of so many is, is below one in a thousand.
 pub const LOOKS_MAX: usize = 32;
-/// How much of a conversation's beginning is hashed, in bytes: long enough to tell conversations apart,
-/// short enough to cost microseconds.
-pub const PREFIX_BYTES_MAX: usize = 4096;
 
 /// What requests have in common that should meet the same cache.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Affinity {
     /// The client named its session. Remembered, see [`ServedSessions`].
     Session(Arc<str>),
-    /// The hash of the conversation's beginning, see [`prefix_hash`].
+    /// The hash of the conversation's beginning: of what follows the system prompt, which thousands of
+    /// conversations share, and stays as it is while the conversation goes on.
     Prefix(u64),
 }
 
@@ -49,29 +47,12 @@ impl Affinity {
         (!key.is_empty() && key.len() <= KEY_BYTES_MAX).then(|| Affinity::Session(key.into()))
     }
 
-    /// A conversation by its beginning; `None` where there is none.
-    #[must_use]
-    pub fn prefix(beginning: &[u8]) -> Option<Affinity> {
-        (!beginning.is_empty()).then(|| Affinity::Prefix(prefix_hash(beginning)))
-    }
-
     fn key(&self) -> u64 {
         match self {
             Affinity::Session(key) => stable_hash(key.as_bytes()),
             Affinity::Prefix(hash) => *hash,
         }
     }
-}
-
-/// The hash of a conversation's beginning: [`stable_hash`] of its first [`PREFIX_BYTES_MAX`] bytes.
-///
-/// `beginning` is to be what follows the system prompt and stays as it is while the conversation goes
-/// on: the content of the first message that is not the system's, or the prompt where there are no
-/// messages. The system prompt is left out because thousands of conversations share it: with it they
-/// would all want the same replica.
-#[must_use]
-pub fn prefix_hash(beginning: &[u8]) -> u64 {
-    stable_hash(&beginning[..beginning.len().min(PREFIX_BYTES_MAX)])
 }
 
 /// Chooses a replica as [`placement::choose`] does, but by the ask's affinity where it has one. Rings
@@ -214,7 +195,7 @@ mod tests {
     /// Where the idle registry sends each of many conversations.
     fn map(registry: &ServiceRegistry, keys: u64) -> BTreeMap<u64, NodeId> {
         let node = |key: u64| {
-            let ask = ask(Affinity::prefix(format!("conversation {key}").as_bytes()));
+            let ask = ask(Some(Affinity::Prefix(stable_hash(format!("conversation {key}").as_bytes()))));
             let replica = chosen(registry, &ask, &ServedSessions::default()).expect("all are free");
             registry.replica(replica).expect("it was chosen").node.clone()
         };
@@ -222,16 +203,11 @@ mod tests {
     }
 
     #[test]
-    fn keys_are_bounded_and_a_prefix_ends_where_it_says() {
+    fn keys_are_bounded() {
         assert!(
             Affinity::session("").is_none() && Affinity::session(&"k".repeat(KEY_BYTES_MAX + 1)).is_none()
         );
         assert_eq!(Affinity::session("s"), Some(Affinity::Session("s".into())));
-        assert!(Affinity::prefix(b"").is_none());
-        let long = vec![b'x'; PREFIX_BYTES_MAX];
-        let longer = vec![b'x'; PREFIX_BYTES_MAX + 1];
-        assert_eq!(prefix_hash(&long), prefix_hash(&longer));
-        assert_ne!(prefix_hash(&long), prefix_hash(&long[1..]));
     }
 
     #[test]
@@ -281,7 +257,7 @@ mod tests {
                 if ends_one && !grants.is_empty() {
                     registry.release(grants.swap_remove(which % grants.len()));
                 }
-                let ask = ask(Affinity::prefix(&key.to_le_bytes()));
+                let ask = ask(Some(Affinity::Prefix(stable_hash(&key.to_le_bytes()))));
                 let found = chosen(&registry, &ask, &ServedSessions::default());
                 prop_assert_eq!(found, chosen(&registry, &ask, &ServedSessions::default()));
                 prop_assert_eq!(found.is_some(), (grants.len() as u64) < all, "refused, or found, wrongly");
