@@ -75,7 +75,7 @@
 //! 5. Bytes move between the two sockets inside [`net`], through [`net::relay`], bounded and unchanged.
 //!    The core sees none of them.
 //! 6. The exchange ends: `Input::Ended`. The slot is free, and the next waiter has it.
-
+//!
 //! # A GPU breaks
 //!
 //! 1. The driver writes a line to the kernel's log: [`reactor::kmsg`] reads it, [`pool_managerd::gpus::xid`]

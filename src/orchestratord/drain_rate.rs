@@ -82,8 +82,8 @@ impl DrainRate {
     }
 
     /// Ends of `model` in the last minute.
-    #[must_use]
-    pub fn ended_lately(&self, model: Option<&str>, now: Mono) -> u64 {
+    #[cfg(test)]
+    fn ended_lately(&self, model: Option<&str>, now: Mono) -> u64 {
         match model {
             Some(model) => self.by_model.get(model).map_or(0, |window| window.counts(now).0),
             None => self.all.counts(now).0,

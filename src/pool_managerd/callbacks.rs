@@ -6,9 +6,9 @@
 //! delivery is under way for a callback at a time; one that fails is repeated with growing pauses under
 //! the same event id, so that receivers can tell a repetition from a change.
 //!
-//! Input: registrations, readiness, outcomes, the time. Output: [`Delivery`]s, and what happened. The
-//! sockets are `callback_client.rs`'s business, which also holds the addresses behind a host name against
-//! the [`Policy`].
+//! Input: registrations, readiness, outcomes, the time. Output: [`Delivery`]s, and what happened. How a
+//! delivery becomes a request is `callback_client.rs`'s business; the addresses behind a host name are held
+//! against the [`Policy`] where they are dialled.
 
 use std::collections::BTreeMap;
 use std::fmt;

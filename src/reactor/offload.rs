@@ -1,5 +1,4 @@
-//! Blocking work on helper threads: name resolution, writing to disk, callbacks, the encoding of what is
-//! large.
+//! Blocking work on helper threads: name resolution, writing to disk, the encoding of what is large.
 //!
 //! Plain values cross two bounded channels; a [`Waker`] tells the loop that results wait. A helper
 //! that hangs in a system call delays its own queue and nothing else: the loop never waits for it,
@@ -10,7 +9,7 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 
 use super::Waker;
 
-/// Stack of a helper thread. The deepest user is an HTTP client; 256 KiB leaves it ample room.
+/// Stack of a helper thread. The deepest user is the resolver; 256 KiB leaves it ample room.
 const STACK_BYTES: usize = 256 * 1024;
 
 /// One helper thread with its queues.
