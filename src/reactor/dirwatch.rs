@@ -2,14 +2,15 @@
 //! a lost or invented event costs a listing and nothing else.
 //!
 //! The watch is on an inode. If the directory is removed, renamed or unmounted, the events that this
-//! file reports as [`Hint::lost`] tell the owner to arm it again by path.
+//! file reports as [`Hint::lost`] tell the owner to arm it again by path. The kernel's queue of events is
+//! kept meanwhile: to close one takes the kernel tens of milliseconds, in which a loop would stand still.
 
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use inotify::{EventMask, Inotify, WatchMask};
+use inotify::{EventMask, Inotify, WatchDescriptor, WatchMask};
 use mio::unix::SourceFd;
 
 use super::Registry;
@@ -31,11 +32,17 @@ pub struct Hint {
     pub lost: bool,
 }
 
-/// An armed watch on one directory.
+/// A watch on one directory at a time.
 #[derive(Debug)]
 pub struct DirWatch {
     inotify: Inotify,
     buffer: Vec<u8>,
+    armed: Option<Armed>,
+}
+
+#[derive(Debug)]
+struct Armed {
+    watch: WatchDescriptor,
     inode: (u64, u64),
 }
 
@@ -45,14 +52,24 @@ fn inode_of(directory: &Path) -> io::Result<(u64, u64)> {
 }
 
 impl DirWatch {
-    /// Arms a watch. Arm first, list afterwards: what changes in between is then reported.
+    /// A watch on nothing yet.
     ///
     /// # Errors
-    /// The directory does not exist or is not readable, or the kernel's limits on inotify instances or
-    /// watches are reached.
-    pub fn arm(directory: &Path, registry: &Registry, token: Token) -> io::Result<DirWatch> {
-        let inode = inode_of(directory)?;
+    /// The kernel's limit on inotify instances is reached.
+    pub fn new(registry: &Registry, token: Token) -> io::Result<DirWatch> {
         let inotify = Inotify::init()?;
+        registry.register(&mut SourceFd(&inotify.as_raw_fd()), token.into(), mio::Interest::READABLE)?;
+        Ok(DirWatch { inotify, buffer: vec![0; BUFFER_BYTES], armed: None })
+    }
+
+    /// Watches `directory` and nothing else. Arm first, list afterwards: what changes in between is then
+    /// reported.
+    ///
+    /// # Errors
+    /// The directory does not exist or is not readable, or the kernel's limit on watches is reached.
+    pub fn arm(&mut self, directory: &Path) -> io::Result<()> {
+        self.disarm();
+        let inode = inode_of(directory)?;
         let mask = WatchMask::CREATE
             | WatchMask::CLOSE_WRITE
             | WatchMask::MOVED_TO
@@ -62,9 +79,23 @@ impl DirWatch {
             | WatchMask::DELETE_SELF
             | WatchMask::MOVE_SELF
             | WatchMask::ONLYDIR;
-        inotify.watches().add(directory, mask)?;
-        registry.register(&mut SourceFd(&inotify.as_raw_fd()), token.into(), mio::Interest::READABLE)?;
-        Ok(DirWatch { inotify, buffer: vec![0; BUFFER_BYTES], inode })
+        let watch = self.inotify.watches().add(directory, mask)?;
+        self.armed = Some(Armed { watch, inode });
+        Ok(())
+    }
+
+    /// Watches nothing.
+    pub fn disarm(&mut self) {
+        if let Some(armed) = self.armed.take() {
+            // With its inode the watch is gone already.
+            let _ = self.inotify.watches().remove(armed.watch);
+        }
+    }
+
+    /// Whether it watches something.
+    #[must_use]
+    pub fn is_armed(&self) -> bool {
+        self.armed.is_some()
     }
 
     /// Takes the pending events, and tells the names of what changed. If there is no end of them, all of
@@ -82,6 +113,11 @@ impl DirWatch {
             let mut count = 0;
             for event in events {
                 count += 1;
+                // What was watched before still tells of its end.
+                let is_current = self.armed.as_ref().is_some_and(|armed| armed.watch == event.wd);
+                if !is_current && !event.mask.contains(EventMask::Q_OVERFLOW) {
+                    continue;
+                }
                 let gone =
                     EventMask::DELETE_SELF | EventMask::MOVE_SELF | EventMask::IGNORED | EventMask::UNMOUNT;
                 hint.lost |= event.mask.intersects(gone);
@@ -103,11 +139,6 @@ impl DirWatch {
     /// no event.
     #[must_use]
     pub fn is_still(&self, directory: &Path) -> bool {
-        inode_of(directory).is_ok_and(|inode| inode == self.inode)
-    }
-
-    /// Leaves the poll before it is dropped.
-    pub fn deregister(&self, registry: &Registry) {
-        let _ = registry.deregister(&mut SourceFd(&self.inotify.as_raw_fd()));
+        self.armed.as_ref().is_some_and(|armed| inode_of(directory).is_ok_and(|inode| inode == armed.inode))
     }
 }

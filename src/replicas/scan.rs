@@ -297,7 +297,12 @@ impl Scanner {
 
     fn open_directory(&self) -> io::Result<OwnedFd> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let directory = rustix::fs::open(&self.directory, flags, Mode::empty())?;
+        let open = |more| rustix::fs::open(&self.directory, flags | more, Mode::empty());
+        let directory = match open(OFlags::NOATIME) {
+            // It belongs to somebody else.
+            Err(rustix::io::Errno::PERM) => open(OFlags::empty()),
+            opened => opened,
+        }?;
         check_owner(&rustix::fs::fstat(&directory)?, self.own_uid, "the directory")
             .map_err(io::Error::other)?;
         Ok(directory)
@@ -570,7 +575,10 @@ fn read_checked(directory: &impl AsFd, name: &str, listed: &Stat, own_uid: u32) 
     };
     // Checked before the open, because opening a device or a FIFO can itself do something.
     check_kind(listed)?;
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
+    let mut flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
+    // To note when a file was read is a change, which waits while the file system's journal is written.
+    // Only the owner may do without.
+    flags.set(OFlags::NOATIME, listed.st_uid == own_uid);
     let file = rustix::fs::openat(directory, name, flags, Mode::empty())
         .map_err(|error| failed("cannot be opened", &error))?;
     let stat = rustix::fs::fstat(&file).map_err(|error| failed("cannot be looked at", &error))?;

@@ -34,7 +34,8 @@ pub struct Watch {
     scanner: Scanner,
     token: Token,
     interval_ms: u64,
-    armed: Option<DirWatch>,
+    /// None until the kernel gives one.
+    events: Option<DirWatch>,
     /// The kernel reports what this machine does to the file system, and others write to it too.
     is_shared: bool,
     due_at: Mono,
@@ -76,7 +77,7 @@ impl Watch {
             scanner: Scanner::new(directory),
             token,
             interval_ms,
-            armed: None,
+            events: None,
             is_shared: false,
             due_at: Mono(0),
             away_ms: AWAY_MS_MIN,
@@ -90,10 +91,10 @@ impl Watch {
     /// How changes are noticed: `inotify`, `poll`, or both where the file system is shared with others.
     #[must_use]
     pub fn mode(&self) -> &'static str {
-        match (&self.armed, self.is_shared) {
-            (Some(_), false) => "inotify",
-            (Some(_), true) => "inotify+poll",
-            (None, _) => "poll",
+        match (self.is_armed(), self.is_shared) {
+            (true, false) => "inotify",
+            (true, true) => "inotify+poll",
+            (false, _) => "poll",
         }
     }
 
@@ -117,11 +118,11 @@ impl Watch {
     /// Looks at what the kernel `signalled`, and at everything if it is time. Each call does a bounded
     /// piece of it.
     pub fn turn(&mut self, signalled: bool, now: Mono, registry: &Registry) -> Scan {
-        if signalled && let Some(watch) = &mut self.armed {
+        if signalled && let Some(watch) = &mut self.events {
             let scanner = &mut self.scanner;
             let hint = watch.take(&mut |name| scanner.hint(name));
             if hint.lost {
-                self.disarm(registry);
+                watch.disarm();
             }
             if hint.dirty || hint.lost {
                 self.due_at = now;
@@ -131,7 +132,7 @@ impl Watch {
             self.check_at = now.plus_ms(self.interval_ms);
             // Neither a mount over the directory nor another name for one above it sends an event. Nobody is
             // woken up to look for that: any turn will do, and the safety net is one.
-            if self.armed.as_ref().is_some_and(|watch| !watch.is_still(self.scanner.directory())) {
+            if self.is_elsewhere() {
                 self.due_at = now;
             }
         }
@@ -144,7 +145,7 @@ impl Watch {
         let listings = match self.scanner.step(now) {
             Ok(listings) => listings,
             Err(error) => {
-                self.disarm(registry);
+                self.disarm();
                 trouble = Some(self.explain(&error, true));
                 self.due_at = now.plus_ms(self.away_ms.min(self.interval_ms));
                 self.away_ms = (self.away_ms * 2).min(self.interval_ms);
@@ -154,7 +155,7 @@ impl Watch {
         if listings.iter().any(|listing| listing.completes) {
             self.away_ms = AWAY_MS_MIN;
             self.is_new = false;
-            let events_suffice = self.armed.is_some() && !self.is_shared;
+            let events_suffice = self.is_armed() && !self.is_shared;
             let factor = if events_suffice { SAFETY_NET_FACTOR } else { 1 };
             self.due_at = now.plus_ms(self.interval_ms * factor);
         }
@@ -173,17 +174,13 @@ impl Watch {
             // If that fails, looking says so.
             let _ = self.scanner.create_directory();
         }
-        if self.armed.as_ref().is_some_and(|watch| !watch.is_still(self.scanner.directory())) {
-            self.disarm(registry);
+        if self.is_elsewhere() {
+            self.disarm();
         }
-        if self.armed.is_none() {
-            match DirWatch::arm(self.scanner.directory(), registry, self.token) {
-                Ok(watch) => {
-                    self.is_shared = self.scanner.is_shared();
-                    self.armed = Some(watch);
-                }
-                Err(error) => return Some(self.explain(&error, false)),
-            }
+        if !self.is_armed()
+            && let Err(error) = self.arm(registry)
+        {
+            return Some(self.explain(&error, false));
         }
         self.is_shared.then(|| Trouble {
             text: format!(
@@ -212,10 +209,30 @@ impl Watch {
         }
     }
 
-    fn disarm(&mut self, registry: &Registry) {
-        if let Some(watch) = self.armed.take() {
-            watch.deregister(registry);
+    fn arm(&mut self, registry: &Registry) -> io::Result<()> {
+        if self.events.is_none() {
+            self.events = Some(DirWatch::new(registry, self.token)?);
         }
+        if let Some(events) = &mut self.events {
+            events.arm(self.scanner.directory())?;
+            self.is_shared = self.scanner.is_shared();
+        }
+        Ok(())
+    }
+
+    fn disarm(&mut self) {
+        if let Some(events) = &mut self.events {
+            events.disarm();
+        }
+    }
+
+    fn is_armed(&self) -> bool {
+        self.events.as_ref().is_some_and(DirWatch::is_armed)
+    }
+
+    /// The path leads to something else than what is watched.
+    fn is_elsewhere(&self) -> bool {
+        self.events.as_ref().is_some_and(|e| e.is_armed() && !e.is_still(self.scanner.directory()))
     }
 
     fn explain(&self, error: &io::Error, is_blind: bool) -> Trouble {

@@ -91,6 +91,20 @@ pub fn raise_descriptor_limit() -> Option<u64> {
     getrlimit(Resource::Nofile).current
 }
 
+/// Descriptors that the kernel's table has room for from the start: 128 KiB of it. Beyond that each
+/// doubling costs a pause, as [`prepare_descriptors`] says.
+const DESCRIPTORS_PREPARED: u64 = 16 * 1024;
+
+/// Makes the kernel's table of this process's descriptors large at once. It doubles while descriptors are
+/// opened, and in a process with several threads each doubling waits until every processor has passed
+/// through the scheduler: an `open` in the loop that takes 10 ms. To be called while there is one thread.
+pub fn prepare_descriptors(limit: Option<u64>) {
+    let most = limit.unwrap_or(u64::MAX).min(DESCRIPTORS_PREPARED);
+    let last = i32::try_from(most.saturating_sub(1)).unwrap_or(i32::MAX);
+    // Where it is refused the table grows later. The descriptor is closed at once, the room stays.
+    let _ = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stderr(), last);
+}
+
 /// This machine's own addresses, from the kernel's tables.
 #[must_use]
 pub fn own_addresses() -> Vec<IpAddr> {

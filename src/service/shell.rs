@@ -51,6 +51,7 @@ impl Shell {
             move |error: io::Error| Exit::runtime(format!("the kernel gives no {what}: {error}"))
         };
         let descriptors = machine::raise_descriptor_limit();
+        machine::prepare_descriptors(descriptors);
         let reactor = Reactor::new().map_err(kernel("epoll descriptor"))?;
         let registry = reactor.registry().map_err(kernel("descriptor"))?;
         let waker = reactor.waker(Token::only(Kind::Waker)).map_err(kernel("eventfd"))?;

@@ -4,14 +4,15 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use rustix::fs::{FileType, Mode};
 
-use super::harness::{get, until};
-use super::{Agent, as_another_user, is_root, unused};
+use super::harness::{POOL_MANAGERD, get, until};
+use super::{Agent, as_another_user, is_root, skip, unused};
 
 /// Everything that the daemon shows to anybody.
 fn shown(agent: &Agent) -> String {
@@ -201,6 +202,51 @@ fn a_file_that_the_daemon_may_not_read_is_read_once_it_may() {
     fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).expect("opened");
     until("the directory", || get(agent.port, "/ready").filter(|answer| answer.status == 200));
     agent.until_file("a.json", "accepted");
+}
+
+/// The disk fails below one file: reading it ends in EIO, as reading the first page of a process's memory
+/// does, which is mounted over the file.
+#[test]
+fn a_file_on_a_failing_disk_keeps_what_it_said_and_is_read_once_it_can_be() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let private = ["unshare", "-U", "-r", "-m", "--propagation", "private"];
+    let target = directory.path().join("probe");
+    fs::write(&target, "").expect("written");
+    let mut may = Command::new(private[0]);
+    may.args(&private[1..]).args(["sh", "-c", "mount --bind /proc/$$/mem \"$1\"", "sh"]).arg(&target);
+    if !may.stderr(Stdio::null()).status().is_ok_and(|status| status.success()) {
+        return skip("nothing can be mounted here");
+    }
+    let command = [&private[..], &[POOL_MANAGERD]].concat();
+    fs::create_dir_all(directory.path().join(".runtime/engines")).expect("made");
+    let agent = Agent::start_in(directory, &command, &[("POOL_MANAGERD_WATCH_INTERVAL_MS", "100")]);
+    let pid = agent.daemon.pid().to_string();
+    let inside = |command: &[&str]| {
+        let enter = ["-U", "-m", "--preserve-credentials", "-t", &pid];
+        let status = Command::new("nsenter").args(enter).args(command).status();
+        assert!(status.is_ok_and(|status| status.success()), "{command:?}");
+    };
+    let memory = format!("/proc/{pid}/mem");
+    let path = |name: &str| agent.engines().join(name).to_string_lossy().into_owned();
+    agent.hand_over("known.json", &unused("r-known", ""));
+    agent.until_file("known.json", "accepted");
+    inside(&["mount", "--bind", &memory, &path("known.json")]);
+    let why = agent.until_file("known.json", "keeping-last-good");
+    assert!(why.contains("cannot be read: Input/output error"), "{why}");
+    agent.until_state("r-known", "found");
+    // One of which nothing is known yet; beside both, others are read.
+    fs::write(path("new.json"), "").expect("written");
+    inside(&["mount", "--bind", &memory, &path("new.json")]);
+    until("the reason", || agent.file("new.json")?.1.contains("Input/output error").then_some(()));
+    agent.until_looked_at();
+    let log = agent.daemon.log();
+    assert_eq!(log.matches("Input/output error").count(), 2, "each is told once: {log}");
+    // The disk is well again.
+    inside(&["umount", &path("known.json")]);
+    inside(&["umount", &path("new.json")]);
+    agent.until_file("known.json", "accepted");
+    agent.hand_over("new.json", &unused("r-new", ""));
+    agent.until_state("r-new", "found");
 }
 
 #[test]
