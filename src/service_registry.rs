@@ -87,7 +87,7 @@ use std::time::Duration;
 
 use serde::{Serialize, Serializer};
 
-use crate::orchestratord::service_registry::{self as core, Change, Fenced, Limits, Node};
+use crate::orchestratord::service_registry::{self as core, Change, Fenced, KnownPool, Limits, Node};
 use crate::pool_registry_types::ReplicaStatus;
 use crate::time::Now;
 use crate::wire::id::{NodeId, PoolId};
@@ -447,7 +447,7 @@ impl State {
     }
 
     fn node_for(&self, pool: &PoolId) -> Option<&Node> {
-        let has_slot = |p: &&PoolBeat| p.pool_id == *pool && p.ready && !p.draining && p.slots_free > 0;
+        let has_slot = |p: &&KnownPool| p.pool_id == *pool && p.ready && !p.draining && p.slots_free > 0;
         let candidates = self.online().filter_map(|node| Some((node, node.pools.iter().find(has_slot)?)));
         let (node, _) =
             candidates.reduce(|best, next| if is_better(next.1, best.1) { next } else { best })?;
@@ -459,8 +459,8 @@ impl State {
         node.pools.iter().map(|pool| self.pool(node, pool)).collect()
     }
 
-    fn pool(&self, node: &Node, pool: &PoolBeat) -> PoolStatus {
-        let mut status = PoolStatus::from(pool);
+    fn pool(&self, node: &Node, pool: &KnownPool) -> PoolStatus {
+        let mut status = PoolStatus::from(&pool.as_beat());
         if let Some(list) = &mut status.replicas {
             let replicas = self.core.replicas_of(node).filter_map(|replica| self.core.replica(replica));
             list.extend(replicas.filter(|replica| replica.key.pool == pool.pool_id).map(replica_status));
@@ -493,9 +493,9 @@ impl State {
 }
 
 /// Whether `a` has the smaller share of its slots in use, or else more free memory. Both have slots.
-fn is_better(a: &PoolBeat, b: &PoolBeat) -> bool {
-    let used = |pool: &PoolBeat| u64::from(pool.slots_total() - pool.slots_free);
-    let load = |of: &PoolBeat, with: &PoolBeat| used(of) * u64::from(with.slots_total());
+fn is_better(a: &KnownPool, b: &KnownPool) -> bool {
+    let used = |pool: &KnownPool| u64::from(pool.slots_total() - pool.slots_free);
+    let load = |of: &KnownPool, with: &KnownPool| used(of) * u64::from(with.slots_total());
     (load(a, b), b.vram_free_bytes) < (load(b, a), a.vram_free_bytes)
 }
 

@@ -54,6 +54,7 @@ mod departed;
 mod expiry;
 mod newcomers;
 mod polled;
+mod pools;
 mod restore;
 mod shared;
 mod snapshot;
@@ -71,13 +72,14 @@ pub use self::expiry::{EXPIRY_HOLD_MS, EXPIRY_HOLD_NODES_MIN, EXPIRY_HOLD_RECHEC
 pub use self::newcomers::NEWCOMERS_PER_PEER_MAX;
 use self::newcomers::{Newcomers, Ticket};
 pub use self::polled::{Polled, Via};
+pub use self::pools::KnownPool;
 pub use self::restore::TRUST_MS;
 use self::restore::standing;
 use self::shared::{Shared, SortedList};
 pub use self::snapshot::{
     MODEL_BYTES_MAX, MODELS_MAX, NODE_REPLICAS_MAX, REPLICAS_TOTAL_MAX, TEXT_BYTES_MAX,
 };
-use self::snapshot::{announced, cut, too_large};
+use self::snapshot::{cut, too_large};
 use super::placement;
 use super::placement_index::GroupId;
 pub use super::replica_table::{
@@ -197,8 +199,8 @@ pub struct Node {
     pub registered_at: Wall,
     /// When it last sent a heartbeat.
     pub last_heartbeat_at: Option<Wall>,
-    /// Its pools as last reported. `replicas` is empty here: see [`ServiceRegistry::replicas_of`].
-    pub pools: Vec<PoolBeat>,
+    /// Its pools as last reported. Their replicas: [`ServiceRegistry::replicas_of`].
+    pub pools: Vec<KnownPool>,
     /// An earlier start of the control plane knew it, and this one has not heard of it yet.
     pub restored: bool,
     /// Something in it that is saved has changed.
@@ -356,7 +358,7 @@ impl ServiceRegistry {
         let moved = node.address.as_ref() != Some(&request.address);
         node.address = Some(request.address.clone());
         if fresh {
-            node.pools = request.pools.iter().map(announced).collect();
+            node.pools = request.pools.iter().map(KnownPool::announced).collect();
         }
         changes.push(Change::NodeRegistered {
             node: request.node_id.clone(),

@@ -23,8 +23,8 @@ use std::sync::Arc;
 use crate::orchestratord::saved::{NodeRecord, PoolRecord, ReplicaRecord, Saved, SavedNode, Standing};
 use crate::time::{Now, Wall};
 use crate::wire::id::NodeId;
-use crate::wire::node::PoolBeat;
 
+use super::pools::{KnownPool, Sums};
 use super::snapshot::cut;
 use super::{
     Change, Circuit, Confirmation, Node, NodeStatus, Replica, ReplicaTable, ServiceRegistry, Target, shown,
@@ -182,33 +182,38 @@ impl NodeRecord {
 }
 
 impl PoolRecord {
-    fn of(pool: &PoolBeat) -> PoolRecord {
+    fn of(pool: &KnownPool) -> PoolRecord {
+        let sums = pool.sums.as_deref().cloned().unwrap_or_default();
         PoolRecord {
             pool: pool.pool_id.clone(),
             ready: pool.ready,
             draining: pool.draining,
             slots_total: pool.slots_total,
             vram_free_bytes: pool.vram_free_bytes,
-            engine: pool.engine.clone(),
-            engine_version: pool.engine_version.clone(),
-            models: pool.models_available.clone(),
-            listed: pool.replicas.is_some(),
+            engine: sums.engine,
+            engine_version: sums.engine_version,
+            models: sums.models,
+            listed: pool.sums.is_none(),
         }
     }
 
     /// The pool as it is shown until its node is heard.
-    fn shown(&self) -> PoolBeat {
-        PoolBeat {
+    fn shown(&self) -> KnownPool {
+        let sums = || {
+            Box::new(Sums {
+                engine: self.engine.as_deref().map(cut),
+                engine_version: self.engine_version.as_deref().map(cut),
+                models: self.models.clone(),
+            })
+        };
+        KnownPool {
             pool_id: self.pool.clone(),
             ready: self.ready,
             draining: self.draining,
             slots_free: self.slots_total.unwrap_or(0),
             slots_total: self.slots_total,
             vram_free_bytes: self.vram_free_bytes,
-            engine: self.engine.as_deref().map(cut),
-            engine_version: self.engine_version.as_deref().map(cut),
-            models_available: self.models.clone(),
-            replicas: self.listed.then(Vec::new),
+            sums: (!self.listed).then(sums),
         }
     }
 }

@@ -12,6 +12,7 @@ use crate::wire::id::{NodeId, PoolId, ReplicaId, ReplicaKey};
 use crate::wire::node::{POOLS_MAX, PoolBeat, REPLICAS_MAX, ReplicaBeat};
 use crate::wire::pool::ReplicaStatus;
 
+use super::pools::KnownPool;
 use super::shared::Shared;
 use super::{Change, Circuit, Confirmation, Fenced, Replica, ReplicaRef, ServiceRegistry, Target};
 
@@ -41,13 +42,12 @@ impl ServiceRegistry {
         changes: &mut Vec<Change>,
     ) {
         let Some(&index) = self.by_id.get(node) else { return };
-        let Some(beat) = self.nodes[index].pools.iter().find(|p| p.pool_id == *pool).cloned() else { return };
-        if beat.replicas.is_some() || replicas.is_empty() {
+        let Some(known) = self.nodes[index].pools.iter().find(|p| p.pool_id == *pool) else { return };
+        if known.sums.is_none() || replicas.is_empty() {
             return;
         }
         let list: Vec<ReplicaBeat> = replicas.iter().map(asked).collect();
-        let mut with_replicas = beat;
-        with_replicas.replicas = Some(list);
+        let with_replicas = PoolBeat { replicas: Some(list), ..known.as_beat() };
         let own = self.nodes[index].replicas.len();
         if self.check_size(own, std::slice::from_ref(&with_replicas)).is_err() {
             return;
@@ -79,8 +79,8 @@ impl ServiceRegistry {
         self.take_pool(index, pool, now, changes);
         let shown = &mut self.nodes[index].pools;
         match at {
-            Some(at) => shown[at] = without_replicas(pool),
-            None => shown.push(without_replicas(pool)),
+            Some(at) => shown[at] = KnownPool::of(pool),
+            None => shown.push(KnownPool::of(pool)),
         }
         self.nodes[index].touched = true;
         self.note_changes(index);
@@ -166,17 +166,17 @@ impl ServiceRegistry {
         shown.reserve_exact(pools.len() - shown.len());
         for (at, pool) in pools.iter().enumerate() {
             match shown.get_mut(at) {
-                Some(old) if same_pool(old, pool) => {
+                Some(old) if old.is_as_in(pool) => {
                     old.slots_free = pool.slots_free;
                     old.vram_free_bytes = pool.vram_free_bytes;
                 }
                 Some(old) => {
                     let named = (old.pool_id == pool.pool_id).then(|| old.pool_id.clone());
-                    *old = without_replicas(pool);
+                    *old = KnownPool::of(pool);
                     old.pool_id = named.unwrap_or(pool.pool_id.clone());
                     node.touched = true;
                 }
-                None => shown.push(without_replicas(pool)),
+                None => shown.push(KnownPool::of(pool)),
             }
         }
     }
@@ -372,57 +372,6 @@ fn check_models(models: &[String]) -> Result<(), Fenced> {
     too_large("models of a replica", models.len(), MODELS_MAX)?;
     let longest = models.iter().map(String::len).max().unwrap_or(0);
     too_large("bytes in the name of a model", longest, MODEL_BYTES_MAX)
-}
-
-/// A pool of which a registration gives only the name.
-pub(super) fn announced(pool: &PoolId) -> PoolBeat {
-    PoolBeat {
-        pool_id: pool.clone(),
-        ready: false,
-        draining: false,
-        slots_free: 0,
-        slots_total: None,
-        vram_free_bytes: 0,
-        engine: None,
-        engine_version: None,
-        models_available: Vec::new(),
-        replicas: None,
-    }
-}
-
-/// What is kept of a pool: whether it lists replicas, but not which. Where it does, these have the rest.
-fn without_replicas(pool: &PoolBeat) -> PoolBeat {
-    if pool.replicas.is_some() {
-        let pool_id = pool.pool_id.clone();
-        let (engine, engine_version, models_available) = (None, None, Vec::new());
-        return PoolBeat {
-            pool_id,
-            engine,
-            engine_version,
-            models_available,
-            replicas: Some(Vec::new()),
-            ..*pool
-        };
-    }
-    PoolBeat {
-        pool_id: pool.pool_id.clone(),
-        engine: pool.engine.as_deref().map(cut),
-        engine_version: pool.engine_version.as_deref().map(cut),
-        models_available: pool.models_available.clone(),
-        replicas: None,
-        ..*pool
-    }
-}
-
-/// Whether two reports of a pool differ in numbers only.
-fn same_pool(old: &PoolBeat, new: &PoolBeat) -> bool {
-    old.pool_id == new.pool_id
-        && (old.ready, old.draining, old.slots_total) == (new.ready, new.draining, new.slots_total)
-        && old.replicas.is_some() == new.replicas.is_some()
-        && (old.replicas.is_some()
-            || (old.engine == new.engine
-                && old.engine_version == new.engine_version
-                && old.models_available == new.models_available))
 }
 
 /// A replica of a status answer, as a heartbeat would have listed it.
