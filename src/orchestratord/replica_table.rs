@@ -73,7 +73,7 @@ pub struct Grant {
     replica: ReplicaRef,
     slots: u32,
     /// Which trial of the replica it is, if it is one.
-    trial: Option<u64>,
+    trial: Option<u32>,
 }
 
 impl Grant {
@@ -137,14 +137,14 @@ pub enum Circuit {
         /// Failures in a row.
         failures: u32,
         /// The newest failure.
-        reason: String,
+        reason: Arc<str>,
     },
     /// The backoff has passed; one request may try.
     HalfOpen {
         /// Failures in a row; 0 where there was none, but a restart of the control plane.
         failures: u32,
         /// The newest failure.
-        reason: String,
+        reason: Arc<str>,
         /// The one request is on its way.
         trying: bool,
     },
@@ -202,7 +202,7 @@ pub struct Replica {
     /// Free GPU memory of its pool, 0 where unknown.
     pub vram_free_bytes: u64,
     /// Why its node says it is not ready.
-    pub reason: Option<String>,
+    pub reason: Option<Arc<str>>,
     /// When it last started or stopped taking work.
     pub since: Wall,
     /// State of the data path.
@@ -210,9 +210,9 @@ pub struct Replica {
     /// A request of ours ran at some time since the last report.
     pub(super) ours_since_report: bool,
     /// Trials of a data path in doubt so far.
-    pub(super) trials: u64,
+    pub(super) trials: u32,
     /// The node's count of heartbeats when this replica was last in one.
-    pub(super) seen_in_beat: u64,
+    pub(super) seen_in_beat: u32,
 }
 
 /// Why a replica takes no work. Displayed to people.
@@ -229,11 +229,11 @@ pub enum Obstacle {
     /// It drains.
     Draining,
     /// Its node says that it is not ready, and perhaps why.
-    NotReady(Option<String>),
+    NotReady(Option<Arc<str>>),
     /// The data path failed, and how.
-    CircuitOpen(String),
+    CircuitOpen(Arc<str>),
     /// After a failure one request is trying, and how it had failed.
-    Trying(String),
+    Trying(Arc<str>),
     /// After a restart of the control plane one request is trying.
     TryingRestored,
     /// It has no slots.
@@ -578,7 +578,7 @@ impl ReplicaTable {
         let mut trial = None;
         if let Circuit::HalfOpen { trying, .. } = &mut cold.circuit {
             *trying = true;
-            cold.trials += 1;
+            cold.trials = cold.trials.wrapping_add(1);
             trial = Some(cold.trials);
         }
         self.refresh_quietly(index);

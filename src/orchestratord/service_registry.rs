@@ -180,7 +180,7 @@ pub struct Node {
     /// Where its agent is reached; `None` for this machine itself.
     pub address: Option<BaseUrl>,
     /// Version of its agent.
-    pub version: Option<String>,
+    pub version: Option<Arc<str>>,
     /// What its machine has; machines that have the same share it.
     pub capabilities: Arc<Capabilities>,
     /// Where its last message came from.
@@ -194,7 +194,7 @@ pub struct Node {
     /// Since when.
     pub since: Wall,
     /// Why.
-    pub reason: String,
+    pub reason: Arc<str>,
     /// When it last registered.
     pub registered_at: Wall,
     /// When it last sent a heartbeat.
@@ -213,7 +213,7 @@ pub struct Node {
     /// Where it was polled, if that is how it was last heard of.
     polled: Option<BaseUrl>,
     /// Heartbeats so far, to tell replicas that the newest one names from others.
-    beats: u64,
+    beats: u32,
     last_contact: Mono,
     /// When its status changes if it stays silent; `None` for this machine itself.
     due: Option<Mono>,
@@ -256,7 +256,7 @@ pub struct ServiceRegistry {
     departed: Departed,
     newcomers: Newcomers,
     addresses: Addresses,
-    /// Names of engines, versions and devices: most replicas have the same.
+    /// Names of engines, versions and devices, and reasons: most nodes and replicas have the same.
     names: Shared<str>,
     machines: Shared<Capabilities>,
     hold: Option<Hold>,
@@ -342,7 +342,7 @@ impl ServiceRegistry {
         };
         let node = &mut self.nodes[index];
         node.machine_id = cut(request.machine_id.as_deref().unwrap_or(request.node_id.as_str()));
-        node.version = request.version.as_deref().map(cut);
+        node.version = request.version.as_deref().map(|version| self.names.keep(&cut(version)));
         node.capabilities = self.machines.keep_whole(shown(&request.capabilities));
         node.incarnation = request.incarnation;
         let boot_id = request.boot_id.as_deref().map(cut);
@@ -720,7 +720,7 @@ impl ServiceRegistry {
             node.peer = cut(peer);
         }
         if std::mem::take(&mut node.restored) {
-            node.reason = "heard of again after a restart of the control plane".into();
+            node.reason = self.names.keep("heard of again after a restart of the control plane");
         }
         node.last_contact = now.mono;
         if node.status.leased() {
@@ -743,7 +743,7 @@ impl ServiceRegistry {
         let from = std::mem::replace(&mut node.status, status);
         self.revision += u64::from(node.registered && standing(from) != standing(status));
         node.since = now.wall;
-        node.reason = reason.to_string();
+        node.reason = self.names.keep(reason);
         changes.push(Change::NodeStatus {
             node: node.id.clone(),
             from,

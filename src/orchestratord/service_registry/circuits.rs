@@ -91,7 +91,9 @@ impl ServiceRegistry {
         let until = now.mono.plus_ms(pause_ms);
         self.retries.insert((until, replica));
         let reason = cut(reason);
-        self.table.update(replica, now, changes, |r| r.circuit = Circuit::Open { until, failures, reason });
+        self.table.update(replica, now, changes, |r| {
+            r.circuit = Circuit::Open { until, failures, reason: reason.into() };
+        });
     }
 
     /// A replica answered a request: its data path is trusted again. To be called when the head of

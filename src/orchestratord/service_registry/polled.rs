@@ -215,7 +215,7 @@ impl ServiceRegistry {
             node.twins.clear();
         }
         node.machine_id = cut(report.machine_id.as_deref().unwrap_or(report.node_id.as_str()));
-        node.version = report.version.as_deref().map(cut);
+        node.version = report.version.as_deref().map(|version| self.names.keep(&cut(version)));
         node.capabilities = self.machines.keep_whole(capabilities);
         node.polled = Some(url.clone());
         // Where a node says that it is reached counts for as long as that start of it lives.

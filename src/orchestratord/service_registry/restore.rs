@@ -103,12 +103,12 @@ impl ServiceRegistry {
         let node = &mut self.nodes[index];
         node.machine_id = cut(&record.machine_id);
         node.address = Some(record.address.clone());
-        node.version = record.version.as_deref().map(cut);
+        node.version = record.version.as_deref().map(|version| self.names.keep(&cut(version)));
         node.capabilities = self.machines.keep_whole(shown(&record.capabilities));
         node.incarnation = record.incarnation;
         node.boot_id = record.boot_id.as_deref().map(cut);
         node.status = status;
-        node.reason = reason.into();
+        node.reason = self.names.keep(reason);
         node.registered_at = wall(record.registered_ms);
         node.last_heartbeat_at = saved.heard_ms.map(wall);
         node.pools = record.pools.iter().map(PoolRecord::shown).collect();
@@ -170,7 +170,7 @@ impl NodeRecord {
             id: node.id.clone(),
             machine_id: node.machine_id.clone(),
             address: node.address.clone()?,
-            version: node.version.clone(),
+            version: node.version.as_deref().map(str::to_string),
             capabilities: node.capabilities.clone(),
             incarnation: node.incarnation,
             boot_id: node.boot_id.clone(),

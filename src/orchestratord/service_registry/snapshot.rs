@@ -90,8 +90,8 @@ impl ServiceRegistry {
     /// Makes the replicas of one pool what `pool` says. What it had before and is not named is gone; other
     /// pools are untouched.
     fn take_pool(&mut self, index: usize, pool: &PoolBeat, now: Now, changes: &mut Vec<Change>) {
-        self.nodes[index].beats += 1;
-        let beats = self.nodes[index].beats;
+        let beats = self.nodes[index].beats.wrapping_add(1);
+        self.nodes[index].beats = beats;
         let Some(list) = &pool.replicas else { return self.take_unlisted(index, pool, beats, now, changes) };
         let old: Vec<(ReplicaKey, ReplicaRef)> = self.nodes[index]
             .replicas
@@ -137,8 +137,8 @@ impl ServiceRegistry {
         now: Now,
         changes: &mut Vec<Change>,
     ) {
-        self.nodes[index].beats += 1;
-        let beats = self.nodes[index].beats;
+        let beats = self.nodes[index].beats.wrapping_add(1);
+        self.nodes[index].beats = beats;
         for pool in pools {
             match &pool.replicas {
                 Some(list) => {
@@ -187,7 +187,7 @@ impl ServiceRegistry {
         index: usize,
         pool: &PoolBeat,
         beat: &ReplicaBeat,
-        beats: u64,
+        beats: u32,
         now: Now,
         changes: &mut Vec<Change>,
     ) {
@@ -231,7 +231,7 @@ impl ServiceRegistry {
             r.confirm();
             r.draining = beat.draining || pool.draining;
             r.vram_free_bytes = pool.vram_free_bytes;
-            set_text(&mut r.reason, beat.reason.as_deref());
+            set_name(&mut r.reason, beat.reason.as_deref(), names);
             touched |= set_name(&mut r.device_mask, beat.device_mask.as_deref(), names);
             touched |= set_name(&mut r.engine, beat.engine.as_deref().or(pool.engine.as_deref()), names);
             let version = beat.engine_version.as_deref().or(pool.engine_version.as_deref());
@@ -248,7 +248,7 @@ impl ServiceRegistry {
         &mut self,
         index: usize,
         pool: &PoolBeat,
-        beats: u64,
+        beats: u32,
         now: Now,
         changes: &mut Vec<Change>,
     ) {
@@ -399,18 +399,11 @@ pub(super) fn cut(text: &str) -> String {
     text[..end].chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
-/// As [`set_text`], for texts that many replicas have in common. True if it changed.
+/// Sets a text that seldom changes and that many replicas have in common. True if it changed.
 fn set_name(old: &mut Option<Arc<str>>, new: Option<&str>, names: &mut Shared<str>) -> bool {
     let changes = old.as_deref() != new;
     if changes {
         *old = new.map(|new| names.keep(&cut(new)));
     }
     changes
-}
-
-/// Sets a text that seldom changes, without allocating where it does not.
-fn set_text(old: &mut Option<String>, new: Option<&str>) {
-    if old.as_deref() != new {
-        *old = new.map(cut);
-    }
 }
