@@ -25,6 +25,7 @@ use crate::http::head::RequestHead;
 use crate::http::server::{Request, Response};
 use crate::metrics::Histogram;
 use crate::reactor::ready::ReadyList;
+use crate::reactor::stream::Listener;
 use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Edge, Registry, Waker};
 use crate::time::{DeadlineQueue, Mono, earliest};
@@ -384,6 +385,15 @@ impl Net {
     /// Address in use, no permission, no such address.
     pub fn listen(&mut self, address: SocketAddr) -> io::Result<SocketAddr> {
         self.server.listen(address, &self.registry)
+    }
+
+    /// Accepts connections on a socket that listens already and does not block. Returns its address.
+    ///
+    /// # Errors
+    /// Where the kernel cannot wait for one more descriptor.
+    pub fn listen_on(&mut self, listener: std::net::TcpListener) -> io::Result<SocketAddr> {
+        let listener = Listener::adopt(listener, &self.registry, Token::only(Kind::Listener))?;
+        self.server.listen_on(listener)
     }
 
     /// Accepts no further connection; those that are open go on.

@@ -191,7 +191,10 @@ impl Server {
     }
 
     pub(super) fn listen(&mut self, address: SocketAddr, registry: &Registry) -> io::Result<SocketAddr> {
-        let listener = Listener::bind(address, registry, Token::only(Kind::Listener))?;
+        self.listen_on(Listener::bind(address, registry, Token::only(Kind::Listener))?)
+    }
+
+    pub(super) fn listen_on(&mut self, listener: Listener) -> io::Result<SocketAddr> {
         let bound = listener.local_address()?;
         self.listeners.push(listener);
         Ok(bound)

@@ -16,6 +16,7 @@ use crate::replicas::{Activity, AllowList, EnginePolicy, ProbeOrder, Processes, 
 use crate::service::auth::{self, Tokens};
 use crate::service::lag::LoopLag;
 use crate::service::shell::Shell;
+use crate::service::supervisor::Supervisor;
 use crate::service::{logging, machine};
 use crate::settings::Exit;
 use crate::time::{Mono, Now, earliest};
@@ -72,6 +73,7 @@ pub struct Daemon {
     exchanges: BTreeMap<Token, Running>,
     explain: Explain,
     lag: LoopLag,
+    supervisor: Supervisor,
     next_request: RequestId,
     tokens: Tokens,
     config: Config,
@@ -122,11 +124,12 @@ impl Daemon {
         for note in &config.notes {
             log::warn!("{note}");
         }
-        let Shell { reactor, registry, waker, signals, mut net, bound } =
+        let Shell { reactor, registry, waker, signals, mut net, bound, supervisor } =
             Shell::start_with(config.addr, "ORCHESTRATORD_ADDR", |limits| {
                 limits.body_bytes_max = config.body_bytes_max;
                 limits.bodies_bytes_max = config.bodies_bytes_max;
             })?;
+        auth::note_other_address(config.addr, bound, &config.tokens);
         let rules = address_rules(bound);
         net.set_dial_rule(DialRule::new(move |url, ip| rules.check_address(url, ip)));
         net.keep_streams_alive(config.stream_keepalive_ms);
@@ -160,6 +163,7 @@ impl Daemon {
             exchanges: BTreeMap::new(),
             explain: Explain::default(),
             lag: LoopLag::default(),
+            supervisor,
             next_request: 1,
             tokens: config.tokens.clone(),
             config,
@@ -180,10 +184,14 @@ impl Daemon {
         self.scan(false, now);
         while !self.over {
             self.perform(now);
+            if turns_behind == 0 {
+                self.tell_supervisor(now);
+            }
             let watch = self.watch.as_ref().map(Watch::deadline);
             let is_scanning = self.watch.as_ref().is_some_and(Watch::busy);
             let deadline = earliest(earliest(self.core.deadline(), self.net.deadline()), watch);
             let deadline = earliest(deadline, self.tasks_deadline());
+            let deadline = earliest(deadline, self.supervisor.deadline());
             if let Some(slow) = self.lag.worked(now.mono, crate::reactor::now().mono) {
                 log::warn!("{slow}");
             }
@@ -200,7 +208,9 @@ impl Daemon {
                     Kind::Stop => stops += self.signals.stops(),
                     Kind::Reload => {
                         if self.signals.reloads() > 0 {
-                            auth::reload(self.config.token_file.as_deref(), &mut self.tokens);
+                            self.supervisor.reload(now.mono, || {
+                                auth::reload(self.config.token_file.as_deref(), &mut self.tokens);
+                            });
                         }
                     }
                     Kind::Waker | Kind::KernelLog => {}
@@ -226,6 +236,15 @@ impl Daemon {
             }
         }
         Ok(())
+    }
+
+    /// A turn has ended that left nothing behind: once the directory was looked at as a whole, where one
+    /// is watched, the daemon is ready.
+    fn tell_supervisor(&mut self, now: Now) {
+        if !self.watch.as_ref().is_some_and(Watch::busy) {
+            self.supervisor.ready(|| self.core.status(), now.mono);
+        }
+        self.supervisor.turned(|| self.core.status(), now.mono);
     }
 
     fn scan(&mut self, changed: bool, now: Now) {
@@ -612,7 +631,9 @@ impl Daemon {
             self.over = true;
             return;
         }
-        log::info!("signal: no new requests, {} may finish", self.core.in_flight() + self.core.waiting());
+        let told = format!("no new requests, {} may finish", self.core.in_flight() + self.core.waiting());
+        log::info!("signal: {told}");
+        self.supervisor.stopping(&told, now.mono);
         self.net.stop_listening();
         self.core.handle(Input::Shutdown, now, &mut self.effects);
     }

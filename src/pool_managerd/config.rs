@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use crate::replicas::AllowList;
 use crate::service::auth::{self, Tokens};
+use crate::service::logging::LogFormat;
 use crate::service::machine;
 use crate::settings::{Alias, Exit, Setting, Settings, boolean, listen_address, number, refuse_unsupported};
 use crate::wire::id::{NodeId, PoolId};
@@ -191,6 +192,14 @@ pub static TABLE: &[Setting] = &[
         value: "LEVEL",
         help: "error, warn, info, debug or trace; RUST_LOG beats it",
     },
+    Setting {
+        flag: "log-format",
+        env: "POOL_MANAGERD_LOG_FORMAT",
+        aliases: &[],
+        default: Some("text"),
+        value: "FORMAT",
+        help: "text, or json for one object a line; the journal gets a priority either way",
+    },
 ];
 
 /// The settings, checked.
@@ -232,6 +241,8 @@ pub struct Config {
     pub token_file: Option<PathBuf>,
     /// For the logger.
     pub log_level: String,
+    /// For the logger.
+    pub log_format: LogFormat,
     /// Sentences for the log.
     pub notes: Vec<String>,
 }
@@ -301,6 +312,7 @@ impl Config {
             tokens,
             token_file,
             log_level: settings.need("log-level", |text| Ok(text.to_string()))?,
+            log_format: settings.need("log-format", str::parse)?,
             notes,
         })
     }
