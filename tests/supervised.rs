@@ -9,7 +9,6 @@ use std::fs;
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
-use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -141,20 +140,36 @@ fn without_a_watchdog_an_idle_daemon_wakes_for_nothing_more() {
 }
 
 /// Starts orchestratord with `listener` as its descriptor 3, as systemd would.
-fn activated(listener: &OwnedFd, directory: &Path, pid: &str) -> Child {
+fn activated(listener: &OwnedFd, directory: &Path, pid: &str, addr: &str) -> Daemon {
     // The shell keeps its process id through exec, so that it can name it.
     let script = format!("LISTEN_PID={pid} LISTEN_FDS=1 exec {ORCHESTRATORD} 3<&0 </dev/null");
     let log = fs::File::create(directory.join("log")).expect("a log");
-    Command::new("/bin/sh")
-        .arg0("sh")
+    let child = Command::new("/bin/sh")
         .args(["-c", &script])
         .current_dir(directory)
-        .env("ORCHESTRATORD_ADDR", "127.0.0.1:1")
+        .env("ORCHESTRATORD_ADDR", addr)
         .stdin(Stdio::from(listener.try_clone().expect("a duplicate")))
         .stdout(Stdio::null())
         .stderr(log)
         .spawn()
-        .expect("it starts")
+        .expect("it starts");
+    Daemon(child)
+}
+
+/// A process that is killed with the test.
+struct Daemon(Child);
+
+impl Daemon {
+    fn end(&mut self) -> Option<i32> {
+        until("the end", || self.0.try_wait().expect("a child")).code()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 #[test]
@@ -163,7 +178,7 @@ fn a_socket_that_is_handed_over_refuses_nobody_over_a_restart() {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let port = listener.local_addr().expect("an address").port();
     let held = OwnedFd::from(listener);
-    let mut first = activated(&held, directory.path(), "$$");
+    let mut first = activated(&held, directory.path(), "$$", "127.0.0.1:1");
     until("the daemon", || get(port, "/ready").filter(|answer| answer.status == 200));
     let log = fs::read_to_string(directory.path().join("log")).expect("a log");
     assert!(log.contains(&format!("listening on 127.0.0.1:{port}, as the service manager says")), "{log}");
@@ -180,30 +195,32 @@ fn a_socket_that_is_handed_over_refuses_nobody_over_a_restart() {
         answered
     });
     for _ in 0..3 {
-        let pid = rustix::process::Pid::from_raw(first.id().cast_signed()).expect("a pid");
+        let pid = rustix::process::Pid::from_raw(first.0.id().cast_signed()).expect("a pid");
         rustix::process::kill_process(pid, Signal::TERM).expect("signalled");
-        assert_eq!(first.wait().expect("it ends").code(), Some(0));
+        assert_eq!(first.end(), Some(0));
         std::thread::sleep(Duration::from_millis(100));
-        first = activated(&held, directory.path(), "$$");
+        first = activated(&held, directory.path(), "$$", "127.0.0.1:1");
         until("the next one", || get(port, "/ready").filter(|answer| answer.status == 200));
     }
     stop.send(()).expect("they still ask");
     assert!(clients.join().expect("nobody was refused") > 3);
-    first.kill().expect("killed");
-    first.wait().expect("it ends");
 }
 
 #[test]
 fn what_is_handed_over_and_cannot_be_used_is_named_and_what_is_not_meant_is_left() {
     let directory = tempfile::tempdir().expect("a directory");
     let file: OwnedFd = fs::File::open("/dev/null").expect("a file").into();
-    let mut daemon = activated(&file, directory.path(), "$$");
-    assert_eq!(daemon.wait().expect("it ends").code(), Some(78));
+    let mut daemon = activated(&file, directory.path(), "$$", "127.0.0.1:1");
+    assert_eq!(daemon.end(), Some(78));
     let log = fs::read_to_string(directory.path().join("log")).expect("a log");
     assert!(log.contains("descriptor 3 is no TCP socket") && log.contains("ListenStream="), "{log}");
     // Meant for its parent, of which it inherited the variables: its own address counts.
-    let mut daemon = activated(&file, directory.path(), "1");
-    assert_eq!(daemon.wait().expect("it ends").code(), Some(1), "port 1 is not for everybody, or taken");
+    let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let addr = taken.local_addr().expect("an address").to_string();
+    let mut daemon = activated(&file, directory.path(), "1", &addr);
+    assert_eq!(daemon.end(), Some(1));
+    let log = fs::read_to_string(directory.path().join("log")).expect("a log");
+    assert!(log.contains(&format!("cannot listen on {addr}")), "{log}");
 }
 
 #[test]

@@ -454,6 +454,13 @@ impl Net {
         earliest(timers.next(), server.accept_again_at())
     }
 
+    /// Whether a client would be cut off by an end now: one that is owed an answer, or that is likely to be
+    /// sending its request.
+    #[must_use]
+    pub fn is_awaited(&self) -> bool {
+        self.server.awaited()
+    }
+
     /// Clients that are connected.
     #[must_use]
     pub fn clients(&self) -> usize {

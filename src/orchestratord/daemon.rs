@@ -48,6 +48,9 @@ const HOLD_BACK: &[u16] = &[502, 503, 504];
 const HOLD_BACK_FROM_AGENT: &[u16] = &[409, 502, 503, 504];
 /// How long after a notice the runtime directory is listed, in milliseconds: many notices are one listing.
 const RESCAN_MS: u64 = 50;
+/// How long the end waits for clients that have just connected, or are owed a last answer, in
+/// milliseconds: requests follow their connections at once.
+const FAREWELL_MS: u64 = 500;
 /// Turns in a row that may end with sockets still to be read before clocks are looked at all the same.
 const TURNS_BEHIND_MAX: u32 = 64;
 /// Field in which a client of the OpenAI routes names its session.
@@ -79,6 +82,8 @@ pub struct Daemon {
     config: Config,
     started: u64,
     effects: Vec<Effect>,
+    /// All is done: the process ends then, or once no client awaits anything.
+    ends_by: Option<Mono>,
     over: bool,
 }
 
@@ -169,6 +174,7 @@ impl Daemon {
             config,
             started: at.wall.unix_ms() / 1000,
             effects: Vec::new(),
+            ends_by: None,
             over: false,
         })
     }
@@ -184,6 +190,7 @@ impl Daemon {
         self.scan(false, now);
         while !self.over {
             self.perform(now);
+            self.over |= self.ends_by.is_some_and(|at| now.mono >= at || !self.net.is_awaited());
             if turns_behind == 0 {
                 self.tell_supervisor(now);
             }
@@ -192,6 +199,7 @@ impl Daemon {
             let deadline = earliest(earliest(self.core.deadline(), self.net.deadline()), watch);
             let deadline = earliest(deadline, self.tasks_deadline());
             let deadline = earliest(deadline, self.supervisor.deadline());
+            let deadline = earliest(deadline, self.ends_by);
             if let Some(slow) = self.lag.worked(now.mono, crate::reactor::now().mono) {
                 log::warn!("{slow}");
             }
@@ -323,7 +331,7 @@ impl Daemon {
                     Effect::Save(saved) => self.save(saved, now),
                     Effect::AskAgent { node, pool, agent } => self.ask_agent(node, pool, agent, now),
                     Effect::Log(what) => logging::tell(&*what),
-                    Effect::Exit => self.over = true,
+                    Effect::Exit => self.ends_by = Some(now.mono.plus_ms(FAREWELL_MS)),
                 }
             }
         }

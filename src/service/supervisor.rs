@@ -22,7 +22,7 @@ use crate::time::{Mono, earliest};
 const STATUS_INTERVAL_MS: u64 = 1_000;
 /// When a message that found no room is sent again, in milliseconds.
 const RETRY_MS: u64 = 250;
-/// Bytes of messages that are kept for a manager that does not read; older ones go first.
+/// Messages that are kept for a manager that does not read: what it hears later is still true.
 const UNSENT_MAX: usize = 16;
 
 /// The connection to the service manager; without one, everything here does nothing.
@@ -151,7 +151,7 @@ impl Supervisor {
             }
         }
         let too_many = self.unsent.len().saturating_sub(UNSENT_MAX);
-        // The oldest may say that the daemon is ready: it stays.
+        // The oldest may say that the daemon is ready: it stays, and those behind it go.
         self.unsent.drain(1.min(too_many)..too_many + 1.min(too_many));
         self.retry_at = (!self.unsent.is_empty()).then(|| now.plus_ms(RETRY_MS));
     }
@@ -236,13 +236,15 @@ mod tests {
         }
         assert!(supervisor.deadline().is_some() && supervisor.unsent.len() <= UNSENT_MAX);
         let mut all = heard(&manager);
-        supervisor.turned(String::new, at(10_000));
-        all.extend(heard(&manager));
+        for turn in 0..10 {
+            supervisor.turned(String::new, at(10_000 + turn * RETRY_MS));
+            all.extend(heard(&manager));
+        }
         assert_eq!(all[0], "READY=1\nSTATUS=begun");
         assert_eq!(all.last().map(String::as_str), Some("READY=1"));
-        assert!(supervisor.unsent.is_empty() || supervisor.deadline().is_some());
+        assert!(supervisor.unsent.is_empty() && supervisor.deadline().is_none());
         drop(manager);
-        supervisor.stopping("", at(10_001));
+        supervisor.stopping("", at(20_000));
         assert!(supervisor.socket.is_none(), "nobody listens any more");
     }
 }
