@@ -30,6 +30,9 @@ mod status;
 /// [`Exit`] with the code and the last words of a failure, `--help` included.
 pub fn run(args: Vec<OsString>) -> Result<(), Exit> {
     let config = config::Config::read(args, |name| std::env::var_os(name))?;
+    if config.check_only {
+        return Err(Exit::checked(&config.notes));
+    }
     let node = Some(config.node_id.as_str());
     crate::service::logging::install(&config.log_level, config.log_format, "pool-managerd", node)?;
     daemon::Daemon::start(config)?.run()
