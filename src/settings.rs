@@ -8,6 +8,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt;
+use std::io::Write;
 
 /// Exit code of a failure at run time.
 pub const EXIT_RUNTIME: u8 = 1;
@@ -63,16 +64,16 @@ impl std::error::Error for Exit {}
 
 /// Turns how a program ended into what the shell sees: its last words and its exit code.
 #[must_use]
-#[allow(clippy::print_stdout, clippy::print_stderr, reason = "a program's last words are for its terminal")]
 pub fn finish(program: &str, ended: Result<(), Exit>) -> std::process::ExitCode {
     match ended {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(Exit { code: 0, message }) => {
-            println!("{message}");
+            // A reader that went away (`--help | head`) is no failure.
+            let _ = writeln!(std::io::stdout(), "{message}");
             std::process::ExitCode::SUCCESS
         }
         Err(Exit { code, message }) => {
-            eprintln!("{program}: {message}");
+            let _ = writeln!(std::io::stderr(), "{program}: {message}");
             std::process::ExitCode::from(code)
         }
     }

@@ -237,7 +237,7 @@ mod tests {
         assert!(supervisor.deadline().is_some() && supervisor.unsent.len() <= UNSENT_MAX);
         let mut all = heard(&manager);
         for turn in 0..10 {
-            supervisor.turned(String::new, at(10_000 + turn * RETRY_MS));
+            supervisor.turned(|| "begun".into(), at(10_000 + turn * RETRY_MS));
             all.extend(heard(&manager));
         }
         assert_eq!(all[0], "READY=1\nSTATUS=begun");
