@@ -20,8 +20,8 @@ use super::terminal::{Interrupt, Screen, Tone, clean};
 
 /// How often progress is asked, in milliseconds.
 const LOOK_MS: u64 = 250;
-/// Width of the progress bar, in characters.
-const BAR: usize = 24;
+/// Widths of the progress bar, in characters: what the numbers beside it leave of the terminal's.
+const BAR: std::ops::RangeInclusive<usize> = 6..=24;
 
 pub(super) static DRAIN_TABLE: &[Setting] = &[
     remote::URL,
@@ -108,13 +108,22 @@ pub(super) fn run_drain(args: Vec<OsString>) -> Result<(), Exit> {
     let deadline_ms = settings.get("deadline-ms", number(0, 86_400_000))?;
     let no_wait = settings.need("no-wait", boolean)?;
     let remote = Remote::from_settings(&settings)?;
-    let agents = agents(&remote, &scope, settings.get("node", |text| Ok(text.to_string()))?)?;
+    let node = settings.get("node", |text| Ok(text.to_string()))?;
+    let of_node = node.as_deref().map_or(String::new(), |node| format!(" --node {node}"));
+    let agents = agents(&remote, &scope, node)?;
     let interrupt = Interrupt::watch()?;
     let body = json!({ "deadline_ms": deadline_ms });
     let path = format!("{}/drain", scope.path());
     let mut progress = Vec::new();
     for (name, agent) in &agents {
-        progress.push(agent.post(&path, Some(&body)).map_err(|exit| on(name, exit))?);
+        let begun = agent.post(&path, Some(&body)).map_err(|exit| match progress.len() {
+            0 => on(name, exit),
+            others => on(
+                name,
+                Exit { message: format!("{}; {others} other nodes drain already", exit.message), ..exit },
+            ),
+        });
+        progress.push(begun?);
     }
     let screen = Screen::new();
     if no_wait {
@@ -128,12 +137,15 @@ pub(super) fn run_drain(args: Vec<OsString>) -> Result<(), Exit> {
         if interrupt.pause(LOOK_MS) {
             finish(&screen);
             return Err(Exit::runtime(format!(
-                "interrupted: {scope} goes on draining, with {}; `llorch resume {scope}` ends that",
+                "interrupted: {scope} goes on draining, with {}; `llorch resume {scope}{of_node}` ends that",
                 tally(&progress)
             )));
         }
         for ((name, agent), one) in agents.iter().zip(&mut progress) {
-            *one = agent.get(&path).map_err(|exit| on(name, exit))?;
+            *one = agent.get(&path).map_err(|exit| {
+                finish(&screen);
+                on(name, Exit { message: format!("{}; the drain stays in force", exit.message), ..exit })
+            })?;
             if one["draining"] != true {
                 finish(&screen);
                 return Err(Exit::runtime(format!("{name}{scope}: somebody else resumed it meanwhile")));
@@ -246,7 +258,11 @@ fn show(screen: &Screen, scope: &Scope, progress: &[Value], said: &mut String) {
     let share = if running == 0 { 1.0 } else { ended as f64 / (running + ended) as f64 };
     let left = deadline(progress).map_or(String::new(), |text| format!(", {text}"));
     if screen.is_terminal {
-        let line = format!("{scope}  {}  {}{left}", bar(share, BAR), tally(progress));
+        let (name, numbers) = (scope.to_string(), format!("{}{left}", tally(progress)));
+        // Two gaps and the bar's own ends stand between them.
+        let room = screen.width.saturating_sub(name.chars().count() + numbers.chars().count() + 6);
+        let bar = bar(share, room.clamp(*BAR.start(), *BAR.end()));
+        let line = format!("{name}  {bar}  {numbers}");
         let line: String = clean(&line).chars().take(screen.width).collect();
         screen.write(&format!("\r{line}\x1b[K"));
     } else {

@@ -1,7 +1,7 @@
 //! The operator's command, `llorch`: one file a subcommand, or two that belong together.
 //!
 //! Nothing here decides anything about engines or requests: a subcommand starts processes, writes and
-//! checks files, asks the daemons over HTTP what they know, and shows it. [`COMMANDS`] is the list of them,
+//! checks files, asks the daemons over HTTP what they know, and shows it. `COMMANDS` is the list of them,
 //! from which help and completions are made. What they share: `remote` asks a daemon, `terminal` and `table`
 //! show what it said.
 //!

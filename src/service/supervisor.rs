@@ -4,8 +4,8 @@
 //! Each message is a datagram to the socket that `NOTIFY_SOCKET` names. A manager that does not read must
 //! not hold the loop up, so nothing here blocks: what finds no room is kept and sent by a later turn.
 //!
-//! The state in words (`STATUS=`) is looked at when the loop has woken for something else, and once in
-//! [`STATUS_INTERVAL_MS`] at most: it costs no wake-up of its own. Only a watchdog that was asked for does,
+//! The state in words (`STATUS=`) is looked at when the loop has woken for something else, and once a
+//! second at most: it costs no wake-up of its own. Only a watchdog that was asked for does,
 //! because silence would otherwise be taken for a hang. It is fed by whole turns of the loop alone.
 
 use std::env;
