@@ -211,7 +211,7 @@ fn an_engine_is_adopted_checked_asked_and_withdrawn() {
 #[test]
 fn a_drain_waits_for_what_runs_and_stays_when_it_is_interrupted() {
     let cluster = Cluster::start();
-    let body = r#"{"messages":[{"role":"user","content":"one two three"}],"max_tokens":400,"stream":true}"#;
+    let body = r#"{"messages":[{"role":"user","content":"one two three"}],"max_tokens":1500,"stream":true}"#;
     let mut stream = open(cluster.plane, "POST", "/v1/chat/completions", None, body).expect("an answer");
     stream.event().expect("it runs");
     let mut child =

@@ -357,5 +357,12 @@ mod tests {
         let metadata = fs::metadata(directory.join("a.json")).expect("there");
         assert_eq!(metadata.mode() & 0o777 & !0o640, 0);
         assert_eq!(fs::read_dir(&directory).expect("listed").count(), 1, "nothing else");
+        // Root writes for whoever the directory belongs to.
+        if rustix::process::geteuid().is_root() {
+            std::os::unix::fs::chown(&directory, Some(4_711), Some(4_712)).expect("given away");
+            write(&directory, "a.json", b"{}").expect("written");
+            let metadata = fs::metadata(directory.join("a.json")).expect("there");
+            assert_eq!((metadata.uid(), metadata.gid()), (4_711, 4_712));
+        }
     }
 }
