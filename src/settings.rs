@@ -8,6 +8,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt;
+use std::io::Write;
 
 /// Exit code of a failure at run time.
 pub const EXIT_RUNTIME: u8 = 1;
@@ -36,6 +37,17 @@ impl Exit {
         Exit { code: EXIT_CONFIG, message: message.into() }
     }
 
+    /// A configuration that was only to be checked is usable; `notes` are remarks on it.
+    #[must_use]
+    pub fn checked(notes: &[String]) -> Exit {
+        let mut message = "the configuration is usable".to_string();
+        for note in notes {
+            message.push('\n');
+            message.push_str(note);
+        }
+        Exit { code: 0, message }
+    }
+
     /// A command line that does not parse.
     pub fn usage(message: impl Into<String>) -> Exit {
         Exit { code: EXIT_USAGE, message: message.into() }
@@ -52,16 +64,16 @@ impl std::error::Error for Exit {}
 
 /// Turns how a program ended into what the shell sees: its last words and its exit code.
 #[must_use]
-#[allow(clippy::print_stdout, clippy::print_stderr, reason = "a program's last words are for its terminal")]
 pub fn finish(program: &str, ended: Result<(), Exit>) -> std::process::ExitCode {
     match ended {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(Exit { code: 0, message }) => {
-            println!("{message}");
+            // A reader that went away (`--help | head`) is no failure.
+            let _ = writeln!(std::io::stdout(), "{message}");
             std::process::ExitCode::SUCCESS
         }
         Err(Exit { code, message }) => {
-            eprintln!("{program}: {message}");
+            let _ = writeln!(std::io::stderr(), "{program}: {message}");
             std::process::ExitCode::from(code)
         }
     }
@@ -122,6 +134,26 @@ impl Alias {
     }
 }
 
+/// Words of a command line that belong to no flag.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Words {
+    /// There are none.
+    None,
+    /// Any number behind `--`, by the name that the help gives them.
+    Behind(&'static str),
+    /// Between `min` and `max` of them, anywhere.
+    Given {
+        /// As the help calls one.
+        name: &'static str,
+        /// What they are.
+        help: &'static str,
+        /// At least so many.
+        min: usize,
+        /// At most so many.
+        max: usize,
+    },
+}
+
 /// The settings as given, with where each came from.
 #[derive(Debug)]
 pub struct Settings {
@@ -153,24 +185,23 @@ impl Settings {
         args: impl IntoIterator<Item = OsString>,
         env: impl Fn(&str) -> Option<OsString>,
     ) -> Result<Settings, Exit> {
-        let mut command = clap::Command::new(program)
-            .about(about)
-            .version(env!("CARGO_PKG_VERSION"))
-            .no_binary_name(true)
-            .disable_help_subcommand(true);
-        for setting in table {
-            command = command.arg(argument(setting));
-        }
-        if let Some(name) = rest {
-            command = command.arg(
-                clap::Arg::new("rest")
-                    .value_name(name)
-                    .last(true)
-                    .num_args(0..)
-                    .value_parser(clap::value_parser!(OsString))
-                    .help("Everything after --"),
-            );
-        }
+        let words = rest.map_or(Words::None, Words::Behind);
+        Settings::read_words(program, about, table, words, args, env)
+    }
+
+    /// As [`Settings::read`], with words of any kind; they are in [`Settings::rest`].
+    ///
+    /// # Errors
+    /// As [`Settings::read`].
+    pub fn read_words(
+        program: &'static str,
+        about: &'static str,
+        table: &'static [Setting],
+        words: Words,
+        args: impl IntoIterator<Item = OsString>,
+        env: impl Fn(&str) -> Option<OsString>,
+    ) -> Result<Settings, Exit> {
+        let command = command(program, about, table, words).no_binary_name(true);
         let mut matches = command.try_get_matches_from(args).map_err(|error| {
             let text = error.render().to_string();
             match error.use_stderr() {
@@ -179,7 +210,7 @@ impl Settings {
             }
         })?;
         let mut settings = Settings { values: BTreeMap::new(), notes: Vec::new(), rest: Vec::new() };
-        if rest.is_some() {
+        if words != Words::None {
             settings.rest = matches.remove_many("rest").map(Iterator::collect).unwrap_or_default();
         }
         for setting in table {
@@ -270,6 +301,35 @@ impl Settings {
             self.put(setting.flag, default.to_string(), "the default".to_string());
         }
         Ok(())
+    }
+}
+
+/// A command line as clap knows it, to be read, or to be completed by a shell.
+#[must_use]
+pub fn command(
+    program: &'static str,
+    about: &'static str,
+    table: &'static [Setting],
+    words: Words,
+) -> clap::Command {
+    let mut command = clap::Command::new(program)
+        .about(about)
+        .version(env!("CARGO_PKG_VERSION"))
+        .disable_help_subcommand(true);
+    for setting in table {
+        command = command.arg(argument(setting));
+    }
+    let arg = clap::Arg::new("rest").value_parser(clap::value_parser!(OsString));
+    match words {
+        Words::None => command,
+        Words::Behind(name) => {
+            command.arg(arg.value_name(name).last(true).num_args(0..).help("Everything after --"))
+        }
+        Words::Given { name, help, min, max } => {
+            let hint = if name == "FILE" { clap::ValueHint::AnyPath } else { clap::ValueHint::Unknown };
+            let arg = arg.value_name(name).num_args(min..=max).required(min > 0).help(help);
+            command.arg(arg.action(clap::ArgAction::Append).value_hint(hint))
+        }
     }
 }
 

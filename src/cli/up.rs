@@ -57,7 +57,7 @@ const REPORTS_MAX: usize = 16;
 /// Times that free ports are chosen before it is called impossible.
 const PORT_ATTEMPTS_MAX: u32 = 2;
 
-static TABLE: &[Setting] = &[
+pub(super) static TABLE: &[Setting] = &[
     flag("once", Some("false"), "BOOL", "Ask one question, print what was measured, end everything"),
     flag("dir", None, "DIR", "Directory for handoffs, logs and state, kept; a temporary one if absent"),
     flag("port", Some("8080"), "PORT", "Port of orchestratord; 0, or --once without it, takes a free one"),

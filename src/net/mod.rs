@@ -25,6 +25,7 @@ use crate::http::head::RequestHead;
 use crate::http::server::{Request, Response};
 use crate::metrics::Histogram;
 use crate::reactor::ready::ReadyList;
+use crate::reactor::stream::Listener;
 use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Edge, Registry, Waker};
 use crate::time::{DeadlineQueue, Mono, earliest};
@@ -386,6 +387,15 @@ impl Net {
         self.server.listen(address, &self.registry)
     }
 
+    /// Accepts connections on a socket that listens already and does not block. Returns its address.
+    ///
+    /// # Errors
+    /// Where the kernel cannot wait for one more descriptor.
+    pub fn listen_on(&mut self, listener: std::net::TcpListener) -> io::Result<SocketAddr> {
+        let listener = Listener::adopt(listener, &self.registry, Token::only(Kind::Listener))?;
+        self.server.listen_on(listener)
+    }
+
     /// Accepts no further connection; those that are open go on.
     pub fn stop_listening(&mut self) {
         self.server.stop_listening(&self.registry);
@@ -442,6 +452,13 @@ impl Net {
             _ => upstreams.exchanges.get(token).is_some(),
         });
         earliest(timers.next(), server.accept_again_at())
+    }
+
+    /// Whether a client would be cut off by an end now: one that is owed an answer, or that is likely to be
+    /// sending its request.
+    #[must_use]
+    pub fn is_awaited(&self) -> bool {
+        self.server.awaited()
     }
 
     /// Clients that are connected.

@@ -73,6 +73,8 @@ pub(super) struct Client {
     pub(super) body: BodyHold,
     /// A request has begun to arrive, and its deadline runs.
     receiving: bool,
+    /// Nothing of a request has come yet.
+    is_new: bool,
     /// The answer that its owner streams consists of events.
     streams_events: bool,
     /// When the request began to arrive that is answered now.
@@ -84,6 +86,12 @@ pub(super) struct Client {
 }
 
 impl Client {
+    /// Whether an end now would cut it off: an answer is owed or not yet written, or a request arrives or,
+    /// the connection being new, is likely to.
+    fn awaits(&self) -> bool {
+        self.owed() || !self.out.is_empty() || self.receiving || self.is_new
+    }
+
     /// Whether a response is owed or not yet complete.
     pub(super) fn owed(&self) -> bool {
         matches!(self.next, ClientNext::Owner | ClientNext::OwnerStream | ClientNext::Relay(_))
@@ -191,7 +199,10 @@ impl Server {
     }
 
     pub(super) fn listen(&mut self, address: SocketAddr, registry: &Registry) -> io::Result<SocketAddr> {
-        let listener = Listener::bind(address, registry, Token::only(Kind::Listener))?;
+        self.listen_on(Listener::bind(address, registry, Token::only(Kind::Listener))?)
+    }
+
+    pub(super) fn listen_on(&mut self, listener: Listener) -> io::Result<SocketAddr> {
         let bound = listener.local_address()?;
         self.listeners.push(listener);
         Ok(bound)
@@ -202,6 +213,10 @@ impl Server {
             listener.deregister(registry);
         }
         self.accept_again_at = None;
+    }
+
+    pub(super) fn awaited(&self) -> bool {
+        self.clients.iter().any(|(_, client)| client.awaits())
     }
 
     pub(super) fn accept_again_at(&self) -> Option<Mono> {
@@ -248,6 +263,7 @@ impl Net {
                 to: AnswerTo::BROKEN,
                 body: self.server.bodies.hold(),
                 receiving: false,
+                is_new: true,
                 streams_events: false,
                 began: now,
                 above_high_water: false,
@@ -336,6 +352,7 @@ impl Net {
                             return false;
                         }
                         let began = session.reader.mid_request(session.unread.len());
+                        session.is_new &= !began;
                         if began && !std::mem::replace(&mut session.receiving, true) {
                             session.began = now;
                             self.arm_client(client, self.limits.request_ms, now);
@@ -360,6 +377,7 @@ impl Net {
                         session.name_request(Some(&request.head.fields));
                         session.next = ClientNext::Owner;
                         session.receiving = false;
+                        session.is_new = false;
                         session.deadline.disarm();
                         if session.stream.latch().hangup {
                             // Its farewell came along, and no further event will tell of it.

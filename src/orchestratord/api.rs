@@ -139,7 +139,10 @@ pub fn route(request: &Request, core: &Core, facts: &Facts<'_>, now: Now) -> Act
             }
         }
         ["v1", "models", ..] => refuse(Refusal::Method("GET")),
-        ["health"] if get => respond(200, &json!({"status": "ok", "version": env!("CARGO_PKG_VERSION")})),
+        ["health"] if get => respond(
+            200,
+            &json!({"status": "ok", "version": env!("CARGO_PKG_VERSION"), "service": "orchestratord"}),
+        ),
         ["ready"] if get => match core.ready() {
             Ok(()) => respond(200, &json!({"ready": true})),
             Err(reason) => respond(503, &json!({"ready": false, "reason": reason})),

@@ -7,7 +7,10 @@ use std::path::PathBuf;
 use crate::net::budget::large_share;
 use crate::replicas::AllowList;
 use crate::service::auth::{self, Tokens};
-use crate::settings::{Alias, Exit, Setting, Settings, boolean, listen_address, number, refuse_unsupported};
+use crate::service::logging::LogFormat;
+use crate::settings::{
+    Alias, Exit, Setting, Settings, boolean, flag, listen_address, number, refuse_unsupported,
+};
 use crate::wire::url::BaseUrl;
 
 use super::aliases::Aliases;
@@ -231,6 +234,15 @@ pub static TABLE: &[Setting] = &[
         value: "LEVEL",
         help: "error, warn, info, debug or trace; RUST_LOG beats it",
     },
+    Setting {
+        flag: "log-format",
+        env: "ORCHESTRATORD_LOG_FORMAT",
+        aliases: &[],
+        default: Some("text"),
+        value: "FORMAT",
+        help: "text, or json for one object a line; the journal gets a priority either way",
+    },
+    flag("check-config", Some("false"), "BOOL", "Only say whether it would start with this configuration"),
 ];
 
 /// The settings, checked.
@@ -282,8 +294,12 @@ pub struct Config {
     pub tokens: Tokens,
     /// Where they came from, if from a file.
     pub token_file: Option<PathBuf>,
+    /// Only the configuration is to be looked at.
+    pub check_only: bool,
     /// For the logger.
     pub log_level: String,
+    /// For the logger.
+    pub log_format: LogFormat,
     /// Sentences for the log.
     pub notes: Vec<String>,
 }
@@ -351,7 +367,9 @@ impl Config {
             drain_timeout_ms: settings.need("drain-timeout-ms", number(0, 3_600_000))?,
             tokens,
             token_file,
+            check_only: settings.need("check-config", boolean)?,
             log_level: settings.need("log-level", |text| Ok(text.to_string()))?,
+            log_format: settings.need("log-format", str::parse)?,
             notes,
         })
     }

@@ -16,6 +16,7 @@ use crate::replicas::{Activity, AllowList, EnginePolicy, ProbeOrder, Processes, 
 use crate::service::auth::{self, Tokens};
 use crate::service::lag::LoopLag;
 use crate::service::shell::Shell;
+use crate::service::supervisor::Supervisor;
 use crate::service::{logging, machine};
 use crate::settings::Exit;
 use crate::time::{Mono, Now, earliest};
@@ -47,6 +48,9 @@ const HOLD_BACK: &[u16] = &[502, 503, 504];
 const HOLD_BACK_FROM_AGENT: &[u16] = &[409, 502, 503, 504];
 /// How long after a notice the runtime directory is listed, in milliseconds: many notices are one listing.
 const RESCAN_MS: u64 = 50;
+/// How long the end waits for clients that have just connected, or are owed a last answer, in
+/// milliseconds: requests follow their connections at once.
+const FAREWELL_MS: u64 = 500;
 /// Turns in a row that may end with sockets still to be read before clocks are looked at all the same.
 const TURNS_BEHIND_MAX: u32 = 64;
 /// Field in which a client of the OpenAI routes names its session.
@@ -72,11 +76,14 @@ pub struct Daemon {
     exchanges: BTreeMap<Token, Running>,
     explain: Explain,
     lag: LoopLag,
+    supervisor: Supervisor,
     next_request: RequestId,
     tokens: Tokens,
     config: Config,
     started: u64,
     effects: Vec<Effect>,
+    /// All is done: the process ends then, or once no client awaits anything.
+    ends_by: Option<Mono>,
     over: bool,
 }
 
@@ -122,11 +129,12 @@ impl Daemon {
         for note in &config.notes {
             log::warn!("{note}");
         }
-        let Shell { reactor, registry, waker, signals, mut net, bound } =
+        let Shell { reactor, registry, waker, signals, mut net, bound, supervisor } =
             Shell::start_with(config.addr, "ORCHESTRATORD_ADDR", |limits| {
                 limits.body_bytes_max = config.body_bytes_max;
                 limits.bodies_bytes_max = config.bodies_bytes_max;
             })?;
+        auth::note_other_address(config.addr, bound, &config.tokens);
         let rules = address_rules(bound);
         net.set_dial_rule(DialRule::new(move |url, ip| rules.check_address(url, ip)));
         net.keep_streams_alive(config.stream_keepalive_ms);
@@ -160,11 +168,13 @@ impl Daemon {
             exchanges: BTreeMap::new(),
             explain: Explain::default(),
             lag: LoopLag::default(),
+            supervisor,
             next_request: 1,
             tokens: config.tokens.clone(),
             config,
             started: at.wall.unix_ms() / 1000,
             effects: Vec::new(),
+            ends_by: None,
             over: false,
         })
     }
@@ -180,10 +190,16 @@ impl Daemon {
         self.scan(false, now);
         while !self.over {
             self.perform(now);
+            self.over |= self.ends_by.is_some_and(|at| now.mono >= at || !self.net.is_awaited());
+            if turns_behind == 0 {
+                self.tell_supervisor(now);
+            }
             let watch = self.watch.as_ref().map(Watch::deadline);
             let is_scanning = self.watch.as_ref().is_some_and(Watch::busy);
             let deadline = earliest(earliest(self.core.deadline(), self.net.deadline()), watch);
             let deadline = earliest(deadline, self.tasks_deadline());
+            let deadline = earliest(deadline, self.supervisor.deadline());
+            let deadline = earliest(deadline, self.ends_by);
             if let Some(slow) = self.lag.worked(now.mono, crate::reactor::now().mono) {
                 log::warn!("{slow}");
             }
@@ -200,7 +216,9 @@ impl Daemon {
                     Kind::Stop => stops += self.signals.stops(),
                     Kind::Reload => {
                         if self.signals.reloads() > 0 {
-                            auth::reload(self.config.token_file.as_deref(), &mut self.tokens);
+                            self.supervisor.reload(now.mono, || {
+                                auth::reload(self.config.token_file.as_deref(), &mut self.tokens);
+                            });
                         }
                     }
                     Kind::Waker | Kind::KernelLog => {}
@@ -226,6 +244,15 @@ impl Daemon {
             }
         }
         Ok(())
+    }
+
+    /// A turn has ended that left nothing behind: once the directory was looked at as a whole, where one
+    /// is watched, the daemon is ready.
+    fn tell_supervisor(&mut self, now: Now) {
+        if !self.watch.as_ref().is_some_and(Watch::busy) {
+            self.supervisor.ready(|| self.core.status(), now.mono);
+        }
+        self.supervisor.turned(|| self.core.status(), now.mono);
     }
 
     fn scan(&mut self, changed: bool, now: Now) {
@@ -304,7 +331,7 @@ impl Daemon {
                     Effect::Save(saved) => self.save(saved, now),
                     Effect::AskAgent { node, pool, agent } => self.ask_agent(node, pool, agent, now),
                     Effect::Log(what) => logging::tell(&*what),
-                    Effect::Exit => self.over = true,
+                    Effect::Exit => self.ends_by = Some(now.mono.plus_ms(FAREWELL_MS)),
                 }
             }
         }
@@ -612,7 +639,9 @@ impl Daemon {
             self.over = true;
             return;
         }
-        log::info!("signal: no new requests, {} may finish", self.core.in_flight() + self.core.waiting());
+        let told = format!("no new requests, {} may finish", self.core.in_flight() + self.core.waiting());
+        log::info!("signal: {told}");
+        self.supervisor.stopping(&told, now.mono);
         self.net.stop_listening();
         self.core.handle(Input::Shutdown, now, &mut self.effects);
     }

@@ -42,6 +42,7 @@ pub mod saved;
 pub mod served_sessions;
 pub mod service_registry;
 pub mod sessions;
+mod status;
 pub mod tasks;
 
 /// Runs the daemon until a signal ends it.
@@ -50,6 +51,9 @@ pub mod tasks;
 /// [`Exit`] with the code and the last words of a failure, `--help` included.
 pub fn run(args: Vec<OsString>) -> Result<(), Exit> {
     let config = config::Config::read(args, |name| std::env::var_os(name))?;
-    crate::service::logging::install(&config.log_level)?;
+    if config.check_only {
+        return Err(Exit::checked(&config.notes));
+    }
+    crate::service::logging::install(&config.log_level, config.log_format, "orchestratord", None)?;
     daemon::Daemon::start(config)?.run()
 }

@@ -86,7 +86,10 @@ pub fn route(request: &Request, core: &Core, facts: &Facts<'_>) -> Action {
         return operation.map_or_else(Action::Respond, Action::Operate);
     }
     match segments.as_slice() {
-        ["health"] if get => respond(200, &json!({"status": "ok", "version": env!("CARGO_PKG_VERSION")})),
+        ["health"] if get => respond(
+            200,
+            &json!({"status": "ok", "version": env!("CARGO_PKG_VERSION"), "service": "pool-managerd"}),
+        ),
         ["ready"] if get => ready(core),
         ["metrics"] if get => Action::Respond(scrape(core, facts)),
         ["pools"] if get => respond(200, &core.report()),

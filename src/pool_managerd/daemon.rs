@@ -19,6 +19,7 @@ use crate::replicas::{
 use crate::service::auth::{self, Tokens};
 use crate::service::lag::LoopLag;
 use crate::service::shell::Shell;
+use crate::service::supervisor::Supervisor;
 use crate::service::{durable, logging, machine};
 use crate::settings::Exit;
 use crate::time::{Now, earliest};
@@ -61,6 +62,7 @@ pub struct Daemon {
     /// Where callbacks may go.
     callback_rule: DialRule,
     lag: LoopLag,
+    supervisor: Supervisor,
     exchanges: BTreeMap<Token, Running>,
     tokens: Tokens,
     config: Config,
@@ -90,8 +92,9 @@ impl Daemon {
         for note in &config.notes {
             log::warn!("{note}");
         }
-        let Shell { reactor, registry, waker, signals, mut net, bound } =
+        let Shell { reactor, registry, waker, signals, mut net, bound, supervisor } =
             Shell::start(config.addr, "POOL_MANAGERD_ADDR")?;
+        auth::note_other_address(config.addr, bound, &config.tokens);
         net.set_dial_rule(dial_rule(&config, bound.port()));
         let mut core = make_core(&config, bound.port());
         let policy = callback_policy(&config, bound.port());
@@ -122,6 +125,7 @@ impl Daemon {
             saver: None,
             callback_rule: callback_client::dial_rule(policy),
             lag: LoopLag::default(),
+            supervisor,
             exchanges: BTreeMap::new(),
             tokens: config.tokens.clone(),
             config,
@@ -141,8 +145,10 @@ impl Daemon {
         self.scan(false, now);
         while !self.over {
             self.perform(now);
+            self.tell_supervisor(now);
             let deadline = earliest(self.core.deadline(), self.net.deadline());
             let deadline = earliest(deadline, Some(self.watch.deadline()));
+            let deadline = earliest(deadline, self.supervisor.deadline());
             if let Some(slow) = self.lag.worked(now.mono, crate::reactor::now().mono) {
                 log::warn!("{slow}");
             }
@@ -161,7 +167,9 @@ impl Daemon {
                     Kind::Stop => stops += self.signals.stops(),
                     Kind::Reload => {
                         if self.signals.reloads() > 0 {
-                            auth::reload(self.config.token_file.as_deref(), &mut self.tokens);
+                            self.supervisor.reload(now.mono, || {
+                                auth::reload(self.config.token_file.as_deref(), &mut self.tokens);
+                            });
                         }
                     }
                     Kind::Waker => {}
@@ -183,6 +191,14 @@ impl Daemon {
             self.core.handle(Input::Tick, now, &mut self.effects);
         }
         Ok(())
+    }
+
+    /// A turn has ended: once the directory was looked at as a whole, the daemon is ready.
+    fn tell_supervisor(&mut self, now: Now) {
+        if !self.watch.busy() {
+            self.supervisor.ready(|| self.core.status(), now.mono);
+        }
+        self.supervisor.turned(|| self.core.status(), now.mono);
     }
 
     /// Takes up what an earlier start saved. What cannot be read is put aside and named.
@@ -519,7 +535,9 @@ impl Daemon {
             self.over = true;
             return;
         }
-        log::info!("signal: no new work, {} requests may finish", self.core.in_flight());
+        let told = format!("no new work, {} requests may finish", self.core.in_flight());
+        log::info!("signal: {told}");
+        self.supervisor.stopping(&told, now.mono);
         self.core.handle(Input::Shutdown, now, &mut self.effects);
     }
 }

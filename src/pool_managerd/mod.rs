@@ -22,6 +22,7 @@ pub mod gpus;
 pub mod membership;
 pub mod operations;
 pub mod saved;
+mod status;
 
 /// Runs the daemon until a signal ends it.
 ///
@@ -29,6 +30,10 @@ pub mod saved;
 /// [`Exit`] with the code and the last words of a failure, `--help` included.
 pub fn run(args: Vec<OsString>) -> Result<(), Exit> {
     let config = config::Config::read(args, |name| std::env::var_os(name))?;
-    crate::service::logging::install(&config.log_level)?;
+    if config.check_only {
+        return Err(Exit::checked(&config.notes));
+    }
+    let node = Some(config.node_id.as_str());
+    crate::service::logging::install(&config.log_level, config.log_format, "pool-managerd", node)?;
     daemon::Daemon::start(config)?.run()
 }

@@ -162,6 +162,16 @@ impl Listener {
         Ok(Listener { tcp })
     }
 
+    /// Registers a socket that listens already and does not block.
+    ///
+    /// # Errors
+    /// Where the kernel cannot wait for one more descriptor.
+    pub fn adopt(tcp: std::net::TcpListener, registry: &Registry, token: Token) -> io::Result<Listener> {
+        let mut tcp = mio::net::TcpListener::from_std(tcp);
+        registry.register(&mut tcp, token.into(), mio::Interest::READABLE)?;
+        Ok(Listener { tcp })
+    }
+
     /// The bound address.
     ///
     /// # Errors

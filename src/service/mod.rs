@@ -1,7 +1,9 @@
 //! What both daemons have in common beside their cores: who may call them ([`auth`]), what they keep on
 //! disk ([`durable`]), what happened lately ([`events`]), how far their loops lag behind ([`lag`]), on which
-//! machine they run ([`machine`]), how they log ([`logging`]), and what their shells start with ([`shell`]).
+//! machine they run ([`machine`]), how they log ([`logging`]), what their shells start with ([`shell`]), and
+//! how they get on with the service manager ([`activation`], [`supervisor`]).
 
+pub mod activation;
 pub mod auth;
 pub mod durable;
 pub mod events;
@@ -9,3 +11,4 @@ pub mod lag;
 pub mod logging;
 pub mod machine;
 pub mod shell;
+pub mod supervisor;

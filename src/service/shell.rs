@@ -9,7 +9,8 @@ use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Reactor, Registry, Waker};
 use crate::settings::Exit;
 
-use super::machine;
+use super::supervisor::Supervisor;
+use super::{activation, machine};
 
 /// The parts of a shell that do not differ between daemons.
 #[derive(Debug)]
@@ -24,13 +25,15 @@ pub struct Shell {
     pub signals: Signals,
     /// Clients and upstreams.
     pub net: Net,
-    /// Where it listens.
+    /// Where it listens; the first address where there are several.
     pub bound: SocketAddr,
+    /// Whom to tell how it is.
+    pub supervisor: Supervisor,
 }
 
 impl Shell {
-    /// Takes what the kernel has to give, and listens on `addr`; `variable` is the setting to name where
-    /// that fails.
+    /// Takes what the kernel has to give, and listens on `addr`, or on the sockets that the service manager
+    /// handed over instead; `variable` is the setting to name where that fails.
     ///
     /// # Errors
     /// [`Exit`] that says what could not be had and what to do.
@@ -50,6 +53,8 @@ impl Shell {
         let kernel = |what: &'static str| {
             move |error: io::Error| Exit::runtime(format!("the kernel gives no {what}: {error}"))
         };
+        // Before there are threads: it takes variables out of the environment.
+        let handed_over = activation::listeners()?;
         let descriptors = machine::raise_descriptor_limit();
         machine::prepare_descriptors(descriptors);
         let reactor = Reactor::new().map_err(kernel("epoll descriptor"))?;
@@ -60,11 +65,18 @@ impl Shell {
         let mut limits = Limits::within_descriptors(descriptors);
         adjust(&mut limits);
         let mut net = Net::new(net_registry, waker.clone(), limits);
-        let bound = net.listen(addr).map_err(|error| {
+        let mut bound = None;
+        for listener in handed_over {
+            let address = net.listen_on(listener).map_err(kernel("place among what is waited for"))?;
+            log::info!("listening on {address}, as the service manager says; {variable} is not used");
+            bound = bound.or(Some(address));
+        }
+        let bound = bound.map_or_else(|| net.listen(addr), Ok).map_err(|error| {
             Exit::runtime(format!(
                 "cannot listen on {addr}: {error}; stop what listens there or set {variable}"
             ))
         })?;
-        Ok(Shell { reactor, registry, waker, signals, net, bound })
+        let supervisor = Supervisor::from_environment();
+        Ok(Shell { reactor, registry, waker, signals, net, bound, supervisor })
     }
 }

@@ -46,7 +46,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Connections that the kernel holds until they are accepted.
 const BACKLOG: i32 = 128;
 
-static TABLE: &[Setting] = &[
+pub(super) static TABLE: &[Setting] = &[
     flag("port", None, "PORT", "Port to listen on; 0 takes a free one"),
     flag("host", Some("127.0.0.1"), "IP", "Address to listen on"),
     flag("slots", Some("4"), "N", "Requests served at once, 1 to 256; further ones wait"),
