@@ -9,3 +9,4 @@ pub mod lag;
 pub mod logging;
 pub mod machine;
 pub mod shell;
+pub mod tls;
