@@ -20,7 +20,12 @@ impl Daemon {
         let node = match action {
             Action::Register(body) => &body.node_id,
             Action::Heartbeat(node, _) | Action::Deregister(node, _) => node,
-            Action::PoolReady(notice) => notice.node_id.as_ref()?,
+            Action::PoolReady(notice) => match &notice.node_id {
+                Some(node) => node,
+                // It names nobody, so anybody's will do.
+                None if self.net.client_certificate(client).is_some() => return None,
+                None => return Some(Refusal::Certificate("notices of nodes need a certificate".into())),
+            },
             _ => return None,
         };
         mismatch(node, self.net.client_certificate(client)).map(Refusal::Certificate)
