@@ -664,7 +664,9 @@ impl Net {
             }
             Ok(Handshake::Worked) => true,
             Ok(Handshake::Waits) => false,
-            Ok(Handshake::ClearText) => self.upstream_unsafe(connection, exchange, "it does not speak TLS", now),
+            Ok(Handshake::ClearText) => {
+                self.upstream_unsafe(connection, exchange, "it does not speak TLS", now)
+            }
             Err(error) => self.upstream_unsafe(connection, exchange, &error.to_string(), now),
         }
     }

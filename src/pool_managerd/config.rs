@@ -6,8 +6,8 @@ use std::path::PathBuf;
 
 use crate::replicas::AllowList;
 use crate::service::auth::{self, Tokens};
-use crate::service::tls::{self, Files};
 use crate::service::machine;
+use crate::service::tls::{self, Files};
 use crate::settings::{Alias, Exit, Setting, Settings, boolean, listen_address, number};
 use crate::wire::id::{NodeId, PoolId};
 use crate::wire::url::BaseUrl;

@@ -26,9 +26,9 @@ use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use crate::metrics::Scrape;
 use crate::net::Net;
 use crate::net::tls::ClientTls;
+use crate::reactor::Registry;
 use crate::reactor::dirwatch::DirWatch;
 use crate::reactor::token::{Kind, Token};
-use crate::reactor::Registry;
 use crate::settings::{Alias, Exit, Setting, Settings};
 use crate::time::{Mono, Now, Wall, earliest};
 use crate::wire::certificate::Certificate;
@@ -139,13 +139,14 @@ impl Files {
             let path = settings.get(flag, |text| Ok(PathBuf::from(text)))?;
             Ok::<_, Exit>(path.map(|path| Named { setting, path }))
         };
-        let pair = |cert: (&'static str, &'static str), key: (&'static str, &'static str)| {
-            match (named(cert.0, cert.1)?, named(key.0, key.1)?) {
-                (Some(cert), Some(key)) => Ok(Some((cert, key))),
-                (None, None) => Ok(None),
-                (Some(_), None) => Err(Exit::config(format!("{} is set, but {} is not", cert.1, key.1))),
-                (None, Some(_)) => Err(Exit::config(format!("{} is set, but {} is not", key.1, cert.1))),
-            }
+        let pair = |cert: (&'static str, &'static str), key: (&'static str, &'static str)| match (
+            named(cert.0, cert.1)?,
+            named(key.0, key.1)?,
+        ) {
+            (Some(cert), Some(key)) => Ok(Some((cert, key))),
+            (None, None) => Ok(None),
+            (Some(_), None) => Err(Exit::config(format!("{} is set, but {} is not", cert.1, key.1))),
+            (None, Some(_)) => Err(Exit::config(format!("{} is set, but {} is not", key.1, cert.1))),
         };
         let server = pair(("tls-cert", own[0]), ("tls-key", own[1]))?;
         let client =
@@ -168,8 +169,7 @@ impl Files {
         let named = |setting| move |path| Named { setting, path };
         Files {
             ca: ca.map(named("tls_ca")),
-            client: pair
-                .map(|(cert, key)| (named("tls_client_cert")(cert), named("tls_client_key")(key))),
+            client: pair.map(|(cert, key)| (named("tls_client_cert")(cert), named("tls_client_key")(key))),
             ..Files::default()
         }
     }

@@ -185,7 +185,6 @@ fn days_since_epoch(year: i64, month: i64, day: i64) -> Option<i64> {
     Some(year * 365 + leap_days + days_before_month + day - 1 - 719_468)
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;
