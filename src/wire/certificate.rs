@@ -31,7 +31,7 @@ const SUBJECT_ALT_NAME: &[u8] = &[0x55, 0x1d, 0x11];
 /// What is read of a certificate.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Certificate {
-    /// The subject's common names, then its DNS names, then its URIs, as they are written.
+    /// The subject's common names and alternative names, DNS names and URIs, each once, as they are written.
     pub names: Vec<String>,
     /// The second of the Unix epoch from which it holds.
     pub not_before_s: i64,
@@ -145,8 +145,9 @@ fn alternative_names(extensions: &[u8], names: &mut Vec<String>) -> Option<()> {
 }
 
 fn add(text: &[u8], names: &mut Vec<String>) -> Option<()> {
-    if names.len() < NAMES_MAX {
-        names.push(std::str::from_utf8(text).ok()?.to_string());
+    let name = std::str::from_utf8(text).ok()?;
+    if names.len() < NAMES_MAX && names.iter().all(|known| known != name) {
+        names.push(name.to_string());
     }
     Some(())
 }
