@@ -292,6 +292,13 @@ impl Config {
             "POOL_MANAGERD",
             &mut notes,
         )?;
+        let is_plain = cloud.as_ref().is_some_and(|cloud| !cloud.address.https());
+        if is_plain && settings.given("tls-cert") {
+            notes.push(
+                "POOL_MANAGERD_ADDRESS begins with http, but this agent speaks TLS: control planes will not reach it; use https"
+                    .into(),
+            );
+        }
         Ok(Config {
             addr,
             node_id,
@@ -447,6 +454,9 @@ mod tests {
         let config = read(&[&cloud[..], &[cert, key]].concat()).expect("usable");
         let address = config.cloud.expect("the CLOUD profile").address;
         assert!(config.tls.serves() && address.https(), "{address}");
+        let plain = ("POOL_MANAGERD_ADDRESS", "http://node:9200");
+        let config = read(&[&cloud[..], &[cert, key, plain]].concat()).expect("usable");
+        assert!(config.notes.iter().any(|note| note.contains("this agent speaks TLS")), "{:?}", config.notes);
     }
 
     #[test]

@@ -168,7 +168,7 @@ impl Daemon {
                     Kind::Certificates => self.tls.changed(&self.registry, now.mono),
                     Kind::Reload => {
                         if self.signals.reloads() > 0 {
-                            self.tls.reload(&mut self.net, now);
+                            self.tls.reload(&mut self.net, &self.registry, now);
                             auth::reload(self.config.token_file.as_deref(), &mut self.tokens);
                         }
                     }

@@ -455,7 +455,7 @@ impl Tls {
             let contents = self.read_contents();
             if contents != self.contents {
                 self.contents = contents;
-                self.reload(net, now);
+                self.replace(net, now);
             }
         }
         if self.check_at.is_some_and(|at| at <= now.mono) {
@@ -463,11 +463,17 @@ impl Tls {
         }
     }
 
-    /// Reads the files again, after SIGHUP or a change; on any error everything stays as it was.
-    pub fn reload(&mut self, net: &mut Net, now: Now) {
-        if self.files.all().next().is_none() {
-            return;
+    /// Reads the files again, after SIGHUP, and looks at their directories anew.
+    pub fn reload(&mut self, net: &mut Net, registry: &Registry, now: Now) {
+        if self.files.all().next().is_some() {
+            self.arm(registry);
+            self.contents = self.read_contents();
+            self.replace(net, now);
         }
+    }
+
+    /// Puts what the files hold in force; on any error everything stays as it was.
+    fn replace(&mut self, net: &mut Net, now: Now) {
         match self.apply(net, now) {
             Ok(()) => {
                 self.reloads += 1;
