@@ -1,6 +1,8 @@
 //! The relay within TLS on both sides: everything that is asserted of it in the clear, once more, and what
 //! only TLS can break.
 
+#![allow(clippy::duplicate_mod, reason = "three tests, each with what it shares")]
+
 #[path = "relay.rs"]
 mod secured;
 #[path = "relay_flow.rs"]

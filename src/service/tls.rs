@@ -209,7 +209,7 @@ impl Files {
         Ok(ClientTls::new(move || Ok(config.clone())))
     }
 
-    fn server(&self) -> Result<Option<(Arc<ServerConfig>, Option<Certificate>)>, String> {
+    fn server(&self) -> Result<Option<Shown>, String> {
         let Some((cert, key)) = &self.server else { return Ok(None) };
         let identity = Identity::read(cert, key)?;
         let leaf = identity.chain.first().and_then(|leaf| Certificate::read(leaf));
@@ -240,6 +240,9 @@ impl Files {
         Ok(Some((Arc::new(config), leaf)))
     }
 }
+
+/// What those who connect are shown: the configuration, and what can be read of its certificate.
+type Shown = (Arc<ServerConfig>, Option<Certificate>);
 
 /// Why a certificate and its key cannot be used.
 fn fit(key: &Named, error: &rustls::Error) -> String {
