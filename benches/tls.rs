@@ -12,7 +12,6 @@ mod tls_support;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::sync::Arc;
 
 use harness::*;
 use tls_support::{Pki, Socket};
@@ -107,6 +106,15 @@ fn exchange(socket: &Socket, request: &[u8], end: &[u8]) {
     assert!(seen.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&seen[..seen.len().min(300)]));
 }
 
+/// What is measured.
+struct Case {
+    name: &'static str,
+    count: usize,
+    request: Vec<u8>,
+    /// Last bytes of the answer.
+    end: &'static [u8],
+}
+
 /// Microseconds of processor time for each of `count` requests on one connection.
 fn cost_us(pid: u32, socket: &Socket, count: usize, request: &[u8], end: &[u8]) -> f64 {
     let before = cpu_ns(pid);
@@ -155,10 +163,12 @@ fn main() {
     let words = "a word and another one ".repeat(60);
     let chat = post(&format!(r#"{{"messages":[{{"role":"user","content":"{words}"}}]}}"#));
     let stream = post(r#"{"stream":true,"messages":[{"role":"user","content":"Hello"}]}"#);
-    let cases: [(&str, usize, Arc<[u8]>, &[u8]); 3] = [
-        ("an answer of its own", REQUESTS, b"GET /health HTTP/1.1\r\nHost: h\r\n\r\n"[..].into(), b"}"),
-        ("a relayed answer", REQUESTS, chat.into(), b"}]}"),
-        ("a relayed stream of 200 tokens", STREAMS, stream.into(), b"\r\n0\r\n\r\n"),
+    let health = b"GET /health HTTP/1.1\r\nHost: h\r\n\r\n".to_vec();
+    let case = |name, count, request, end| Case { name, count, request, end };
+    let cases = [
+        case("an answer of its own", REQUESTS, health, &b"}"[..]),
+        case("a relayed answer", REQUESTS, chat, b"}]}"),
+        case("a relayed stream of 200 tokens", STREAMS, stream, b"\r\n0\r\n\r\n"),
     ];
     for (port, daemon) in &daemons {
         let secured = *port == daemons[1].0;
@@ -169,7 +179,7 @@ fn main() {
         });
         drop(socket);
     }
-    for (name, count, request, end) in cases {
+    for Case { name, count, request, end } in cases {
         let mut least = [f64::MAX; 2];
         let lines = [false, true].map(|secured| connect(secured, daemons[usize::from(secured)].0));
         for _ in 0..ROUNDS {
