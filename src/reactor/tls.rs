@@ -22,8 +22,6 @@ use super::stream::ReadResult;
 
 /// Most bytes that are encrypted and not yet taken by the socket: one record of the largest size.
 const RECORD_BYTES_MAX: usize = 16 * 1024;
-/// First byte of everything that a TLS client says first.
-const HANDSHAKE_RECORD: u8 = 22;
 
 /// What a step of a handshake led to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +45,7 @@ pub struct Session {
     plaintext: usize,
     /// The peer has said within TLS that nothing more comes.
     has_ended: bool,
-    /// First byte that came from the peer.
+    /// First byte that came from the peer: no message of TLS begins with a letter, and all of HTTP do.
     first: Option<u8>,
     /// No farewell is said: the peer must not take what it has for the whole.
     is_broken: bool,
@@ -136,7 +134,7 @@ impl Session {
                 }
                 Ok(Some(_)) => worked |= self.connection.wants_write() || !self.is_handshaking(),
                 Ok(None) => {}
-                Err(_) if self.first.is_some_and(|byte| byte != HANDSHAKE_RECORD && byte.is_ascii()) => {
+                Err(_) if self.first.is_some_and(|byte| byte.is_ascii_alphabetic()) => {
                     return Ok(Handshake::ClearText);
                 }
                 Err(error) => {

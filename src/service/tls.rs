@@ -29,7 +29,7 @@ use crate::net::tls::ClientTls;
 use crate::reactor::Registry;
 use crate::reactor::dirwatch::DirWatch;
 use crate::reactor::token::{Kind, Token};
-use crate::settings::{Alias, Exit, Setting, Settings};
+use crate::settings::{Exit, Setting, Settings};
 use crate::time::{Mono, Now, Wall, earliest};
 use crate::wire::certificate::Certificate;
 
@@ -87,7 +87,7 @@ pub const fn client_ca_setting(env: &'static str, help: &'static str) -> Setting
 pub const CA_SETTING: Setting = Setting {
     flag: "tls-ca",
     env: "LLORCH_TLS_CA",
-    aliases: &[Alias::same("LLORCH_TLS_CA_FILE")],
+    aliases: &[],
     default: None,
     value: "FILE",
     help: "Roots, in PEM, that https servers must come from; the system's if absent",
