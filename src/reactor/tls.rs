@@ -6,7 +6,7 @@
 //! [`Session::is_readable`] says so, and the stream counts as readable.
 //!
 //! Writing: one record is encrypted, and it counts as written when the socket has taken all of it. Until
-//! then [`Session::write`] takes nothing, and the caller must come back with the same bytes, as it does
+//! then no further byte is taken, and the caller must come back with the same bytes, as it does
 //! with any bytes that were not taken. So no more than one record waits in here, and whoever sees its
 //! buffer empty knows that everything is with the kernel.
 //!
