@@ -22,7 +22,7 @@
 //!    │               │
 //!   replicas        (both)        what a runtime directory announces, and whether it answers
 //!    │
-//!   service         (both)        tokens, events, logs, facts of the machine, what shells start with
+//!   service         (both)        tokens, certificates, events, logs, facts of the machine, what shells start with
 //!    │
 //!   net                           accept, dial, keep, relay
 //!    │        │

@@ -71,6 +71,7 @@
 
 use std::fmt;
 use std::io;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::pool_managerd::core::CallBody;
@@ -79,6 +80,7 @@ use crate::pool_managerd::membership::{
 };
 use crate::service::auth::Tokens;
 use crate::service::machine;
+use crate::service::tls::Files;
 use crate::time::Wall;
 use crate::wire::id::{NodeId, PoolId};
 use crate::wire::node::RegisterRequest;
@@ -105,7 +107,7 @@ pub struct NodeRegistrationConfig {
     /// other addresses than loopback directly; for the others, whoever listens here relays
     /// `/v2/pools/{pool}/replicas/{replica}/engine/...`.
     pub address: String,
-    /// The control plane, `http://HOST:PORT`. For several, make a registration each.
+    /// The control plane, `http://HOST:PORT` or `https://HOST:PORT`. For several, make a registration each.
     pub orchestratord_url: String,
     /// Pools that the node announces.
     pub pools: Vec<String>,
@@ -116,6 +118,11 @@ pub struct NodeRegistrationConfig {
     pub heartbeat_interval_secs: u64,
     /// The token that the control plane wants to see, if it wants one. Never shown.
     pub api_token: Option<String>,
+    /// File with the roots, in PEM, that an `https` control plane must come from; the system's where absent.
+    pub tls_ca: Option<PathBuf>,
+    /// Files with the certificate and the key, in PEM, that a control plane is shown if it asks for one; it
+    /// may serve a node only under the name in its certificate.
+    pub tls_client: Option<(PathBuf, PathBuf)>,
 }
 
 impl Default for NodeRegistrationConfig {
@@ -129,6 +136,8 @@ impl Default for NodeRegistrationConfig {
             capabilities: machine::capabilities(),
             heartbeat_interval_secs: 10,
             api_token: None,
+            tls_ca: None,
+            tls_client: None,
         }
     }
 }
@@ -144,6 +153,8 @@ impl fmt::Debug for NodeRegistrationConfig {
             .field("capabilities", &self.capabilities)
             .field("heartbeat_interval_secs", &self.heartbeat_interval_secs)
             .field("api_token", &self.api_token.as_ref().map(|_| "(hidden)"))
+            .field("tls_ca", &self.tls_ca)
+            .field("tls_client", &self.tls_client)
             .finish()
     }
 }
@@ -274,6 +285,7 @@ struct Plan {
     capabilities: NodeCapabilities,
     interval_ms: u64,
     tokens: Tokens,
+    tls: Files,
     boot_id: Option<String>,
 }
 
@@ -306,7 +318,7 @@ impl NodeRegistration {
         let plan = self.plan()?;
         let incarnation = self.life().incarnation(crate::reactor::now().wall);
         let order = Order { call: Call::Register, timeout_ms: plan.interval_ms / 2 };
-        let answer = Line::open()?.call(plan, incarnation, order, &plan.introduction(incarnation))?;
+        let answer = Line::open(plan)?.call(plan, incarnation, order, &plan.introduction(incarnation))?;
         let Answer::Ok { next_heartbeat_ms, ttl_ms, registry_epoch } = answer else {
             return Err(plan.error(answer));
         };
@@ -365,7 +377,7 @@ impl NodeRegistration {
             life.incarnation
         };
         let order = Order { call: Call::Deregister, timeout_ms: DEREGISTER_TIMEOUT_MS };
-        match Line::open()?.call(plan, incarnation, order, &CallBody::Deregister { incarnation })? {
+        match Line::open(plan)?.call(plan, incarnation, order, &CallBody::Deregister { incarnation })? {
             Answer::Ok { .. } | Answer::UnknownNode => Ok(()),
             other => Err(plan.error(other)),
         }
@@ -397,9 +409,10 @@ impl Plan {
         let text = |field| move |why: &dyn fmt::Display| (field, why.to_string());
         let control_plane =
             BaseUrl::new(&config.orchestratord_url).map_err(|why| text("orchestratord_url")(&why))?;
+        let tls = Files::of_client(config.tls_ca, config.tls_client);
         if control_plane.https() {
-            let why = "https is not spoken here; use http, or a proxy on this machine that speaks it";
-            return Err(("orchestratord_url", format!("{control_plane}: {why}")));
+            // Files that cannot be used are reported now, although they are read again for every line.
+            tls.client().map_err(|why| text("tls_ca, tls_client")(&why))?;
         }
         let pools = config.pools.iter().map(|pool| PoolId::new(pool));
         let tokens = config.api_token.as_deref().map(Tokens::parse).transpose();
@@ -415,6 +428,7 @@ impl Plan {
                 .saturating_mul(1000)
                 .clamp(INTERVAL_MS_MIN, INTERVAL_MS_MAX),
             tokens: tokens.map_err(|why| text("api_token")(&why))?.unwrap_or_default(),
+            tls,
             boot_id: machine::boot_id(),
         })
     }

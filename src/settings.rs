@@ -355,21 +355,6 @@ fn shorten(text: &str) -> String {
     text.chars().take(120).collect()
 }
 
-/// Refuses variables that ask for what this version does not do: an operator who set them counts on it.
-///
-/// # Errors
-/// [`Exit`] with code 78 that names the first of `names` which is set, and says `why`.
-pub fn refuse_unsupported(
-    names: &[&str],
-    why: &str,
-    env: impl Fn(&str) -> Option<OsString>,
-) -> Result<(), Exit> {
-    match names.iter().find(|name| env(name).is_some_and(|value| !value.is_empty())) {
-        Some(name) => Err(Exit::config(format!("{name} is set, but {why}; unset it"))),
-        None => Ok(()),
-    }
-}
-
 /// `true`/`false`, with the spellings that operators use.
 ///
 /// # Errors

@@ -109,6 +109,7 @@ const IMPURE: &[(&str, &str)] = &[
     ("inotify", "calls the kernel"),
     ("signal_hook", "calls the kernel"),
     ("ureq", "names sockets"),
+    ("rustls", "speaks TLS"),
 ];
 
 /// Exceptions from [`IMPURE`]: plain values, and a generator that is seeded by whoever creates the core.

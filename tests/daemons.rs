@@ -148,7 +148,7 @@ fn files_come_go_and_change_and_bad_ones_harm_nobody() {
         ("broken.json", "{\"url\":"),
         ("meta.json", r#"{"url":"http://169.254.169.254/","pool_id":"meta"}"#),
         ("any.json", r#"{"url":"http://0.0.0.0:80","pool_id":"any"}"#),
-        ("tls.json", r#"{"url":"https://127.0.0.1:1","pool_id":"tls"}"#),
+        ("tls.json", r#"{"url":"https://169.254.169.254:1","pool_id":"tls"}"#),
         ("path.json", r#"{"url":"http://127.0.0.1:1","pool_id":"../x"}"#),
     ] {
         hand_over(&home.engines(), name, text);

@@ -286,7 +286,11 @@ fn what_is_wrong_is_said_before_anything_is_sent() {
     refused(NodeRegistrationConfig { address: String::new(), ..config(1) }, "address");
     refused(NodeRegistrationConfig { orchestratord_url: "c:1".into(), ..config(1) }, "orchestratord_url");
     let secure = "https://control:8443".to_string();
-    refused(NodeRegistrationConfig { orchestratord_url: secure, ..config(1) }, "orchestratord_url");
+    let no_roots = Some("/nowhere/ca.pem".into());
+    refused(
+        NodeRegistrationConfig { orchestratord_url: secure, tls_ca: no_roots, ..config(1) },
+        "tls_ca, tls_client",
+    );
     refused(NodeRegistrationConfig { pools: vec!["../x".into()], ..config(1) }, "pools");
 
     let home = Home::start(&[]);

@@ -89,7 +89,7 @@ fn a_bad_registration_is_refused_by_the_name_of_its_field() {
             ("http://user:secret@h:9200", "user name or password"),
             ("file:///etc/passwd", "URL"),
             ("gopher://h:9200", "scheme"),
-            ("https://h:9200", "https"),
+            ("https://224.0.0.1:9200", "multicast"),
             ("http://h:0", "port 0"),
             ("http://h:70000", "URL"),
             ("http://h:9200/?a=b", "query"),

@@ -2,7 +2,7 @@
 //! asserted is what the other side received. Every wait has a deadline of its own, and after each test
 //! nothing of any client or exchange is left.
 
-mod relay_support;
+pub(crate) mod relay_support;
 
 use std::io::{Read, Write};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};

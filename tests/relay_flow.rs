@@ -2,7 +2,7 @@
 //! who reads fast delays nobody.
 
 #[allow(dead_code, reason = "shared with another test, which uses other parts")]
-mod relay_support;
+pub(crate) mod relay_support;
 
 use std::io::Read;
 use std::sync::Arc;

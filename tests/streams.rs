@@ -2,7 +2,7 @@
 //! what their bytes, their silences and their broken ends become for the client. Over real sockets.
 
 #[allow(dead_code, reason = "shared with another test, which uses other parts")]
-mod relay_support;
+pub(crate) mod relay_support;
 
 use std::io::{Read, Write};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};

@@ -37,6 +37,7 @@ pub mod meter;
 pub mod relay;
 pub mod resolve;
 mod server;
+pub mod tls;
 mod upstream;
 
 use budget::BodyHold;
@@ -44,6 +45,7 @@ use meter::Tokens;
 use relay::Forward;
 use resolve::Resolver;
 use server::{ClientNext, Server};
+use tls::Tls;
 use upstream::Upstreams;
 
 /// Sizes and times; each has a default that suits both daemons.
@@ -337,6 +339,7 @@ pub struct Net {
     server: Server,
     upstreams: Upstreams,
     resolver: Resolver,
+    tls: Tls,
     dial_rule: Option<DialRule>,
     events: VecDeque<NetEvent>,
     scratch: Vec<u8>,
@@ -360,6 +363,7 @@ impl Net {
             server: Server::new(limits.bodies_bytes_max),
             upstreams: Upstreams::new(),
             resolver: Resolver::new(waker),
+            tls: Tls::default(),
             dial_rule: None,
             events: VecDeque::new(),
             scratch: vec![0; SCRATCH_BYTES],
@@ -428,6 +432,7 @@ impl Net {
                 _ => {}
             }
         }
+        self.turn_handshakes(now);
         self.expire(now);
     }
 
@@ -439,7 +444,7 @@ impl Net {
     /// Whether sessions are ready, so that the loop must not block.
     #[must_use]
     pub fn busy(&self) -> bool {
-        !self.ready.is_empty()
+        !self.ready.is_empty() || !self.tls.handshakes.is_empty()
     }
 
     /// When [`Net::turn`] must run at the latest.

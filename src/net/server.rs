@@ -229,7 +229,7 @@ impl Net {
         self.server.accept_again_at = None;
         for index in 0..self.server.listeners.len() {
             for turn in 0.. {
-                if turn == ACCEPTS_PER_TURN {
+                if turn == ACCEPTS_PER_TURN || self.tls.is_behind() {
                     self.ready.push(Token::only(Kind::Listener));
                     break;
                 }
@@ -249,9 +249,11 @@ impl Net {
         if self.server.clients.len() >= self.limits.clients_max {
             return; // Dropped, which closes it: nothing was promised to this connection yet.
         }
+        let Ok(session) = self.tls.incoming() else { return };
+        let is_secured = session.is_some();
         let admitted = self.server.clients.insert_with(|token| {
             Ok::<Client, io::Error>(Client {
-                stream: Stream::accepted(tcp, &self.registry, token)?,
+                stream: Stream::accepted(tcp, &self.registry, token)?.secured(session),
                 out: OutBuffer::default(),
                 next: ClientNext::Client,
                 deadline: Deadline::default(),
@@ -271,12 +273,15 @@ impl Net {
             })
         });
         if let Ok(client) = admitted {
+            if is_secured {
+                return self.await_handshake(client, now);
+            }
             self.arm_client(client, self.limits.request_ms, now);
             self.client_ready(client, now);
         }
     }
 
-    fn arm_client(&mut self, client: Token, after_ms: u64, now: Mono) {
+    pub(super) fn arm_client(&mut self, client: Token, after_ms: u64, now: Mono) {
         if let Some(session) = self.server.clients.get_mut(client) {
             self.timers.arm(client, &mut session.deadline, now.plus_ms(after_ms));
         }
@@ -285,6 +290,9 @@ impl Net {
     /// Something about the client's socket changed, or it may send its next request.
     pub(super) fn client_ready(&mut self, client: Token, now: Mono) {
         let Some(session) = self.server.clients.get(client) else { return };
+        if session.stream.is_handshaking() {
+            return self.tls.handshakes.push(client);
+        }
         if !session.out.is_empty() && session.stream.latch().writable {
             self.client_flush(client, now);
         }
@@ -396,7 +404,7 @@ impl Net {
         }
     }
 
-    fn refuse(&mut self, client: Token, error: BadMessage, now: Mono) {
+    pub(super) fn refuse(&mut self, client: Token, error: BadMessage, now: Mono) {
         let head = self.server.clients.get(client).and_then(|session| session.reader.head().cloned());
         self.refuse_request(client, error, head.as_ref(), now);
     }
@@ -512,6 +520,9 @@ impl Net {
 
     pub(super) fn client_expired(&mut self, client: Token, now: Mono) {
         let Some(session) = self.server.clients.get_mut(client) else { return };
+        if session.stream.is_handshaking() {
+            return self.handshake_expired(client, now);
+        }
         if session.next == ClientNext::Client
             && session.out.is_empty()
             && session.reader.mid_request(session.unread.len())
@@ -542,6 +553,7 @@ impl Net {
     /// Closes a client's connection and ends whatever ran for it.
     pub(super) fn close_client(&mut self, client: Token, now: Mono) {
         let Some(mut session) = self.server.clients.remove(client) else { return };
+        self.tls.left(session.stream.is_handshaking());
         if session.owed() && session.to.version == crate::http::head::Version::Http10 {
             // Its answer may end by closing, and this is not its end.
             session.stream.reset_on_close();

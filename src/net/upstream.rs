@@ -12,6 +12,7 @@ use std::sync::Arc;
 use crate::http::client::encode_request_head;
 use crate::reactor::ready::TURN_BUDGET_BYTES;
 use crate::reactor::stream::{ReadResult, Stream};
+use crate::reactor::tls::Handshake;
 use crate::reactor::token::{Kind, Table, Token};
 use crate::time::{Deadline, Mono};
 use crate::wire::url::BaseUrl;
@@ -76,7 +77,7 @@ enum SinkState {
 pub(super) struct Connection {
     pub(super) stream: Stream,
     pub(super) deadline: Deadline,
-    address: SocketAddr,
+    origin: Origin,
     exchange: Option<Token>,
     connected: bool,
     /// It has carried an exchange before, so its peer may have closed it.
@@ -87,9 +88,12 @@ pub(super) struct Connection {
 pub(super) struct Upstreams {
     pub(super) connections: Table<Connection>,
     pub(super) exchanges: Table<Exchange>,
-    /// Idle connections by address, the most recently used last.
-    idle: BTreeMap<SocketAddr, Vec<Token>>,
+    /// Idle connections by where they lead, the most recently used last.
+    idle: BTreeMap<Origin, Vec<Token>>,
 }
+
+/// Where a connection leads: an address, and within TLS the name that was proved there.
+type Origin = (SocketAddr, Option<Arc<str>>);
 
 impl Exchange {
     /// The answer has begun: what was sent is not needed again. A large body would else stay in memory as
@@ -192,22 +196,28 @@ impl Upstreams {
         self.exchanges.get_mut(exchange).is_some_and(|exchange| exchange.relay.keep_alive(out))
     }
 
-    fn take_idle(&mut self, address: SocketAddr) -> Option<Token> {
-        let pool = self.idle.get_mut(&address)?;
+    fn take_idle(&mut self, origin: &Origin) -> Option<Token> {
+        let pool = self.idle.get_mut(origin)?;
         let connection = pool.pop();
         if pool.is_empty() {
-            self.idle.remove(&address);
+            self.idle.remove(origin);
         }
         connection
     }
 
-    fn forget_idle(&mut self, connection: Token, address: SocketAddr) {
-        if let Some(pool) = self.idle.get_mut(&address) {
+    fn forget_idle(&mut self, connection: Token, origin: &Origin) {
+        if let Some(pool) = self.idle.get_mut(origin) {
             pool.retain(|other| *other != connection);
             if pool.is_empty() {
-                self.idle.remove(&address);
+                self.idle.remove(origin);
             }
         }
+    }
+
+    /// Idle connections within TLS.
+    pub(super) fn idle_secured(&self) -> Vec<Token> {
+        let secured = self.idle.iter().filter(|((_, name), _)| name.is_some());
+        secured.flat_map(|(_, pool)| pool.iter().copied()).collect()
     }
 }
 
@@ -239,10 +249,7 @@ impl Net {
         self.timers.arm(exchange, &mut session.deadline, now.plus_ms(session.patience.connect_ms));
         session.resolving = false;
         let retried = session.retried;
-        if session.to.https() {
-            // Never in the clear what was meant to be encrypted.
-            return self.fail_exchange(exchange, FaultKind::Connect, "https is not spoken to engines", now);
-        }
+        let name: Option<Arc<str>> = session.to.https().then(|| session.to.host().into());
         let address = match self.resolver.resolve(&session.to, now) {
             Resolved::Address(address) => address,
             Resolved::Asked => {
@@ -258,7 +265,8 @@ impl Net {
         {
             return self.fail_exchange(exchange, FaultKind::Connect, &why, now);
         }
-        while !retried && let Some(idle) = self.upstreams.take_idle(address) {
+        let origin = (address, name);
+        while !retried && let Some(idle) = self.upstreams.take_idle(&origin) {
             let latch = self.upstreams.connections.get(idle).map(|line| line.stream.latch());
             if latch.is_some_and(|latch| !latch.readable) {
                 return self.assign(idle, exchange, now);
@@ -266,11 +274,15 @@ impl Net {
             // It has just been closed, or said something that nobody asked for.
             self.close_connection(idle);
         }
+        let tls = match origin.1.as_deref().map(|name| self.tls.outgoing(name)).transpose() {
+            Ok(tls) => tls,
+            Err(why) => return self.fail_exchange(exchange, FaultKind::Connect, &why, now),
+        };
         let made = self.upstreams.connections.insert_with(|token| {
             Ok::<Connection, std::io::Error>(Connection {
-                stream: Stream::connect(address, &self.registry, token)?,
+                stream: Stream::connect(address, &self.registry, token)?.secured(tls),
                 deadline: Deadline::default(),
-                address,
+                origin,
                 exchange: Some(exchange),
                 connected: false,
                 used: false,
@@ -335,6 +347,7 @@ impl Net {
         };
         if !line.connected {
             match line.stream.connect_result() {
+                Ok(true) if line.stream.is_handshaking() => return self.tls.handshakes.push(connection),
                 Ok(true) => {
                     line.connected = true;
                     self.upstreams.connected(exchange, now);
@@ -542,7 +555,7 @@ impl Net {
         if line.stream.latch().hangup {
             return;
         }
-        let pool = self.upstreams.idle.entry(line.address).or_default();
+        let pool = self.upstreams.idle.entry(line.origin.clone()).or_default();
         if pool.len() >= self.limits.upstream_idle_max {
             return;
         }
@@ -639,11 +652,38 @@ impl Net {
         self.events.push_back(NetEvent::Finished { exchange, outcome, timing });
     }
 
+    /// A handshake with an engine or a peer went on.
+    pub(super) fn upstream_handshake(&mut self, connection: Token, now: Mono) -> bool {
+        let Some(line) = self.upstreams.connections.get_mut(connection) else { return false };
+        let step = line.stream.handshake();
+        let exchange = line.exchange;
+        match step {
+            Ok(Handshake::Done) => {
+                self.upstream_ready(connection, now);
+                true
+            }
+            Ok(Handshake::Worked) => true,
+            Ok(Handshake::Waits) => false,
+            Ok(Handshake::ClearText) => {
+                self.upstream_unsafe(connection, exchange, "it does not speak TLS", now)
+            }
+            Err(error) => self.upstream_unsafe(connection, exchange, &error.to_string(), now),
+        }
+    }
+
+    fn upstream_unsafe(&mut self, connection: Token, exchange: Option<Token>, why: &str, now: Mono) -> bool {
+        match exchange {
+            Some(exchange) => self.fail_exchange(exchange, FaultKind::Connect, why, now),
+            None => self.close_connection(connection),
+        }
+        true
+    }
+
     pub(super) fn close_connection(&mut self, connection: Token) {
         let Some(mut line) = self.upstreams.connections.remove(connection) else { return };
         line.stream.deregister(&self.registry);
         if line.exchange.is_none() {
-            self.upstreams.forget_idle(connection, line.address);
+            self.upstreams.forget_idle(connection, &line.origin);
         }
     }
 }

@@ -122,7 +122,7 @@ pub(super) fn spawn<F>(
 where
     F: FnMut() -> Vec<PoolStatus> + Send + 'static,
 {
-    let line = Line::open()?;
+    let line = Line::open(plan)?;
     let at = now();
     let mut plane = Plane::new(plan.control_plane.clone(), plan.interval_ms, at);
     let mut begun = life.lock().unwrap_or_else(PoisonError::into_inner);

@@ -35,11 +35,14 @@ pub(super) struct Sent {
 
 impl Line {
     /// Nothing is connected before the first call.
-    pub(super) fn open() -> Result<Line, RegistrationError> {
+    pub(super) fn open(plan: &Plan) -> Result<Line, RegistrationError> {
         let open = || {
             let reactor = Reactor::new()?;
             let waker = reactor.waker(Token::only(Kind::Waker))?;
-            let net = Net::new(reactor.registry()?, waker.clone(), Limits::default());
+            let mut net = Net::new(reactor.registry()?, waker.clone(), Limits::default());
+            if plan.control_plane.https() {
+                net.set_client_tls(plan.tls.client().map_err(io::Error::other)?);
+            }
             Ok(Line { reactor, net, waker })
         };
         open().map_err(RegistrationError::System)

@@ -10,6 +10,7 @@ use crate::http::server::{Request, Response};
 use crate::metrics::{self, Histogram, Scrape};
 use crate::service::auth::Tokens;
 use crate::service::lag::LoopLag;
+use crate::service::tls;
 use crate::time::Now;
 use crate::wire::id::{NodeId, PoolId};
 use crate::wire::json_place;
@@ -94,6 +95,8 @@ pub struct Facts<'a> {
     pub lag: &'a LoopLag,
     /// Times between two pieces of one relayed stream.
     pub token_gaps: &'a Histogram,
+    /// What is counted of TLS, where it is spoken.
+    pub tls: Option<tls::Meters>,
 }
 
 /// Decides about a request.
@@ -417,6 +420,9 @@ fn scrape(core: &Core, facts: &Facts<'_>, now: Now) -> Response {
     scrape.histogram("orchestratord_request_seconds", "From ask to the answer's end.", &counts.duration);
     meters::scrape(core, facts.token_gaps, &mut scrape);
     facts.lag.scrape("orchestratord", now.mono, &mut scrape);
+    if let Some(tls) = &facts.tls {
+        tls.scrape("orchestratord", &mut scrape);
+    }
     if let Some(bytes) = facts.resident_bytes {
         scrape.gauge("process_resident_memory_bytes", "Resident memory.", &[("", bytes as f64)]);
     }

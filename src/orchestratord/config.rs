@@ -8,9 +8,8 @@ use crate::net::budget::large_share;
 use crate::replicas::AllowList;
 use crate::service::auth::{self, Tokens};
 use crate::service::logging::LogFormat;
-use crate::settings::{
-    Alias, Exit, Setting, Settings, boolean, flag, listen_address, number, refuse_unsupported,
-};
+use crate::service::tls::{self, Files};
+use crate::settings::{Alias, Exit, Setting, Settings, boolean, flag, listen_address, number};
 use crate::wire::url::BaseUrl;
 
 use super::aliases::Aliases;
@@ -226,6 +225,15 @@ pub static TABLE: &[Setting] = &[
         value: "BOOL",
         help: "Refuse to start without a token",
     },
+    tls::cert_setting("ORCHESTRATORD_TLS_CERT"),
+    tls::key_setting("ORCHESTRATORD_TLS_KEY"),
+    tls::client_ca_setting(
+        "ORCHESTRATORD_TLS_CLIENT_CA",
+        "Roots, in PEM, of the certificates of nodes: with it a node may only register, send heartbeats and say goodbye under the name in its certificate",
+    ),
+    tls::CA_SETTING,
+    tls::CLIENT_CERT_SETTING,
+    tls::CLIENT_KEY_SETTING,
     Setting {
         flag: "log-level",
         env: "ORCHESTRATORD_LOG_LEVEL",
@@ -296,6 +304,8 @@ pub struct Config {
     pub token_file: Option<PathBuf>,
     /// Only the configuration is to be looked at.
     pub check_only: bool,
+    /// Certificates and keys.
+    pub tls: Files,
     /// For the logger.
     pub log_level: String,
     /// For the logger.
@@ -314,8 +324,6 @@ impl Config {
         env: impl Fn(&str) -> Option<OsString>,
     ) -> Result<Config, Exit> {
         let about = "Places requests on the engines of many machines and streams their answers";
-        let tls = ["ORCHESTRATORD_TLS_CERT", "ORCHESTRATORD_TLS_KEY", "ORCHESTRATORD_TLS_CLIENT_CA"];
-        refuse_unsupported(&tls, "this version speaks plain HTTP only", &env)?;
         let settings = Settings::read("orchestratord", about, TABLE, None, args, env)?;
         let cloud = settings.need("cloud-profile", boolean)?;
         let default_ip = if cloud { [0, 0, 0, 0] } else { [127, 0, 0, 1] };
@@ -368,6 +376,10 @@ impl Config {
             tokens,
             token_file,
             check_only: settings.need("check-config", boolean)?,
+            tls: Files::from_settings(
+                &settings,
+                ["ORCHESTRATORD_TLS_CERT", "ORCHESTRATORD_TLS_KEY", "ORCHESTRATORD_TLS_CLIENT_CA"],
+            )?,
             log_level: settings.need("log-level", |text| Ok(text.to_string()))?,
             log_format: settings.need("log-format", str::parse)?,
             notes,
@@ -417,9 +429,6 @@ fn agents(text: &str) -> Result<Vec<BaseUrl>, String> {
     let mut urls: Vec<BaseUrl> = Vec::new();
     for text in text.split(',').map(str::trim).filter(|text| !text.is_empty()) {
         let url = BaseUrl::lenient(text).map_err(|error| error.to_string())?;
-        if url.https() {
-            return Err("https is not supported by this version; allowed is http://HOST:PORT".into());
-        }
         if !urls.contains(&url) {
             urls.push(url);
         }
@@ -510,7 +519,7 @@ mod tests {
             ("ORCHESTRATORD_MODEL_ALIASES", "a=b,b=a", "circle"),
             ("ORCHESTRATORD_MAX_BODY_MIB", "0", "from 1 to 1024"),
             ("ORCHESTRATORD_BODY_BUDGET_MIB", "85", "allowed is 86 and more"),
-            ("POOL_MANAGERD_URL", "http://a:9200,https://b", "https is not supported"),
+            ("POOL_MANAGERD_URL", "http://a:9200,ftp://b", "neither http nor https"),
             ("ORCHD_POOL_MANAGERS", "http://a:9200,http://b:x", "its port is not a number"),
             ("ORCHD_POOL_POLL_INTERVAL_MS", "99", "from 100 to 300000"),
             ("ORCHESTRATORD_ALLOW_ENGINE_HOSTS", "10.0.0.0/99", "10.0.0.0/99"),

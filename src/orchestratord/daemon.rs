@@ -17,6 +17,7 @@ use crate::service::auth::{self, Tokens};
 use crate::service::lag::LoopLag;
 use crate::service::shell::Shell;
 use crate::service::supervisor::Supervisor;
+use crate::service::tls::Tls;
 use crate::service::{logging, machine};
 use crate::settings::Exit;
 use crate::time::{Mono, Now, earliest};
@@ -36,6 +37,7 @@ use super::sessions::{Sessions, Turn};
 use super::tasks::Tasks;
 
 mod agents;
+mod certificates;
 mod front_door;
 mod state;
 mod tasks;
@@ -79,6 +81,7 @@ pub struct Daemon {
     supervisor: Supervisor,
     next_request: RequestId,
     tokens: Tokens,
+    tls: Tls,
     config: Config,
     started: u64,
     effects: Vec<Effect>,
@@ -150,7 +153,9 @@ impl Daemon {
         } else {
             format!("HOME profile, watching {}", config.runtime_dir.display())
         };
-        log::info!("orchestratord {} on http://{bound}, {profile}", env!("CARGO_PKG_VERSION"));
+        let tls = Tls::start(config.tls.clone(), &mut net, &registry, at)?;
+        let scheme = if config.tls.serves() { "https" } else { "http" };
+        log::info!("orchestratord {} on {scheme}://{bound}, {profile}", env!("CARGO_PKG_VERSION"));
         Ok(Daemon {
             reactor,
             registry,
@@ -171,6 +176,7 @@ impl Daemon {
             supervisor,
             next_request: 1,
             tokens: config.tokens.clone(),
+            tls,
             config,
             started: at.wall.unix_ms() / 1000,
             effects: Vec::new(),
@@ -200,6 +206,7 @@ impl Daemon {
             let deadline = earliest(deadline, self.tasks_deadline());
             let deadline = earliest(deadline, self.supervisor.deadline());
             let deadline = earliest(deadline, self.ends_by);
+            let deadline = earliest(deadline, self.tls.deadline());
             if let Some(slow) = self.lag.worked(now.mono, crate::reactor::now().mono) {
                 log::warn!("{slow}");
             }
@@ -214,9 +221,11 @@ impl Daemon {
                     Kind::DirWatch => changed = true,
                     Kind::Process => ended.push(token),
                     Kind::Stop => stops += self.signals.stops(),
+                    Kind::Certificates => self.tls.changed(&self.registry, now.mono),
                     Kind::Reload => {
                         if self.signals.reloads() > 0 {
                             self.supervisor.reload(now.mono, || {
+                                self.tls.reload(&mut self.net, &self.registry, now);
                                 auth::reload(self.config.token_file.as_deref(), &mut self.tokens);
                             });
                         }
@@ -232,6 +241,7 @@ impl Daemon {
             self.take_ended(&ended, now);
             self.scan(changed, now);
             self.take_saved(now);
+            self.tls.turn(&mut self.net, now);
             self.net.turn(now.mono);
             self.take_net_events(now);
             (0..stops).for_each(|_| self.stop(now));
@@ -354,8 +364,13 @@ impl Daemon {
             bodies: (self.net.bodies_bytes(), self.net.bodies_refused()),
             lag: &self.lag,
             token_gaps: self.net.token_gaps(),
+            tls: self.tls.meters(&self.net),
         };
-        match api::route(&request, &self.core, &facts, now) {
+        let action = api::route(&request, &self.core, &facts, now);
+        if let Some(refusal) = self.uncertified(client, &action) {
+            return self.net.respond(client, &refusal.response(false), now.mono);
+        }
+        match action {
             Action::Respond(response) => self.net.respond(client, &response, now.mono),
             Action::Refuse(refusal, openai) => self.net.respond(client, &refusal.response(openai), now.mono),
             Action::Register(body) => {

@@ -93,6 +93,8 @@ pub enum Refusal {
     CloudDisabled,
     /// A node's message was refused.
     Fenced(Fenced),
+    /// A node's message came without a certificate that names the node; the text says what came instead.
+    Certificate(String),
     /// What the path names has existed.
     Gone(String),
     /// Something with this name exists already.
@@ -207,6 +209,7 @@ impl Refusal {
             Refusal::Fenced(Fenced::Address(_)) => row(400, "INVALID_PARAMS", BAD, None, "fenced"),
             Refusal::Fenced(Fenced::TooLarge { .. }) => row(413, "TOO_LARGE", BAD, None, "fenced"),
             Refusal::Fenced(_) => row(409, "NODE_CONFLICT", BAD, None, "fenced"),
+            Refusal::Certificate(_) => row(403, "CERTIFICATE_MISMATCH", BAD, None, "denied"),
             Refusal::Gone(_) => row(410, "GONE", ("invalid_request_error", "gone"), None, "gone"),
             Refusal::Conflict(_) => row(409, "CONFLICT", BAD, None, "conflict"),
             Refusal::TooMany(_) => {
@@ -245,6 +248,7 @@ impl Refusal {
         match self {
             Refusal::Invalid(what)
             | Refusal::NotFound(what)
+            | Refusal::Certificate(what)
             | Refusal::Gone(what)
             | Refusal::Deadline(what)
             | Refusal::Conflict(what)

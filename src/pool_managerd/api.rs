@@ -9,6 +9,7 @@ use crate::metrics::{self, Scrape, label_value};
 use crate::replicas::PoolCounts;
 use crate::service::auth::{Denied, Tokens};
 use crate::service::lag::LoopLag;
+use crate::service::tls;
 use crate::time::Mono;
 use crate::wire::handoff::{self, Handoff, HandoffFile};
 use crate::wire::id::{PoolId, ReplicaId, ReplicaKey};
@@ -66,6 +67,10 @@ pub struct Facts<'a> {
     pub lag: &'a LoopLag,
     /// The time of this turn.
     pub now: Mono,
+    /// What is counted of TLS, where it is spoken.
+    pub tls: Option<tls::Meters>,
+    /// The caller has shown a certificate, or none is asked for.
+    pub is_certified: bool,
 }
 
 /// Decides about a request.
@@ -76,6 +81,10 @@ pub fn route(request: &Request, core: &Core, facts: &Facts<'_>) -> Action {
     let open = matches!(path, "/health" | "/ready" | "/metrics");
     if !open && let Err(denied) = facts.tokens.check(&head.fields) {
         return Action::Respond(unauthorized(denied));
+    }
+    if !open && !facts.is_certified {
+        let message = "this agent serves callers with a certificate of its client CA only";
+        return Action::Respond(error(403, "CERTIFICATE_REQUIRED", message, None));
     }
     // Every path below exists with and without the version.
     let path = path.strip_prefix("/v2").filter(|rest| rest.starts_with('/')).unwrap_or(path);
@@ -343,6 +352,9 @@ fn scrape(core: &Core, facts: &Facts<'_>) -> Response {
     core.gpus().scrape(&mut scrape);
     operations::scrape(core, &mut scrape);
     facts.lag.scrape("pool_managerd", facts.now, &mut scrape);
+    if let Some(tls) = &facts.tls {
+        tls.scrape("pool_managerd", &mut scrape);
+    }
     if let Some(bytes) = facts.resident_bytes {
         scrape.gauge("process_resident_memory_bytes", "Resident memory.", &[("", bytes as f64)]);
     }

@@ -8,9 +8,8 @@ use crate::replicas::AllowList;
 use crate::service::auth::{self, Tokens};
 use crate::service::logging::LogFormat;
 use crate::service::machine;
-use crate::settings::{
-    Alias, Exit, Setting, Settings, boolean, flag, listen_address, number, refuse_unsupported,
-};
+use crate::service::tls::{self, Files};
+use crate::settings::{Alias, Exit, Setting, Settings, boolean, flag, listen_address, number};
 use crate::wire::id::{NodeId, PoolId};
 use crate::wire::url::BaseUrl;
 
@@ -186,6 +185,15 @@ pub static TABLE: &[Setting] = &[
         value: "BOOL",
         help: "Refuse to start without a token",
     },
+    tls::cert_setting("POOL_MANAGERD_TLS_CERT"),
+    tls::key_setting("POOL_MANAGERD_TLS_KEY"),
+    tls::client_ca_setting(
+        "POOL_MANAGERD_TLS_CLIENT_CA",
+        "Roots, in PEM, of the certificates of those who may call this agent: with it everything but /health, /ready and /metrics needs one",
+    ),
+    tls::CA_SETTING,
+    tls::CLIENT_CERT_SETTING,
+    tls::CLIENT_KEY_SETTING,
     Setting {
         flag: "log-level",
         env: "POOL_MANAGERD_LOG_LEVEL",
@@ -244,6 +252,8 @@ pub struct Config {
     pub token_file: Option<PathBuf>,
     /// Only the configuration is to be looked at.
     pub check_only: bool,
+    /// Certificates and keys.
+    pub tls: Files,
     /// For the logger.
     pub log_level: String,
     /// For the logger.
@@ -275,8 +285,6 @@ impl Config {
         env: impl Fn(&str) -> Option<OsString>,
     ) -> Result<Config, Exit> {
         let about = "Watches the engines of one machine and reports them to control planes";
-        let tls = ["POOL_MANAGERD_TLS_CERT", "POOL_MANAGERD_TLS_KEY", "POOL_MANAGERD_TLS_CLIENT_CA"];
-        refuse_unsupported(&tls, "this version speaks plain HTTP only", &env)?;
         let settings = Settings::read("pool-managerd", about, TABLE, None, args, env)?;
         let addr = settings.need("addr", listen_address)?;
         let node_id = settings
@@ -298,6 +306,13 @@ impl Config {
             "POOL_MANAGERD",
             &mut notes,
         )?;
+        let is_plain = cloud.as_ref().is_some_and(|cloud| !cloud.address.https());
+        if is_plain && settings.given("tls-cert") {
+            notes.push(
+                "POOL_MANAGERD_ADDRESS begins with http, but this agent speaks TLS: control planes will not reach it; use https"
+                    .into(),
+            );
+        }
         Ok(Config {
             addr,
             node_id,
@@ -313,10 +328,14 @@ impl Config {
             hang_suspect_ms: settings.need("hang-suspect-ms", number(1_000, 3_600_000))?,
             drain_timeout_ms: settings.need("drain-timeout-ms", number(0, 3_600_000))?,
             callback_enabled: settings.need("callback-enabled", boolean)?,
-            callback_url: settings.get("orchestratord-callback-url", plain_url)?,
+            callback_url: settings.get("orchestratord-callback-url", lenient_url)?,
             tokens,
             token_file,
             check_only: settings.need("check-config", boolean)?,
+            tls: Files::from_settings(
+                &settings,
+                ["POOL_MANAGERD_TLS_CERT", "POOL_MANAGERD_TLS_KEY", "POOL_MANAGERD_TLS_CLIENT_CA"],
+            )?,
             log_level: settings.need("log-level", |text| Ok(text.to_string()))?,
             log_format: settings.need("log-format", str::parse)?,
             notes,
@@ -334,9 +353,12 @@ fn default_node_id() -> Result<NodeId, Exit> {
 }
 
 fn cloud(settings: &Settings, addr: SocketAddr, node_id: &NodeId) -> Result<Cloud, Exit> {
-    let address = match settings.get("address", plain_url)? {
+    let address = match settings.get("address", lenient_url)? {
         Some(address) => address,
-        None if !addr.ip().is_unspecified() => plain_url(&addr.to_string()).map_err(Exit::config)?,
+        None if !addr.ip().is_unspecified() => {
+            let scheme = if settings.given("tls-cert") { "https" } else { "http" };
+            lenient_url(&format!("{scheme}://{addr}")).map_err(Exit::config)?
+        }
         None => {
             return Err(Exit::config(
                 "POOL_MANAGERD_ADDRESS is missing: with POOL_MANAGERD_CLOUD_PROFILE=true it must say where control planes reach this node, such as http://192.168.1.100:9200",
@@ -344,7 +366,7 @@ fn cloud(settings: &Settings, addr: SocketAddr, node_id: &NodeId) -> Result<Clou
         }
     };
     let control_planes = settings
-        .get("orchestratord-url", |text| text.split(',').map(|url| plain_url(url.trim())).collect())?
+        .get("orchestratord-url", |text| text.split(',').map(|url| lenient_url(url.trim())).collect())?
         .ok_or_else(|| {
             Exit::config(
                 "ORCHESTRATORD_URL is missing: with POOL_MANAGERD_CLOUD_PROFILE=true it must name the control planes, such as http://192.168.1.1:8080",
@@ -359,13 +381,8 @@ fn cloud(settings: &Settings, addr: SocketAddr, node_id: &NodeId) -> Result<Clou
     })
 }
 
-fn plain_url(text: &str) -> Result<BaseUrl, String> {
-    let url = BaseUrl::lenient(text).map_err(|error| error.to_string())?;
-    if url.https() {
-        Err("https is not supported by this version; allowed is http://HOST:PORT".into())
-    } else {
-        Ok(url)
-    }
+fn lenient_url(text: &str) -> Result<BaseUrl, String> {
+    BaseUrl::lenient(text).map_err(|error| error.to_string())
 }
 
 fn pools(text: &str) -> Result<Vec<PoolId>, String> {
@@ -431,9 +448,31 @@ mod tests {
     }
 
     #[test]
-    fn what_this_version_cannot_do_is_refused_instead_of_ignored() {
-        let exit = read(&[("POOL_MANAGERD_TLS_CERT", "/etc/cert.pem")]).expect_err("no TLS");
-        assert!(exit.code == 78 && exit.message.starts_with("POOL_MANAGERD_TLS_CERT is set"), "{exit}");
+    fn files_of_tls_come_in_pairs() {
+        let cert = ("POOL_MANAGERD_TLS_CERT", "/etc/cert.pem");
+        let key = ("POOL_MANAGERD_TLS_KEY", "/etc/key.pem");
+        for (env, text) in [
+            (&[cert][..], "POOL_MANAGERD_TLS_CERT is set, but POOL_MANAGERD_TLS_KEY is not"),
+            (&[key], "POOL_MANAGERD_TLS_KEY is set, but POOL_MANAGERD_TLS_CERT is not"),
+            (
+                &[("POOL_MANAGERD_TLS_CLIENT_CA", "/etc/ca.pem")],
+                "POOL_MANAGERD_TLS_CLIENT_CA is set, but POOL_MANAGERD_TLS_CERT is not",
+            ),
+            (
+                &[("LLORCH_TLS_CLIENT_KEY", "/etc/key.pem")],
+                "LLORCH_TLS_CLIENT_KEY is set, but LLORCH_TLS_CLIENT_CERT is not",
+            ),
+        ] {
+            let exit = read(env).expect_err(text);
+            assert_eq!((exit.code, exit.message.as_str()), (78, text));
+        }
+        let cloud = [("POOL_MANAGERD_CLOUD_PROFILE", "true"), ("ORCHESTRATORD_URL", "https://c")];
+        let config = read(&[&cloud[..], &[cert, key]].concat()).expect("usable");
+        let address = config.cloud.expect("the CLOUD profile").address;
+        assert!(config.tls.serves() && address.https(), "{address}");
+        let plain = ("POOL_MANAGERD_ADDRESS", "http://node:9200");
+        let config = read(&[&cloud[..], &[cert, key, plain]].concat()).expect("usable");
+        assert!(config.notes.iter().any(|note| note.contains("this agent speaks TLS")), "{:?}", config.notes);
     }
 
     #[test]

@@ -97,6 +97,9 @@ fn understand(call: Call, status: u16, text: &str) -> Answer {
         }
         (404, _) => Answer::UnknownNode,
         (409, _) => Answer::Conflict(message(text)),
+        (403, _) if text.contains("CERTIFICATE_") => {
+            Answer::Failed(format!("it refuses this node's certificate: {}", message(text)))
+        }
         (401 | 403, _) => Answer::Unauthorized,
         (503, _) if text.contains("CLOUD_DISABLED") || text.contains("ORCHESTRATORD_CLOUD_PROFILE") => {
             Answer::CloudDisabled

@@ -20,6 +20,7 @@ use crate::service::auth::{self, Tokens};
 use crate::service::lag::LoopLag;
 use crate::service::shell::Shell;
 use crate::service::supervisor::Supervisor;
+use crate::service::tls::Tls;
 use crate::service::{durable, logging, machine};
 use crate::settings::Exit;
 use crate::time::{Now, earliest};
@@ -65,6 +66,7 @@ pub struct Daemon {
     supervisor: Supervisor,
     exchanges: BTreeMap<Token, Running>,
     tokens: Tokens,
+    tls: Tls,
     config: Config,
     effects: Vec<Effect>,
     over: bool,
@@ -104,8 +106,10 @@ impl Daemon {
             Watch::new(config.runtime_dir.clone(), config.watch_interval_ms, Token::only(Kind::DirWatch));
         let gpus = GpuReader::start(config.gpu_discovery_interval_ms, waker.clone())
             .map_err(|error| Exit::runtime(format!("cannot start a helper thread: {error}")))?;
+        let tls = Tls::start(config.tls.clone(), &mut net, &registry, now())?;
+        let scheme = if config.tls.serves() { "https" } else { "http" };
         log::info!(
-            "pool-managerd {} on http://{bound}, node {}, watching {}",
+            "pool-managerd {} on {scheme}://{bound}, node {}, watching {}",
             env!("CARGO_PKG_VERSION"),
             config.node_id,
             config.runtime_dir.display()
@@ -128,6 +132,7 @@ impl Daemon {
             supervisor,
             exchanges: BTreeMap::new(),
             tokens: config.tokens.clone(),
+            tls,
             config,
             effects,
             over: false,
@@ -149,6 +154,7 @@ impl Daemon {
             let deadline = earliest(self.core.deadline(), self.net.deadline());
             let deadline = earliest(deadline, Some(self.watch.deadline()));
             let deadline = earliest(deadline, self.supervisor.deadline());
+            let deadline = earliest(deadline, self.tls.deadline());
             if let Some(slow) = self.lag.worked(now.mono, crate::reactor::now().mono) {
                 log::warn!("{slow}");
             }
@@ -165,9 +171,11 @@ impl Daemon {
                     Kind::DirWatch => changed = true,
                     Kind::Process => ended.push(token),
                     Kind::Stop => stops += self.signals.stops(),
+                    Kind::Certificates => self.tls.changed(&self.registry, now.mono),
                     Kind::Reload => {
                         if self.signals.reloads() > 0 {
                             self.supervisor.reload(now.mono, || {
+                                self.tls.reload(&mut self.net, &self.registry, now);
                                 auth::reload(self.config.token_file.as_deref(), &mut self.tokens);
                             });
                         }
@@ -185,6 +193,7 @@ impl Daemon {
             self.take_encoded(now);
             self.take_gpu_reports(logged, now);
             self.take_saved(now);
+            self.tls.turn(&mut self.net, now);
             self.net.turn(now.mono);
             self.take_net_events(now);
             (0..stops).for_each(|_| self.stop(now));
@@ -405,6 +414,8 @@ impl Daemon {
             resident_bytes: (request.head.path() == "/metrics").then(machine::resident_bytes).flatten(),
             lag: &self.lag,
             now: now.mono,
+            tls: self.tls.meters(&self.net),
+            is_certified: !self.tls.knows_clients() || self.net.client_certificate(client).is_some(),
         };
         match api::route(&request, &self.core, &facts) {
             Action::Respond(response) => self.net.respond(client, &response, now.mono),

@@ -8,7 +8,7 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use inotify::{EventMask, Inotify, WatchDescriptor, WatchMask};
 use mio::unix::SourceFd;
@@ -140,5 +140,47 @@ impl DirWatch {
     #[must_use]
     pub fn is_still(&self, directory: &Path) -> bool {
         self.armed.as_ref().is_some_and(|armed| inode_of(directory).is_ok_and(|inode| inode == armed.inode))
+    }
+}
+
+/// Watches on the directories in which a few files lie: files that are read once and again when they
+/// change, such as tokens and certificates.
+#[derive(Debug)]
+pub struct FileWatch {
+    token: Token,
+    directories: Vec<(PathBuf, Option<DirWatch>)>,
+}
+
+impl FileWatch {
+    /// For these files; nothing is watched before [`FileWatch::renew`].
+    pub fn new<'a>(files: impl Iterator<Item = &'a Path>, token: Token) -> FileWatch {
+        let parent = |file: &Path| match file.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
+            _ => PathBuf::from("."),
+        };
+        let mut directories: Vec<PathBuf> = files.map(parent).collect();
+        directories.sort_unstable();
+        directories.dedup();
+        FileWatch { token, directories: directories.into_iter().map(|path| (path, None)).collect() }
+    }
+
+    /// Takes what was reported, and watches what is not watched, or is another directory by now. To be
+    /// called before the files are looked at. Returns where that cannot be done.
+    pub fn renew(&mut self, registry: &Registry) -> Vec<(&Path, io::Error)> {
+        let mut failed = Vec::new();
+        for (directory, watch) in &mut self.directories {
+            let mut arm = || {
+                if watch.is_none() {
+                    *watch = Some(DirWatch::new(registry, self.token)?);
+                }
+                let Some(watch) = watch else { return Ok(()) };
+                let is_lost = watch.take(&mut |_| ()).lost;
+                if is_lost || !watch.is_still(directory) { watch.arm(directory) } else { Ok(()) }
+            };
+            if let Err(error) = arm() {
+                failed.push((directory.as_path(), error));
+            }
+        }
+        failed
     }
 }

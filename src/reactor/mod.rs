@@ -2,7 +2,7 @@
 //!
 //! The mental model: the kernel tells *edges* ("became readable"), a program with a fairness budget
 //! needs *levels* ("still readable"). [`ready`] remembers; [`stream`] reads and writes through that
-//! memory. Everything else here is a source of edges: a directory ([`dirwatch`]), signals
+//! memory, and through [`tls`] where that is asked for. Everything else here is a source of edges: a directory ([`dirwatch`]), signals
 //! ([`signal`]), the kernel's log ([`kmsg`]), helper threads that finished something ([`offload`]).
 //!
 //! A turn of a daemon's loop: [`Reactor::wait`] until an event or a deadline, one clock sample, then
@@ -23,6 +23,7 @@ pub mod offload;
 pub mod ready;
 pub mod signal;
 pub mod stream;
+pub mod tls;
 pub mod token;
 
 pub use mio::Registry;

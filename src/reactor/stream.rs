@@ -1,4 +1,4 @@
-//! Nonblocking TCP streams read and written through a [`Latch`].
+//! Nonblocking TCP streams read and written through a [`Latch`], in the clear or through TLS.
 //!
 //! Every stream has `TCP_NODELAY`: a token that waits for the next one to share a segment is a token
 //! that is late.
@@ -7,6 +7,7 @@ use std::io::{self, Read, Write};
 use std::net::SocketAddr;
 
 use super::ready::Latch;
+use super::tls::{Handshake, Session};
 use super::token::Token;
 use super::{Edge, Registry};
 
@@ -25,7 +26,10 @@ pub enum ReadResult {
 #[derive(Debug)]
 pub struct Stream {
     tcp: mio::net::TcpStream,
+    /// Of the socket.
     latch: Latch,
+    /// `None`: in the clear.
+    tls: Option<Box<Session>>,
 }
 
 impl Stream {
@@ -37,7 +41,7 @@ impl Stream {
         let mut tcp = mio::net::TcpStream::connect(address)?;
         let _ = tcp.set_nodelay(true);
         registry.register(&mut tcp, token.into(), BOTH)?;
-        Ok(Stream { tcp, latch: Latch::default() })
+        Ok(Stream { tcp, latch: Latch::default(), tls: None })
     }
 
     /// Takes over an accepted connection.
@@ -47,7 +51,41 @@ impl Stream {
     pub fn accepted(mut tcp: mio::net::TcpStream, registry: &Registry, token: Token) -> io::Result<Stream> {
         let _ = tcp.set_nodelay(true);
         registry.register(&mut tcp, token.into(), BOTH)?;
-        Ok(Stream { tcp, latch: Latch::OPTIMISTIC })
+        Ok(Stream { tcp, latch: Latch::OPTIMISTIC, tls: None })
+    }
+
+    /// Speaks TLS from the first byte on.
+    #[must_use]
+    pub fn secured(mut self, session: Option<Session>) -> Stream {
+        self.tls = session.map(Box::new);
+        self
+    }
+
+    /// Whether a TLS handshake has to be completed first, by [`Stream::handshake`].
+    #[must_use]
+    pub fn is_handshaking(&self) -> bool {
+        self.tls.as_ref().is_some_and(|tls| tls.is_handshaking())
+    }
+
+    /// Goes on with the handshake as far as the socket allows. After [`Handshake::ClearText`] the stream is
+    /// one in the clear, whose first bytes are lost.
+    ///
+    /// # Errors
+    /// The peer speaks no TLS that can be agreed on, or shows a certificate that is not accepted; it has
+    /// been told so where that is possible.
+    pub fn handshake(&mut self) -> io::Result<Handshake> {
+        let Some(tls) = &mut self.tls else { return Ok(Handshake::Done) };
+        let step = tls.handshake(&mut self.tcp, &mut self.latch)?;
+        if step == Handshake::ClearText {
+            self.tls = None;
+        }
+        Ok(step)
+    }
+
+    /// The certificate that the peer has shown within TLS, in DER.
+    #[must_use]
+    pub fn peer_certificate(&self) -> Option<&[u8]> {
+        self.tls.as_ref()?.peer_certificate()
     }
 
     /// The kernel reported.
@@ -58,7 +96,10 @@ impl Stream {
     /// What is known of it.
     #[must_use]
     pub fn latch(&self) -> Latch {
-        self.latch
+        match &self.tls {
+            None => self.latch,
+            Some(tls) => Latch { readable: self.latch.readable || tls.is_readable(), ..self.latch },
+        }
     }
 
     /// How a connect ended: `Ok(false)` while it has not.
@@ -81,6 +122,9 @@ impl Stream {
     /// # Errors
     /// The connection is broken.
     pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<ReadResult> {
+        if let Some(tls) = &mut self.tls {
+            return tls.read(&mut self.tcp, &mut self.latch, buffer);
+        }
         if !self.latch.readable {
             return Ok(ReadResult::Empty);
         }
@@ -103,11 +147,15 @@ impl Stream {
         }
     }
 
-    /// Writes what the socket takes of `bytes`; 0 for nothing at the moment.
+    /// Writes what the socket takes of `bytes`; 0 for nothing at the moment. What was not taken must come
+    /// again before anything else: part of it may be encrypted already.
     ///
     /// # Errors
     /// The connection is broken.
     pub fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if let Some(tls) = &mut self.tls {
+            return tls.write(&mut self.tcp, &mut self.latch, bytes);
+        }
         if !self.latch.writable {
             return Ok(0);
         }
@@ -129,17 +177,29 @@ impl Stream {
 
     /// Tells the peer that nothing more comes; it can still be read.
     pub fn shut_down_write(&mut self) {
+        self.say_farewell();
         let _ = self.tcp.shutdown(std::net::Shutdown::Write);
     }
 
     /// From now on a close is a reset, which no peer takes for the end of a message.
     pub fn reset_on_close(&mut self) {
+        if let Some(tls) = &mut self.tls {
+            tls.break_off();
+        }
         let _ = rustix::net::sockopt::set_socket_linger(&self.tcp, Some(std::time::Duration::ZERO));
     }
 
-    /// Leaves the poll before it is dropped.
+    /// Leaves the poll before it is dropped. Within TLS the peer is told that this end is meant, unless the
+    /// connection is to be reset.
     pub fn deregister(&mut self, registry: &Registry) {
+        self.say_farewell();
         let _ = registry.deregister(&mut self.tcp);
+    }
+
+    fn say_farewell(&mut self) {
+        if let Some(tls) = &mut self.tls {
+            tls.say_farewell(&mut self.tcp, &mut self.latch);
+        }
     }
 }
 

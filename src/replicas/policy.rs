@@ -121,9 +121,6 @@ impl EnginePolicy {
     /// # Errors
     /// A sentence that names the URL, the rule, and what would allow it where anything would.
     pub fn check(&self, url: &BaseUrl) -> Result<(), String> {
-        if url.https() {
-            return Err(format!("{url}: https engines cannot be dialled by this version"));
-        }
         let ip = url.ip().map(|ip| ip.to_canonical());
         if let Some(ip) = ip {
             self.check_address(url, ip)?;
@@ -207,6 +204,7 @@ mod tests {
         for good in [
             "http://localhost:8081",
             "http://127.0.0.9:1",
+            "https://127.0.0.1:8081",
             "http://[::1]:8081",
             "http://192.168.1.5:8081",
             "http://[fd00::5]:8081",
@@ -257,7 +255,7 @@ mod tests {
             ("http://[ff02::1]:1", "multicast"),
             ("http://localhost:9200", "circle"),
             ("http://192.168.1.5:9200", "circle"),
-            ("https://127.0.0.1:8081", "https engines cannot be dialled by this version"),
+            ("https://169.254.169.254", "link-local"),
         ] {
             let error = verdict(&policy, bad).expect_err(bad);
             assert!(error.contains(why), "{bad}: {error}");

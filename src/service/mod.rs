@@ -1,7 +1,8 @@
-//! What both daemons have in common beside their cores: who may call them ([`auth`]), what they keep on
-//! disk ([`durable`]), what happened lately ([`events`]), how far their loops lag behind ([`lag`]), on which
-//! machine they run ([`machine`]), how they log ([`logging`]), what their shells start with ([`shell`]), and
-//! how they get on with the service manager ([`activation`], [`supervisor`]).
+//! What both daemons have in common beside their cores: who may call them ([`auth`]), whose certificates they
+//! show and believe ([`tls`]), what they keep on disk ([`durable`]), what happened lately ([`events`]), how far
+//! their loops lag behind ([`lag`]), on which machine they run ([`machine`]), how they log ([`logging`]), what
+//! their shells start with ([`shell`]), and how they get on with the service manager ([`activation`],
+//! [`supervisor`]).
 
 pub mod activation;
 pub mod auth;
@@ -12,3 +13,4 @@ pub mod logging;
 pub mod machine;
 pub mod shell;
 pub mod supervisor;
+pub mod tls;

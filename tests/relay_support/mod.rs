@@ -9,21 +9,43 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+#[path = "../tls_support/mod.rs"]
+pub mod tls_support;
+
 use llama_orch::http::server::Response;
+use llama_orch::net::tls::ClientTls;
 use llama_orch::net::{FaultKind, Limits, Net, NetEvent, Outbound, Outcome, Patience, Sink, forwardable};
 use llama_orch::reactor::token::{Kind, Token};
 use llama_orch::reactor::{Reactor, Waker};
 use llama_orch::wire::url::BaseUrl;
+use tls_support::{Pki, Socket};
 
 /// Longest that any single step of a test may take.
 pub const DEADLINE: Duration = Duration::from_secs(5);
 
 /// Patience that no test reaches by itself.
 pub const PATIENT: Patience = Patience { connect_ms: 4_000, first_byte_ms: 20_000, idle_ms: 20_000 };
+
+/// What the sockets are secured with: everything on both sides of the gateway where these tests run a
+/// second time, as a part of those of TLS.
+pub fn security() -> Option<&'static Security> {
+    static SECURITY: LazyLock<Security> = LazyLock::new(|| {
+        let pki = Pki::new();
+        let pair = pki.issue(&["localhost", "127.0.0.1"]);
+        Security { client: pki.client(None), server: pki.server(&pair, false) }
+    });
+    module_path!().contains("secured").then(|| &*SECURITY)
+}
+
+/// Both sides' configurations.
+pub struct Security {
+    pub client: Arc<rustls::ClientConfig>,
+    pub server: Arc<rustls::ServerConfig>,
+}
 
 /// Polls `done` until it holds; fails with `what` at the deadline.
 pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
@@ -66,6 +88,10 @@ impl Gateway {
             let mut reactor = Reactor::new().expect("a reactor");
             let waker = reactor.waker(Token::only(Kind::Waker)).expect("a waker");
             let mut net = Net::new(reactor.registry().expect("a registry"), waker.clone(), limits);
+            if let Some(Security { client, server }) = security() {
+                net.set_server_tls(Some(server.clone()));
+                net.set_client_tls(ClientTls::new(|| Ok(client.clone())));
+            }
             let address = net.listen(SocketAddr::from(([127, 0, 0, 1], 0))).expect("a port");
             ready.send((address, waker)).expect("the test waits");
             run(&mut reactor, &mut net, engine, patience, &shared);
@@ -121,7 +147,8 @@ impl Drop for Gateway {
 }
 
 fn run(reactor: &mut Reactor, net: &mut Net, engine: SocketAddr, patience: Patience, seen: &Seen) {
-    let to = BaseUrl::new(&format!("http://{engine}")).expect("an address is a URL");
+    let scheme = if security().is_some() { "https" } else { "http" };
+    let to = BaseUrl::new(&format!("{scheme}://{engine}")).expect("an address is a URL");
     let mut relayed: BTreeMap<Token, Token> = BTreeMap::new();
     while !seen.stop.load(Ordering::SeqCst) {
         let now = reactor.wait(net.deadline(), net.busy()).expect("the poll works").mono;
@@ -214,7 +241,7 @@ pub struct Engine {
 /// One connection of the engine.
 pub struct Line {
     pub number: usize,
-    pub tcp: TcpStream,
+    pub tcp: Socket,
     unread: Vec<u8>,
     recorded: Arc<Mutex<Vec<Recorded>>>,
 }
@@ -238,9 +265,17 @@ impl Engine {
                 tcp.set_read_timeout(Some(DEADLINE)).expect("a socket option");
                 tcp.set_write_timeout(Some(DEADLINE)).expect("a socket option");
                 let number = count.fetch_add(1, Ordering::SeqCst);
+                let tcp = match security() {
+                    None => Socket::plain(tcp),
+                    Some(security) => Socket::server(tcp, &security.server),
+                };
                 let mut line = Line { number, tcp, unread: Vec::new(), recorded: log.clone() };
                 let script = script.clone();
-                std::thread::spawn(move || script(&mut line));
+                std::thread::spawn(move || {
+                    if line.tcp.handshake().is_ok() {
+                        script(&mut line);
+                    }
+                });
             }
         });
         Engine { address, recorded, connections, stop }
@@ -342,7 +377,7 @@ pub fn reset_on_close(tcp: &TcpStream) {
 
 /// A client that writes raw bytes.
 pub struct Client {
-    pub tcp: TcpStream,
+    pub tcp: Socket,
     unread: Vec<u8>,
 }
 
@@ -375,6 +410,12 @@ impl Client {
         tcp.set_nodelay(true).expect("a socket option");
         tcp.set_read_timeout(Some(DEADLINE)).expect("a socket option");
         tcp.set_write_timeout(Some(DEADLINE)).expect("a socket option");
+        let tcp = match security() {
+            None => Socket::plain(tcp),
+            Some(security) => Socket::client(tcp, "localhost", &security.client),
+        };
+        // Where this fails, so does whatever comes next.
+        let _ = tcp.handshake();
         Client { tcp, unread: Vec::new() }
     }
 

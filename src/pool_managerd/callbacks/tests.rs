@@ -205,6 +205,7 @@ fn only_near_hosts_are_called() {
     let policy = policy();
     for good in [
         "http://127.0.0.1:1",
+        "https://127.0.0.1:1",
         "http://localhost:1/x",
         "http://[::1]:1",
         "http://10.1.2.3:1",
@@ -216,8 +217,8 @@ fn only_near_hosts_are_called() {
         assert_eq!(policy.check(&url(good)), Ok(()), "{good}");
     }
     for bad in [
-        "https://127.0.0.1:1",
         "http://169.254.169.254/latest",
+        "https://169.254.169.254/latest",
         "http://[fe80::1]:1",
         "http://[fd00:ec2::254]:80",
         "http://0.0.0.0:1",
