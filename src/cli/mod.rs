@@ -8,6 +8,7 @@ use std::ffi::{OsStr, OsString};
 use crate::settings::Exit;
 
 pub mod demo_engine;
+pub mod token;
 pub mod up;
 
 const HELP: &str = concat!(
@@ -20,6 +21,7 @@ Usage: llorch COMMAND [OPTIONS]
 Commands:
   up           Start everything on this machine with one engine, ask it, show what happens
   demo-engine  Serve as a demonstration engine: llama-server's API without a model
+  token        Print a new bearer token: llorch token new
 
 `llorch COMMAND --help` tells the options of a command, `llorch --version` the version."
 );
@@ -34,11 +36,12 @@ pub fn run(command: &OsStr, args: Vec<OsString>) -> Result<(), Exit> {
     match command.to_string_lossy().as_ref() {
         "up" => up::run(args),
         "demo-engine" => demo_engine::run(args),
+        "token" => token::run(&args),
         "--help" | "-h" | "help" => text(HELP),
         "--version" | "-V" => text(concat!("llorch ", env!("CARGO_PKG_VERSION"))),
-        "" => Err(Exit::usage("a command is missing: up or demo-engine (llorch --help tells more)")),
+        "" => Err(Exit::usage("a command is missing: up, demo-engine or token (llorch --help tells more)")),
         other => Err(Exit::usage(format!(
-            "{other:?} is no command: there are up and demo-engine (llorch --help tells more)"
+            "{other:?} is no command: there are up, demo-engine and token (llorch --help tells more)"
         ))),
     }
 }

@@ -498,6 +498,13 @@ impl Net {
         self.client_flush(client, now);
     }
 
+    /// Adds fields to the answer of the request that a client waits on, whatever it will be.
+    pub fn add_fields(&mut self, client: Token, fields: Vec<(&'static str, String)>) {
+        if let Some(session) = self.server.clients.get_mut(client) {
+            session.added = fields;
+        }
+    }
+
     /// The correlation id of the request that a client waits on.
     #[must_use]
     pub fn correlation(&self, client: Token) -> Option<&str> {

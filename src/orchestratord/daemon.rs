@@ -13,10 +13,10 @@ use crate::reactor::signal::Signals;
 use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Reactor, Registry, Waker, now};
 use crate::replicas::{Activity, AllowList, EnginePolicy, ProbeOrder, Processes, Watch, probe};
-use crate::service::auth::{self, Tokens};
+use crate::service::guard::{Admission, Guard};
 use crate::service::lag::LoopLag;
 use crate::service::shell::Shell;
-use crate::service::{logging, machine};
+use crate::service::{logging, machine, routes};
 use crate::settings::Exit;
 use crate::time::{Mono, Now, earliest};
 use crate::wire::id::{NodeId, PoolId, ReplicaKey};
@@ -73,7 +73,7 @@ pub struct Daemon {
     explain: Explain,
     lag: LoopLag,
     next_request: RequestId,
-    tokens: Tokens,
+    guard: Guard,
     config: Config,
     started: u64,
     effects: Vec<Effect>,
@@ -118,7 +118,7 @@ impl Daemon {
     ///
     /// # Errors
     /// [`Exit`] that says what could not be had and what to do.
-    pub fn start(config: Config) -> Result<Daemon, Exit> {
+    pub fn start(mut config: Config) -> Result<Daemon, Exit> {
         for note in &config.notes {
             log::warn!("{note}");
         }
@@ -142,7 +142,9 @@ impl Daemon {
         } else {
             format!("HOME profile, watching {}", config.runtime_dir.display())
         };
-        log::info!("orchestratord {} on http://{bound}, {profile}", env!("CARGO_PKG_VERSION"));
+        let guard = Guard::new(std::mem::take(&mut config.guard), &[machine::host_name()]);
+        let (version, shown) = (env!("CARGO_PKG_VERSION"), guard.shown());
+        log::info!("orchestratord {version} on http://{bound}, {profile}, {shown}");
         Ok(Daemon {
             reactor,
             registry,
@@ -161,7 +163,7 @@ impl Daemon {
             explain: Explain::default(),
             lag: LoopLag::default(),
             next_request: 1,
-            tokens: config.tokens.clone(),
+            guard,
             config,
             started: at.wall.unix_ms() / 1000,
             effects: Vec::new(),
@@ -184,6 +186,7 @@ impl Daemon {
             let is_scanning = self.watch.as_ref().is_some_and(Watch::busy);
             let deadline = earliest(earliest(self.core.deadline(), self.net.deadline()), watch);
             let deadline = earliest(deadline, self.tasks_deadline());
+            let deadline = earliest(deadline, self.guard.deadline());
             if let Some(slow) = self.lag.worked(now.mono, crate::reactor::now().mono) {
                 log::warn!("{slow}");
             }
@@ -193,6 +196,7 @@ impl Daemon {
                 .map_err(|error| Exit::runtime(format!("the event loop failed: {error}")))?;
             self.lag.woke(deadline, now.mono);
             let (mut changed, mut stops, mut ended) = (false, 0, Vec::new());
+            let mut tokens_changed = false;
             for (token, edge) in self.reactor.events() {
                 match token.kind() {
                     Kind::DirWatch => changed = true,
@@ -200,9 +204,10 @@ impl Daemon {
                     Kind::Stop => stops += self.signals.stops(),
                     Kind::Reload => {
                         if self.signals.reloads() > 0 {
-                            auth::reload(self.config.token_file.as_deref(), &mut self.tokens);
+                            self.guard.credentials.reload(now.mono);
                         }
                     }
+                    Kind::Credentials => tokens_changed = true,
                     Kind::Waker | Kind::KernelLog => {}
                     Kind::Listener | Kind::Client | Kind::Upstream | Kind::Exchange => {
                         self.net.on_edge(token, edge);
@@ -214,6 +219,7 @@ impl Daemon {
             self.take_ended(&ended, now);
             self.scan(changed, now);
             self.take_saved(now);
+            self.look_after_guard(tokens_changed, now);
             self.net.turn(now.mono);
             self.take_net_events(now);
             (0..stops).for_each(|_| self.stop(now));
@@ -226,6 +232,14 @@ impl Daemon {
             }
         }
         Ok(())
+    }
+
+    /// Looks after the tokens, and answers whom it was refused long enough.
+    fn look_after_guard(&mut self, tokens_changed: bool, now: Now) {
+        self.guard.turn(tokens_changed, now.mono, &self.registry);
+        while let Some((client, response)) = self.guard.due(now.mono) {
+            self.net.respond(client, &response, now.mono);
+        }
     }
 
     fn scan(&mut self, changed: bool, now: Now) {
@@ -311,11 +325,23 @@ impl Daemon {
     }
 
     fn serve(&mut self, client: Token, request: Request, peer: SocketAddr, now: Now) {
+        let (found, policy, route) = routes::find(api::ROUTES, &request.head, request.head.path());
+        match self.guard.judge(&request.head, policy, route, peer, now.mono) {
+            Admission::Pass(fields) => self.net.add_fields(client, fields),
+            Admission::Preflight(response) => return self.net.respond(client, &response, now.mono),
+            Admission::Barred(barred, delay_ms) => {
+                let response = Refusal::Barred(barred).response(request.head.path().starts_with("/v1/"));
+                if let Some(response) = self.guard.hold(client, response, delay_ms, now.mono) {
+                    self.net.respond(client, &response, now.mono);
+                }
+                return;
+            }
+        }
         let peer = peer.ip().to_string();
         let facts = api::Facts {
             aliases: &self.config.aliases,
             explain: &self.explain,
-            tokens: &self.tokens,
+            guard: &self.guard,
             cloud: self.config.cloud,
             watch_mode: self.watch.as_ref().map(Watch::mode),
             started: self.started,
@@ -328,7 +354,7 @@ impl Daemon {
             lag: &self.lag,
             token_gaps: self.net.token_gaps(),
         };
-        match api::route(&request, &self.core, &facts, now) {
+        match api::route(found, &request, &self.core, &facts, now) {
             Action::Respond(response) => self.net.respond(client, &response, now.mono),
             Action::Refuse(refusal, openai) => self.net.respond(client, &refusal.response(openai), now.mono),
             Action::Register(body) => {
@@ -445,7 +471,7 @@ impl Daemon {
             Target::AskNode | Target::Forbidden(_) => return self.undeliverable(request, now),
         };
         let bearer = match &dispatch.target {
-            Target::Relay { .. } => self.tokens.bearer(),
+            Target::Relay { .. } => self.guard.bearer(now.mono),
             _ => dispatch
                 .auth_file
                 .as_deref()

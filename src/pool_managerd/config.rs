@@ -5,7 +5,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use crate::replicas::AllowList;
-use crate::service::auth::{self, Tokens};
+use crate::service::auth::{self, Scope};
+use crate::service::credentials::{self, Credentials};
+use crate::service::guard::{self, GuardConfig};
 use crate::service::machine;
 use crate::settings::{Alias, Exit, Setting, Settings, boolean, listen_address, number, refuse_unsupported};
 use crate::wire::id::{NodeId, PoolId};
@@ -173,8 +175,14 @@ pub static TABLE: &[Setting] = &[
         value: "URL",
         help: "A callback that is registered at start, for every pool",
     },
-    auth::TOKEN_SETTING,
-    auth::TOKEN_FILE_SETTING,
+    credentials::API_TOKEN,
+    credentials::API_TOKEN_FILE,
+    credentials::NODE_TOKEN,
+    credentials::NODE_TOKEN_FILE,
+    credentials::ADMIN_TOKEN,
+    credentials::ADMIN_TOKEN_FILE,
+    credentials::CORE_DUMPS,
+    guard::hosts_setting("POOL_MANAGERD_ALLOW_HOSTS"),
     Setting {
         flag: "require-auth",
         env: "POOL_MANAGERD_REQUIRE_AUTH",
@@ -226,10 +234,8 @@ pub struct Config {
     pub callback_enabled: bool,
     /// A callback from the start.
     pub callback_url: Option<BaseUrl>,
-    /// Accepted tokens.
-    pub tokens: Tokens,
-    /// Where they came from, if from a file.
-    pub token_file: Option<PathBuf>,
+    /// Who may call.
+    pub guard: GuardConfig,
     /// For the logger.
     pub log_level: String,
     /// Sentences for the log.
@@ -261,6 +267,7 @@ impl Config {
         let about = "Watches the engines of one machine and reports them to control planes";
         let tls = ["POOL_MANAGERD_TLS_CERT", "POOL_MANAGERD_TLS_KEY", "POOL_MANAGERD_TLS_CLIENT_CA"];
         refuse_unsupported(&tls, "this version speaks plain HTTP only", &env)?;
+        let systemd = env("CREDENTIALS_DIRECTORY");
         let settings = Settings::read("pool-managerd", about, TABLE, None, args, env)?;
         let addr = settings.need("addr", listen_address)?;
         let node_id = settings
@@ -272,12 +279,12 @@ impl Config {
             None
         };
         let register = settings.need("register-on-startup", boolean)?;
-        let token_file = settings.get("api-token-file", |text| Ok(PathBuf::from(text)))?;
         let mut notes = settings.notes.clone();
-        let tokens = auth::from_settings(&settings, token_file.as_deref())?;
+        let served = [Scope::Node, Scope::Admin];
+        let credentials = Credentials::read(&settings, systemd, &served, &mut notes)?;
         auth::check_exposure(
             addr,
-            &tokens,
+            credentials.keys(),
             settings.need("require-auth", boolean)?,
             "POOL_MANAGERD",
             &mut notes,
@@ -298,8 +305,7 @@ impl Config {
             drain_timeout_ms: settings.need("drain-timeout-ms", number(0, 3_600_000))?,
             callback_enabled: settings.need("callback-enabled", boolean)?,
             callback_url: settings.get("orchestratord-callback-url", plain_url)?,
-            tokens,
-            token_file,
+            guard: GuardConfig::read(&settings, credentials)?,
             log_level: settings.need("log-level", |text| Ok(text.to_string()))?,
             notes,
         })
@@ -369,7 +375,7 @@ mod tests {
     fn home_needs_nothing() {
         let config = read(&[]).expect("defaults are enough");
         assert_eq!(config.addr.to_string(), "127.0.0.1:9200");
-        assert!(config.cloud.is_none() && config.tokens.is_empty());
+        assert!(config.cloud.is_none() && config.guard.credentials.keys().is_empty());
         assert_eq!((config.pools[0].as_str(), config.watch_interval_ms), ("pool-0", 1000));
     }
 

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -16,10 +17,10 @@ use crate::reactor::{Reactor, Registry, Waker, now};
 use crate::replicas::{
     Activity, AllowList, EnginePolicy, Fault, ProbeOrder, Processes, Refused, ReplicaLease, Watch, probe,
 };
-use crate::service::auth::{self, Tokens};
+use crate::service::guard::{Admission, Guard};
 use crate::service::lag::LoopLag;
 use crate::service::shell::Shell;
-use crate::service::{durable, logging, machine};
+use crate::service::{durable, logging, machine, routes};
 use crate::settings::Exit;
 use crate::time::{Now, earliest};
 use crate::wire::id::ReplicaKey;
@@ -62,7 +63,7 @@ pub struct Daemon {
     callback_rule: DialRule,
     lag: LoopLag,
     exchanges: BTreeMap<Token, Running>,
-    tokens: Tokens,
+    guard: Guard,
     config: Config,
     effects: Vec<Effect>,
     over: bool,
@@ -86,7 +87,7 @@ impl Daemon {
     ///
     /// # Errors
     /// [`Exit`] that says what could not be had and what to do.
-    pub fn start(config: Config) -> Result<Daemon, Exit> {
+    pub fn start(mut config: Config) -> Result<Daemon, Exit> {
         for note in &config.notes {
             log::warn!("{note}");
         }
@@ -101,11 +102,13 @@ impl Daemon {
             Watch::new(config.runtime_dir.clone(), config.watch_interval_ms, Token::only(Kind::DirWatch));
         let gpus = GpuReader::start(config.gpu_discovery_interval_ms, waker.clone())
             .map_err(|error| Exit::runtime(format!("cannot start a helper thread: {error}")))?;
+        let guard = Guard::new(std::mem::take(&mut config.guard), &own_names(&config));
         log::info!(
-            "pool-managerd {} on http://{bound}, node {}, watching {}",
+            "pool-managerd {} on http://{bound}, node {}, watching {}, {}",
             env!("CARGO_PKG_VERSION"),
             config.node_id,
-            config.runtime_dir.display()
+            config.runtime_dir.display(),
+            guard.shown()
         );
         Ok(Daemon {
             reactor,
@@ -123,7 +126,7 @@ impl Daemon {
             callback_rule: callback_client::dial_rule(policy),
             lag: LoopLag::default(),
             exchanges: BTreeMap::new(),
-            tokens: config.tokens.clone(),
+            guard,
             config,
             effects,
             over: false,
@@ -143,6 +146,7 @@ impl Daemon {
             self.perform(now);
             let deadline = earliest(self.core.deadline(), self.net.deadline());
             let deadline = earliest(deadline, Some(self.watch.deadline()));
+            let deadline = earliest(deadline, self.guard.deadline());
             if let Some(slow) = self.lag.worked(now.mono, crate::reactor::now().mono) {
                 log::warn!("{slow}");
             }
@@ -153,7 +157,7 @@ impl Daemon {
                 .map_err(|error| Exit::runtime(format!("the event loop failed: {error}")))?;
             self.lag.woke(deadline, now.mono);
             let (mut changed, mut stops, mut ended) = (false, 0, Vec::new());
-            let mut logged = logged_more;
+            let (mut logged, mut tokens_changed) = (logged_more, false);
             for (token, edge) in self.reactor.events() {
                 match token.kind() {
                     Kind::DirWatch => changed = true,
@@ -161,11 +165,12 @@ impl Daemon {
                     Kind::Stop => stops += self.signals.stops(),
                     Kind::Reload => {
                         if self.signals.reloads() > 0 {
-                            auth::reload(self.config.token_file.as_deref(), &mut self.tokens);
+                            self.guard.credentials.reload(now.mono);
                         }
                     }
                     Kind::Waker => {}
                     Kind::KernelLog => logged = true,
+                    Kind::Credentials => tokens_changed = true,
                     Kind::Listener | Kind::Client | Kind::Upstream | Kind::Exchange => {
                         self.net.on_edge(token, edge);
                     }
@@ -177,6 +182,7 @@ impl Daemon {
             self.take_encoded(now);
             self.take_gpu_reports(logged, now);
             self.take_saved(now);
+            self.look_after_guard(tokens_changed, now);
             self.net.turn(now.mono);
             self.take_net_events(now);
             (0..stops).for_each(|_| self.stop(now));
@@ -256,7 +262,7 @@ impl Daemon {
     fn send_call(&mut self, plane: usize, order: Order, body: Vec<u8>, now: Now) {
         let Some(url) = self.core.planes().get(plane).map(Plane::url) else { return };
         let (node, incarnation) = (self.core.node_id(), self.core.incarnation());
-        let bearer = self.tokens.bearer();
+        let bearer = self.guard.bearer(now.mono);
         let outbound = control_client::outbound("pool-managerd", url, node, order, incarnation, body, bearer);
         let exchange = self.net.start(outbound, now.mono);
         self.exchanges.insert(exchange, Running::Call { plane, call: order.call });
@@ -318,7 +324,7 @@ impl Daemon {
     fn take_net_events(&mut self, now: Now) {
         while let Some(event) = self.net.next_event() {
             match event {
-                NetEvent::Request { client, request, .. } => self.serve(client, *request, now),
+                NetEvent::Request { client, request, peer } => self.serve(client, *request, peer, now),
                 NetEvent::Finished { exchange, outcome, .. } => self.finished(exchange, outcome, now),
                 NetEvent::ClientGone { .. }
                 | NetEvent::Drained { .. }
@@ -382,15 +388,35 @@ impl Daemon {
         .map_err(|error| format!("cannot start a helper thread: {error}"))
     }
 
-    fn serve(&mut self, client: Token, request: Request, now: Now) {
+    /// Looks after the tokens, and answers whom it was refused long enough.
+    fn look_after_guard(&mut self, tokens_changed: bool, now: Now) {
+        self.guard.turn(tokens_changed, now.mono, &self.registry);
+        while let Some((client, response)) = self.guard.due(now.mono) {
+            self.net.respond(client, &response, now.mono);
+        }
+    }
+
+    fn serve(&mut self, client: Token, request: Request, peer: SocketAddr, now: Now) {
+        let (found, policy, route) = routes::find(api::ROUTES, &request.head, api::path_of(&request.head));
+        match self.guard.judge(&request.head, policy, route, peer, now.mono) {
+            Admission::Pass(fields) => self.net.add_fields(client, fields),
+            Admission::Preflight(response) => return self.net.respond(client, &response, now.mono),
+            Admission::Barred(barred, delay_ms) => {
+                let response = api::barred(barred);
+                if let Some(response) = self.guard.hold(client, response, delay_ms, now.mono) {
+                    self.net.respond(client, &response, now.mono);
+                }
+                return;
+            }
+        }
         let facts = api::Facts {
-            tokens: &self.tokens,
+            guard: &self.guard,
             watch_mode: self.watch.mode(),
             resident_bytes: (request.head.path() == "/metrics").then(machine::resident_bytes).flatten(),
             lag: &self.lag,
             now: now.mono,
         };
-        match api::route(&request, &self.core, &facts) {
+        match api::route(found, &request, &self.core, &facts) {
             Action::Respond(response) => self.net.respond(client, &response, now.mono),
             Action::Relay { key, generation, slots, target } => {
                 self.relay(client, request, &key, generation, slots, target, now);
@@ -549,6 +575,12 @@ fn refusal(key: &ReplicaKey, refused: &Refused) -> crate::http::server::Response
         Refused::Full { .. } => api::error(503, "REPLICA_EXHAUSTED", &message, Some(FULL_RETRY_MS)),
         Refused::StaleGeneration { .. } => api::error(409, "STALE_GENERATION", &message, None),
     }
+}
+
+/// Names by which others reach this agent.
+fn own_names(config: &Config) -> Vec<String> {
+    let advertised = config.cloud.as_ref().map(|cloud| cloud.address.host().to_string());
+    [machine::host_name(), config.node_id.to_string()].into_iter().chain(advertised).collect()
 }
 
 fn make_core(config: &Config, own_port: u16) -> Core {

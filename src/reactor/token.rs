@@ -30,9 +30,11 @@ pub enum Kind {
     Reload,
     /// The kernel's log.
     KernelLog,
+    /// The watches on the directories in which tokens lie.
+    Credentials,
 }
 
-const KINDS: [Kind; 10] = [
+const KINDS: [Kind; 11] = [
     Kind::Listener,
     Kind::Client,
     Kind::Upstream,
@@ -43,6 +45,7 @@ const KINDS: [Kind; 10] = [
     Kind::Stop,
     Kind::Reload,
     Kind::KernelLog,
+    Kind::Credentials,
 ];
 
 const GENERATION_BITS: u32 = 24;

@@ -1,11 +1,17 @@
-//! What both daemons have in common beside their cores: who may call them ([`auth`]), what they keep on
-//! disk ([`durable`]), what happened lately ([`events`]), how far their loops lag behind ([`lag`]), on which
-//! machine they run ([`machine`]), how they log ([`logging`]), and what their shells start with ([`shell`]).
+//! What both daemons have in common beside their cores: who may call them ([`guard`], with [`auth`],
+//! [`credentials`], [`attempts`], [`hosts`] and [`routes`]), what they keep on disk ([`durable`]), what
+//! happened lately ([`events`]), how far their loops lag behind ([`lag`]), on which machine they run
+//! ([`machine`]), how they log ([`logging`]), and what their shells start with ([`shell`]).
 
+pub mod attempts;
 pub mod auth;
+pub mod credentials;
 pub mod durable;
 pub mod events;
+pub mod guard;
+pub mod hosts;
 pub mod lag;
 pub mod logging;
 pub mod machine;
+pub mod routes;
 pub mod shell;

@@ -71,7 +71,9 @@ impl Daemon {
 
     fn ask(&mut self, to: BaseUrl, target: String, bytes_max: usize, patience: Patience, now: Now) -> Token {
         let mut fields = vec![("Accept".to_string(), b"application/json".to_vec())];
-        fields.extend(self.tokens.bearer().map(|bearer| ("Authorization".to_string(), bearer.into_bytes())));
+        fields.extend(
+            self.guard.bearer(now.mono).map(|bearer| ("Authorization".to_string(), bearer.into_bytes())),
+        );
         let outbound = Outbound {
             to,
             method: "GET".into(),
