@@ -33,7 +33,7 @@ use super::control_client;
 use super::core::{CallBody, Core, Effect, Identity, Input, Options};
 use super::gpu_reader::GpuReader;
 use super::gpus::{Report, xid};
-use super::membership::{Call, Order, Plane};
+use super::membership::{Answer, Call, Order, Plane};
 use super::saved::{self, Saved};
 
 mod operations;
@@ -529,6 +529,9 @@ impl Daemon {
             }
             Some(Running::Call { plane, call }) => {
                 let answer = control_client::answer(call, outcome);
+                if matches!(answer, Answer::Unauthorized) {
+                    self.guard.credentials.was_refused();
+                }
                 self.core.handle(Input::Told { plane, call, answer }, now, &mut self.effects);
             }
             Some(Running::Callback { callback, event }) => {

@@ -239,6 +239,11 @@ impl Credentials {
         }
     }
 
+    /// A peer does not take what it was shown: the token before is not waited with any longer.
+    pub fn was_refused(&mut self) {
+        self.earlier = None;
+    }
+
     /// When [`Credentials::turn`] is to be called at the latest.
     #[must_use]
     pub fn deadline(&self) -> Option<Mono> {
@@ -509,6 +514,11 @@ mod tests {
         // Another reload in between does not start the wait anew.
         credentials.reload(at(SHOW_NEW_AFTER_MS / 2));
         assert_eq!(credentials.bearer(at(SHOW_NEW_AFTER_MS)).as_deref(), Some("Bearer new"));
+        fs::write(&path, "newer\nnew").expect("written");
+        credentials.reload(at(SHOW_NEW_AFTER_MS));
+        assert_eq!(credentials.bearer(at(SHOW_NEW_AFTER_MS)).as_deref(), Some("Bearer new"));
+        credentials.was_refused();
+        assert_eq!(credentials.bearer(at(SHOW_NEW_AFTER_MS)).as_deref(), Some("Bearer newer"));
         fs::write(&path, "other").expect("written");
         credentials.reload(at(SHOW_NEW_AFTER_MS));
         assert_eq!(credentials.bearer(at(SHOW_NEW_AFTER_MS)).as_deref(), Some("Bearer other"));
