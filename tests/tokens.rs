@@ -295,7 +295,7 @@ fn guessers_are_slowed_counted_and_named_without_their_guesses() {
     let lines: Vec<&str> = log.lines().filter(|line| line.contains("refused 127.0.0.1")).collect();
     assert_eq!(lines.len(), 1, "{log}");
     // printf %s guessed-canary-0 | sha256sum
-    assert!(lines[0].contains("begins with") && lines[0].contains("/v2/pools"), "{log}");
+    assert!(lines[0].contains("begins with 07521d") && lines[0].contains("/v2/pools"), "{log}");
     assert!(!log.contains("guessed-canary"), "{log}");
 }
 
@@ -603,7 +603,7 @@ fn engines_are_shown_their_own_key_and_never_a_token_of_ours() {
             body.len()
         );
         until("an answer", || Some(send(control_port, &text)).filter(|answer| answer.status == 200));
-        let task = format!(r#"{{"model":"{model}","prompt":"x","max_tokens":2}}"#);
+        let task = format!(r#"{{"task_id":"{model}","model_ref":"{model}","prompt":"x","max_tokens":2}}"#);
         let created = ask(control_port, "POST", "/v2/tasks", Some(&client), &task).expect("an answer");
         assert!(created.status < 300, "{created:?}");
         until("the task", || (engine.prompts().len() >= 2).then_some(()));

@@ -120,7 +120,6 @@ pub struct Patience {
 }
 
 /// A request to an engine or a peer.
-#[derive(Debug)]
 pub struct Outbound {
     /// Scheme, host, port and base path.
     pub to: BaseUrl,
@@ -139,6 +138,20 @@ pub struct Outbound {
     /// How long the connection may rest afterwards until it carries another exchange, in milliseconds;
     /// [`Limits::upstream_idle_ms`] where the peer is an engine and `None`.
     pub keep_ms: Option<u64>,
+}
+
+impl fmt::Debug for Outbound {
+    /// Without the values of fields, which may be keys, and the body, which may be a prompt.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names: Vec<&str> = self.fields.iter().map(|(name, _)| name.as_str()).collect();
+        f.debug_struct("Outbound")
+            .field("to", &self.to)
+            .field("method", &self.method)
+            .field("fields", &names)
+            .field("body_bytes", &self.body.len())
+            .field("sink", &self.sink)
+            .finish_non_exhaustive()
+    }
 }
 
 /// Where an answer goes.
