@@ -225,7 +225,7 @@ fn what_must_not_be_told_is_told_nowhere() {
                 format!(r#"{{"prompt":"{PROMPT}\u0001","stream":"{PROMPT}","n":"{PROMPT}"}}"#),
             ),
             ("/v1/completions", format!("\"{PROMPT}\"")),
-            ("/v1/completions", format!("{PROMPT}")),
+            ("/v1/completions", PROMPT.to_string()),
             ("/v2/tasks", format!(r#"{{"task_id":"x","prompt":["{PROMPT}"]}}"#)),
             ("/v2/tasks", format!(r#"{{"task_id":"x","messages":"{PROMPT}"}}"#)),
             ("/v2/tasks", format!(r#"{{"task_id":"x","prompt":"{PROMPT}","max_tokens":"{PROMPT}"}}"#)),

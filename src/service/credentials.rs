@@ -101,6 +101,19 @@ pub const CORE_DUMPS: Setting = Setting {
     help: "Allow core dumps although a token is set, which they would contain",
 };
 
+/// Every variable that gives a token or names its file.
+pub const VARIABLES: [&str; 9] = [
+    API_TOKEN.env,
+    API_TOKEN_FILE.env,
+    CLIENT_TOKEN.env,
+    CLIENT_TOKEN_FILE.env,
+    NODE_TOKEN.env,
+    NODE_TOKEN_FILE.env,
+    ADMIN_TOKEN.env,
+    ADMIN_TOKEN_FILE.env,
+    "AUTH_TOKEN",
+];
+
 /// A kind of token: whose it is, and the settings that give it.
 struct Kindred {
     scope: Option<Scope>,

@@ -58,6 +58,14 @@ impl Daemon {
                 let why = "it does not accept this control plane's token (401)";
                 Err(PollError::Unusable(why.into()))
             }
+            Outcome::Complete { status: 403, .. } => {
+                let why = "it does not accept this control plane's token for that (403): set LLORCH_NODE_TOKEN_FILE";
+                Err(PollError::Unusable(why.into()))
+            }
+            Outcome::Complete { status: 421, .. } => {
+                let why = "it does not go by this name (421): set POOL_MANAGERD_ALLOW_HOSTS there";
+                Err(PollError::Unusable(why.into()))
+            }
             Outcome::Complete { status, .. } => {
                 Err(PollError::Unusable(format!("it answered GET /v2/pools with {status}")))
             }
