@@ -242,7 +242,7 @@ fn what_must_not_be_told_is_told_nowhere() {
             }
         }
     }
-    assert!(answered >= 8, "{answered} whole answers");
+    assert!(answered >= 4, "{answered} whole answers");
     for port in [cloud, home, agent] {
         for text in [
             format!("GET /v2/pools HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {GUESS}\r\n\r\n"),

@@ -271,7 +271,7 @@ fn guessers_are_slowed_counted_and_named_without_their_guesses() {
     let token = "good-0123456789abcdef0123456789abcdef";
     let home = Home::start(&[("LLORCH_API_TOKEN", token)]);
     let guess = |n: u32| ask(home.port, "GET", "/v2/pools", Some(&format!("guessed-canary-{n}")), "");
-    let begun = Instant::now();
+    let (all, begun) = (Instant::now(), Instant::now());
     for n in 0..12 {
         assert_eq!(guess(n).expect("an answer").status, 401);
     }
@@ -287,13 +287,14 @@ fn guessers_are_slowed_counted_and_named_without_their_guesses() {
         .collect();
     let begun = Instant::now();
     let good = ask(home.port, "GET", "/v2/pools", Some(token), "").expect("an answer");
-    assert!(good.status == 200 && begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    assert!(good.status == 200 && begun.elapsed() < PATIENCE, "{:?}", begun.elapsed());
     drop(waiting);
     let metrics = get(home.port, "/metrics").expect("metrics").body;
     assert!(metrics.contains("orchestratord_auth_failures_total{reason=\"bad\"}"), "{metrics}");
     let log = home.daemon.log();
     let lines: Vec<&str> = log.lines().filter(|line| line.contains("refused 127.0.0.1")).collect();
-    assert_eq!(lines.len(), 1, "{log}");
+    let most = 1 + all.elapsed().as_secs() / 30;
+    assert!(!lines.is_empty() && lines.len() as u64 <= most, "one every 30 s: {log}");
     // printf %s guessed-canary-0 | sha256sum
     assert!(lines[0].contains("begins with 07521d") && lines[0].contains("/v2/pools"), "{log}");
     assert!(!log.contains("guessed-canary"), "{log}");
