@@ -269,6 +269,12 @@ impl Settings {
         self.values.get(flag).is_some_and(|given| given.source != "the default")
     }
 
+    /// Whether `flag` stood on the command line, which every user of the machine can read.
+    #[must_use]
+    pub fn on_command_line(&self, flag: &str) -> bool {
+        self.values.get(flag).is_some_and(|given| given.source.starts_with("--"))
+    }
+
     fn put(&mut self, flag: &'static str, text: String, source: String) {
         self.values.insert(flag, Given { text, source });
     }

@@ -138,7 +138,7 @@ fn ask_with(port: u16, path: &str, fields: &str, body: &str) -> Client {
     stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
     let length = body.len();
     let head = format!(
-        "POST {path} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n{fields}Content-Length: {length}\r\n\r\n"
+        "POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{fields}Content-Length: {length}\r\n\r\n"
     );
     stream.write_all(format!("{head}{body}").as_bytes()).expect("sent");
     Client(BufReader::new(stream))

@@ -84,8 +84,12 @@ const PURE_FILES: &[&str] = &[
     "net/buffer.rs",
     "net/meter.rs",
     "net/relay.rs",
+    "service/attempts.rs",
+    "service/auth.rs",
     "service/events.rs",
+    "service/hosts.rs",
     "service/lag.rs",
+    "service/routes.rs",
 ];
 
 /// What a pure file may not name, and why not.

@@ -215,8 +215,12 @@ fn slots_are_kept_and_freed_when_a_client_leaves() {
     {
         use std::io::Write;
         let mut leaver = std::net::TcpStream::connect(("127.0.0.1", port)).expect("connected");
-        write!(leaver, "POST {CHAT} HTTP/1.1\r\nHost: h\r\nContent-Length: {}\r\n\r\n{SHORT}", SHORT.len())
-            .expect("sent");
+        write!(
+            leaver,
+            "POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n{SHORT}",
+            SHORT.len()
+        )
+        .expect("sent");
         until("two to wait", || metric(port, "orchestratord_requests_waiting").filter(|n| *n == 2.0));
     }
     until("the leaver to be forgotten", || {

@@ -128,7 +128,7 @@ fn send(port: u16, path: &str, fields: &str, body: &[u8]) -> TcpStream {
     tcp.set_read_timeout(Some(PATIENCE)).expect("a timeout");
     let length = body.len();
     let head = format!(
-        "POST {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n{fields}Content-Length: {length}\r\n\r\n"
+        "POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{fields}Content-Length: {length}\r\n\r\n"
     );
     tcp.write_all(head.as_bytes()).expect("sent");
     // A refusal may come before everything is sent.
@@ -260,7 +260,7 @@ fn large_bodies_find_room_or_are_told_when_to_come_again() {
     }
     let chunks = format!("{:x}\r\n{large}\r\n0\r\n\r\n", large.len());
     let chunked = format!(
-        "POST {CHAT} HTTP/1.1\r\nHost: a\r\nx-request-id: late\r\nTransfer-Encoding: chunked\r\n\r\n{chunks}"
+        "POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nx-request-id: late\r\nTransfer-Encoding: chunked\r\n\r\n{chunks}"
     );
     let mut tcp = TcpStream::connect(("127.0.0.1", home.port)).expect("a connection");
     let _ = tcp.write_all(chunked.as_bytes());

@@ -600,7 +600,7 @@ fn refusals_are_what_clients_expect_and_say_when_to_come_back() {
     }
     let body = body("m", 1).to_string();
     kept.send(format!(
-        "POST /v1/chat/completions HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {}\r\nContent-Length: {}\r\n\r\n{body}",
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {}\r\nContent-Length: {}\r\n\r\n{body}",
         token.1,
         body.len()
     ));

@@ -88,8 +88,11 @@ fn send(port: u16, path: &str, fields: &str, body: &str) -> TcpStream {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).expect("connected");
     stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
     let length = body.len();
-    write!(stream, "POST {path} HTTP/1.1\r\nHost: h\r\n{fields}Content-Length: {length}\r\n\r\n{body}")
-        .expect("sent");
+    write!(
+        stream,
+        "POST {path} HTTP/1.1\r\nHost: localhost\r\n{fields}Content-Length: {length}\r\n\r\n{body}"
+    )
+    .expect("sent");
     stream
 }
 

@@ -57,7 +57,7 @@ fn probe_answer(head: &str) -> &'static [u8] {
 }
 
 fn request(path: &str, body: &str) -> String {
-    format!("POST {path} HTTP/1.1\r\nHost: h\r\nContent-Length: {}\r\n\r\n{body}", body.len())
+    format!("POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n{body}", body.len())
 }
 
 fn client(port: u16) -> Client {
@@ -174,7 +174,7 @@ fn a_task_whose_reader_leaves_or_that_is_cancelled_frees_its_engine() {
             let body = json!({"task_id": how, "prompt": "p", "max_tokens": 5}).to_string();
             assert_eq!(post(plane.port, "/v2/tasks", &body).status, 202);
             let mut reader = client(plane.port);
-            reader.send(format!("GET /v2/tasks/{how}/events HTTP/1.1\r\nHost: h\r\n\r\n"));
+            reader.send(format!("GET /v2/tasks/{how}/events HTTP/1.1\r\nHost: localhost\r\n\r\n"));
             let mut got = Vec::new();
             while find(&got, b"event: token").is_none() {
                 let mut buffer = [0; 1024];
@@ -255,7 +255,7 @@ fn what_a_client_sends_reaches_the_engine_as_it_was() {
         let length = body.len();
         let mut client = client(plane.port);
         client.send(format!(
-            "POST {STREAM}?a=%20b&a=&%41=1 HTTP/1.1\r\nHost: h\r\nx-MiXed: 1\r\nX-B: a, b\r\nx-MiXed:  3 \r\nAccept: */*\r\nContent-Type: application/json\r\nUser-Agent: Own/1\r\nContent-Length: {length}\r\n\r\n{body}"
+            "POST {STREAM}?a=%20b&a=&%41=1 HTTP/1.1\r\nHost: localhost\r\nx-MiXed: 1\r\nX-B: a, b\r\nx-MiXed:  3 \r\nAccept: */*\r\nContent-Type: application/json\r\nUser-Agent: Own/1\r\nContent-Length: {length}\r\n\r\n{body}"
         ));
         let answer = client.receive();
         assert_eq!((answer.status, answer.text().as_str()), (200, "{ }"));
@@ -566,7 +566,7 @@ fn an_agent_without_descriptors_blames_no_engine_and_comes_back() {
         .map(|_| TcpStream::connect(("127.0.0.1", plane.agent_port)).expect("queued by the kernel"))
         .collect();
     for stranger in &mut crowd {
-        write!(stranger, "GET /health HTTP/1.1\r\nHost: h\r\n\r\n").expect("queued by the kernel");
+        write!(stranger, "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n").expect("queued by the kernel");
         stranger.set_read_timeout(Some(Duration::from_millis(100))).expect("a socket option");
     }
     let served = crowd.iter_mut().filter_map(|stranger| stranger.read(&mut [0; 64]).ok()).count();

@@ -274,7 +274,7 @@ fn register_bogus(peer: u8, port: u16, nodes: usize) -> usize {
             let body = registration(&json!({"node_id": format!("bogus-{peer}-{n}")}));
             let length = body.len();
             text.push_str(&format!(
-                "POST {REGISTER} HTTP/1.1\r\nHost: c\r\nContent-Length: {length}\r\n\r\n{body}"
+                "POST {REGISTER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n{body}"
             ));
         }
         stream.write_all(text.as_bytes()).expect("sent");
@@ -329,7 +329,8 @@ fn names_that_nobody_stands_behind_lock_nobody_out() {
 fn registrations_that_never_end_register_nobody_and_delay_nobody() {
     with_traffic(|control| {
         let body = registration(&json!({}));
-        let head = format!("POST {REGISTER} HTTP/1.1\r\nHost: c\r\nContent-Length: {}\r\n\r\n", body.len());
+        let head =
+            format!("POST {REGISTER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n", body.len());
         let connect = || TcpStream::connect(("127.0.0.1", control.port)).expect("connected");
         // Half of it, then nothing more.
         let mut half = connect();

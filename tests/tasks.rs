@@ -596,7 +596,7 @@ fn sessions_tell_what_was_served_where() {
     let mut stream = std::net::TcpStream::connect(("127.0.0.1", home.port)).expect("connected");
     write!(
         stream,
-        "POST /v1/chat/completions HTTP/1.1\r\nHost: h\r\nX-Session-Id: s1\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nX-Session-Id: s1\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
         body.len()
     )
     .expect("sent");

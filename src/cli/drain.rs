@@ -9,7 +9,7 @@ use std::ffi::OsString;
 use serde_json::{Value, json};
 
 use crate::reactor;
-use crate::service::auth;
+use crate::service::credentials;
 use crate::settings::{Exit, Setting, Settings, Words, boolean, flag, number};
 use crate::wire::id::{PoolId, ReplicaId};
 use crate::wire::url::BaseUrl;
@@ -25,8 +25,10 @@ const BAR: std::ops::RangeInclusive<usize> = 6..=24;
 
 pub(super) static DRAIN_TABLE: &[Setting] = &[
     remote::URL,
-    auth::TOKEN_SETTING,
-    auth::TOKEN_FILE_SETTING,
+    credentials::API_TOKEN,
+    credentials::API_TOKEN_FILE,
+    credentials::ADMIN_TOKEN,
+    credentials::ADMIN_TOKEN_FILE,
     remote::TIMEOUT,
     flag("node", None, "NODE", "Of a control plane's nodes only this one; all that are concerned otherwise"),
     flag("deadline-ms", None, "MS", "What still runs then is cut, never with a clean end; 0 to 86400000"),
@@ -34,8 +36,10 @@ pub(super) static DRAIN_TABLE: &[Setting] = &[
 ];
 pub(super) static RESUME_TABLE: &[Setting] = &[
     remote::URL,
-    auth::TOKEN_SETTING,
-    auth::TOKEN_FILE_SETTING,
+    credentials::API_TOKEN,
+    credentials::API_TOKEN_FILE,
+    credentials::ADMIN_TOKEN,
+    credentials::ADMIN_TOKEN_FILE,
     remote::TIMEOUT,
     flag("node", None, "NODE", "Of a control plane's nodes only this one; all that are concerned otherwise"),
 ];

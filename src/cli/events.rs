@@ -8,7 +8,7 @@ use std::ffi::OsString;
 
 use serde_json::Value;
 
-use crate::service::auth;
+use crate::service::credentials;
 use crate::settings::{Exit, Setting, Settings, Words, boolean, flag, number};
 use crate::time::Wall;
 
@@ -21,8 +21,10 @@ const AWAY_MS_MAX: u64 = 5_000;
 
 pub(super) static TABLE: &[Setting] = &[
     remote::URL,
-    auth::TOKEN_SETTING,
-    auth::TOKEN_FILE_SETTING,
+    credentials::API_TOKEN,
+    credentials::API_TOKEN_FILE,
+    credentials::ADMIN_TOKEN,
+    credentials::ADMIN_TOKEN_FILE,
     remote::TIMEOUT,
     flag("follow", Some("false"), "BOOL", "Show what happens from now on, too; over restarts of the daemon"),
     flag("since", Some("0"), "SEQ", "Begin with the event of this number"),

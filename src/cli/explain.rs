@@ -4,7 +4,7 @@ use std::ffi::OsString;
 
 use serde_json::Value;
 
-use crate::service::auth;
+use crate::service::credentials;
 use crate::settings::{Exit, Setting, Settings, Words, boolean, flag};
 
 use super::remote::{self, Remote, Service};
@@ -14,8 +14,10 @@ use super::terminal::{Screen, Tone, wrapped};
 
 pub(super) static TABLE: &[Setting] = &[
     remote::URL,
-    auth::TOKEN_SETTING,
-    auth::TOKEN_FILE_SETTING,
+    credentials::API_TOKEN,
+    credentials::API_TOKEN_FILE,
+    credentials::ADMIN_TOKEN,
+    credentials::ADMIN_TOKEN_FILE,
     remote::TIMEOUT,
     flag("json", Some("false"), "BOOL", "The daemon's own answer"),
 ];

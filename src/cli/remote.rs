@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::service::auth;
+use crate::service::auth::Scope;
+use crate::service::credentials::Credentials;
 use crate::settings::{Alias, EXIT_RUNTIME, Exit, Setting, Settings, number};
 use crate::wire::url::BaseUrl;
 
@@ -67,10 +68,9 @@ impl Remote {
             }
             Ok(url)
         })?;
-        let file = settings.get("api-token-file", |text| Ok(std::path::PathBuf::from(text)))?;
-        let tokens = auth::from_settings(settings, file.as_deref())?;
+        let credentials = Credentials::read(settings, None, &[Scope::Admin], &mut Vec::new())?;
         let timeout = Duration::from_millis(settings.need("timeout-ms", number(100, 600_000))?);
-        Ok(Remote { url, bearer: tokens.bearer(), agent: agent(timeout) })
+        Ok(Remote { url, bearer: credentials.keys().of(Scope::Admin).bearer(), agent: agent(timeout) })
     }
 
     /// The same installation's daemon at another URL.

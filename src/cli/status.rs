@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use serde_json::{Value, json};
 
 use crate::reactor;
-use crate::service::auth;
+use crate::service::credentials;
 use crate::settings::{Exit, Setting, Settings, Words, boolean, flag, number};
 
 use super::remote::{self, Remote, Service};
@@ -21,8 +21,10 @@ const BAR: usize = 10;
 
 pub(super) static TABLE: &[Setting] = &[
     remote::URL,
-    auth::TOKEN_SETTING,
-    auth::TOKEN_FILE_SETTING,
+    credentials::API_TOKEN,
+    credentials::API_TOKEN_FILE,
+    credentials::ADMIN_TOKEN,
+    credentials::ADMIN_TOKEN_FILE,
     remote::TIMEOUT,
     flag("json", Some("false"), "BOOL", "One JSON object: the daemon's own answers"),
     flag("watch", Some("false"), "BOOL", "Show it again and again, until Ctrl-C"),

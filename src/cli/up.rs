@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal};
 use serde_json::Value;
 
-use crate::service::machine;
+use crate::service::{credentials, machine};
 use crate::settings::{Exit, Setting, Settings, boolean, flag, number};
 use children::{Children, DRAIN_TIMEOUT_MS, Home};
 use client::Client;
@@ -198,9 +198,7 @@ impl Options {
             true => None,
             false => engine_port(&settings.rest)?,
         };
-        let token = ["LLORCH_API_TOKEN", "LLORCH_API_TOKEN_FILE", "AUTH_TOKEN"]
-            .into_iter()
-            .find(|name| std::env::var_os(name).is_some());
+        let token = credentials::VARIABLES.iter().copied().find(|name| std::env::var_os(name).is_some());
         let note =
             |name| format!("{name} is not used: nothing here listens beyond 127.0.0.1, and asks no token");
         Ok(Options {

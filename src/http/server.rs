@@ -3,16 +3,24 @@
 //! A [`RequestReader`] is fed what the client sent and yields one request at a time, body included,
 //! within the limits that its owner sets. Pipelined bytes stay with the caller until it asks again.
 
+use std::fmt;
+
 use super::framing::BodyDecoder;
 use super::head::{self, BadMessage, Framing, RequestHead, Version};
 
 /// A whole request.
-#[derive(Debug)]
 pub struct Request {
     /// Method, target, fields.
     pub head: RequestHead,
     /// The body, decoded; empty where there is none.
     pub body: Vec<u8>,
+}
+
+impl fmt::Debug for Request {
+    /// Without the body, which is a prompt.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Request").field("head", &self.head).field("body_bytes", &self.body.len()).finish()
+    }
 }
 
 /// What the reader wants or has after some input.

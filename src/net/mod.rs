@@ -123,7 +123,6 @@ pub struct Patience {
 }
 
 /// A request to an engine or a peer.
-#[derive(Debug)]
 pub struct Outbound {
     /// Scheme, host, port and base path.
     pub to: BaseUrl,
@@ -142,6 +141,20 @@ pub struct Outbound {
     /// How long the connection may rest afterwards until it carries another exchange, in milliseconds;
     /// [`Limits::upstream_idle_ms`] where the peer is an engine and `None`.
     pub keep_ms: Option<u64>,
+}
+
+impl fmt::Debug for Outbound {
+    /// Without the values of fields, which may be keys, and the body, which may be a prompt.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names: Vec<&str> = self.fields.iter().map(|(name, _)| name.as_str()).collect();
+        f.debug_struct("Outbound")
+            .field("to", &self.to)
+            .field("method", &self.method)
+            .field("fields", &names)
+            .field("body_bytes", &self.body.len())
+            .field("sink", &self.sink)
+            .finish_non_exhaustive()
+    }
 }
 
 /// Where an answer goes.
@@ -518,6 +531,13 @@ impl Net {
         let Some(session) = self.server.clients.get_mut(client) else { return };
         session.stream_end();
         self.client_flush(client, now);
+    }
+
+    /// Adds fields to the answer of the request that a client waits on, whatever it will be.
+    pub fn add_fields(&mut self, client: Token, fields: Vec<(&'static str, String)>) {
+        if let Some(session) = self.server.clients.get_mut(client) {
+            session.added = fields;
+        }
     }
 
     /// The correlation id of the request that a client waits on.

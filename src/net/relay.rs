@@ -304,6 +304,12 @@ fn is_encoded(head: &ResponseHead) -> bool {
     head.fields.get("content-encoding").is_some_and(|coding| !coding.trim().eq_ignore_ascii_case("identity"))
 }
 
+/// Which web pages may read an answer is for this process to say, not for the engine, which lets all.
+fn speaks_to_pages(name: &str) -> bool {
+    const PREFIX: &str = "access-control-";
+    name.get(..PREFIX.len()).is_some_and(|start| start.eq_ignore_ascii_case(PREFIX))
+}
+
 fn encode_forwarded_head(
     head: &ResponseHead,
     body: Body,
@@ -316,7 +322,12 @@ fn encode_forwarded_head(
         let replaced = forward.fields.iter().any(|(own, _)| name.eq_ignore_ascii_case(own));
         // A length beside a status that has no body would make the next answer part of this one.
         let vain = head.status == 204 && name.eq_ignore_ascii_case("content-length");
-        if !is_hop_by_hop(name) && !head.fields.connection_names(name) && !replaced && !vain {
+        if !is_hop_by_hop(name)
+            && !head.fields.connection_names(name)
+            && !replaced
+            && !vain
+            && !speaks_to_pages(name)
+        {
             push_field(out, name, value);
         }
     }

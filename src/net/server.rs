@@ -65,6 +65,8 @@ pub(super) struct Client {
     pub(super) deadline: Deadline,
     pub(super) correlation: String,
     pub(super) request_id: String,
+    /// Fields that its owner adds to whatever the answer is.
+    pub(super) added: Vec<(&'static str, String)>,
     peer: SocketAddr,
     reader: RequestReader,
     unread: Vec<u8>,
@@ -110,6 +112,7 @@ impl Client {
     pub(super) fn echo(&self) -> impl Iterator<Item = (&'static str, String)> {
         [("X-Correlation-Id", self.correlation.clone()), ("X-Request-Id", self.request_id.clone())]
             .into_iter()
+            .chain(self.added.iter().cloned())
     }
 
     /// Takes over the names that the client gave its request, or makes one. Several requests may share a
@@ -119,6 +122,7 @@ impl Client {
         let (correlation, request_id) = (given("x-correlation-id"), given("x-request-id"));
         self.request_id = request_id.unwrap_or_else(new_id);
         self.correlation = correlation.unwrap_or_else(|| self.request_id.clone());
+        self.added = Vec::new();
     }
 
     pub(super) fn respond(&mut self, response: &Response) {
@@ -259,6 +263,7 @@ impl Net {
                 deadline: Deadline::default(),
                 correlation: String::new(),
                 request_id: String::new(),
+                added: Vec::new(),
                 peer,
                 reader: RequestReader::new(self.limits.body_bytes_max),
                 unread: Vec::new(),

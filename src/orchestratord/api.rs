@@ -8,8 +8,10 @@ use serde_json::json;
 
 use crate::http::server::{Request, Response};
 use crate::metrics::{self, Histogram, Scrape};
-use crate::service::auth::Tokens;
+use crate::service::auth::Policy;
+use crate::service::guard::Guard;
 use crate::service::lag::LoopLag;
+use crate::service::routes::{Found, Route};
 use crate::service::tls;
 use crate::time::Now;
 use crate::wire::id::{NodeId, PoolId};
@@ -71,8 +73,8 @@ pub struct Facts<'a> {
     pub aliases: &'a Aliases,
     /// What is remembered of requests.
     pub explain: &'a Explain,
-    /// Accepted tokens.
-    pub tokens: &'a Tokens,
+    /// Who may call, for its metrics.
+    pub guard: &'a Guard,
     /// Whether nodes may register.
     pub cloud: bool,
     /// `inotify` or `poll`, in the HOME profile.
@@ -99,25 +101,107 @@ pub struct Facts<'a> {
     pub tls: Option<tls::Meters>,
 }
 
-/// Decides about a request.
+/// What a route leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum To {
+    /// An engine.
+    Engine,
+    /// The list of models.
+    Models,
+    /// One model.
+    Model,
+    /// That this process lives.
+    Health,
+    /// That it takes requests.
+    Ready,
+    /// The metrics.
+    Metrics,
+    /// What happened lately.
+    Events,
+    /// The watched directory.
+    Handoffs,
+    /// A notice about a pool.
+    PoolReady,
+    /// The nodes.
+    Nodes,
+    /// One node.
+    Node,
+    /// A node's registration.
+    Register,
+    /// A node's heartbeat.
+    Heartbeat,
+    /// A node's farewell.
+    Deregister,
+    /// The pools.
+    Pools,
+    /// One pool's health.
+    PoolHealth,
+    /// Why requests went where they went.
+    Explain,
+    /// A new task.
+    CreateTask,
+    /// A task's events.
+    TaskEvents,
+    /// A task's end.
+    CancelTask,
+    /// A session.
+    Session,
+    /// A session's end.
+    EndSession,
+}
+
+const fn route_to(method: &'static str, path: &'static str, policy: Policy, to: To) -> Route<To> {
+    Route { method, path, policy, to }
+}
+
+/// Every route, the most used first.
+pub static ROUTES: &[Route<To>] = &[
+    route_to("POST", "/v1/chat/completions", Policy::Client, To::Engine),
+    route_to("POST", "/v2/nodes/{node}/heartbeat", Policy::Node, To::Heartbeat),
+    route_to("POST", "/v1/completions", Policy::Client, To::Engine),
+    route_to("POST", "/v1/embeddings", Policy::Client, To::Engine),
+    route_to("POST", "/v1/rerank", Policy::Client, To::Engine),
+    route_to("POST", "/v1/responses", Policy::Client, To::Engine),
+    route_to("POST", "/v1/messages", Policy::Client, To::Engine),
+    route_to("GET", "/v1/models", Policy::Client, To::Models),
+    route_to("GET", "/v1/models/{model...}", Policy::Client, To::Model),
+    route_to("POST", "/v2/tasks", Policy::Client, To::CreateTask),
+    route_to("GET", "/v2/tasks/{task}/events", Policy::Client, To::TaskEvents),
+    route_to("POST", "/v2/tasks/{task}/cancel", Policy::Client, To::CancelTask),
+    route_to("GET", "/v2/sessions/{session}", Policy::Client, To::Session),
+    route_to("DELETE", "/v2/sessions/{session}", Policy::Client, To::EndSession),
+    route_to("GET", "/health", Policy::Public, To::Health),
+    route_to("GET", "/ready", Policy::Public, To::Ready),
+    route_to("GET", "/metrics", Policy::Public, To::Metrics),
+    route_to("POST", "/v2/nodes/register", Policy::Node, To::Register),
+    route_to("GET", "/v2/nodes", Policy::Admin, To::Nodes),
+    route_to("GET", "/v2/nodes/{node}", Policy::Admin, To::Node),
+    route_to("DELETE", "/v2/nodes/{node}", Policy::NodeOrAdmin, To::Deregister),
+    route_to("POST", "/callbacks/pool-ready", Policy::Node, To::PoolReady),
+    route_to("POST", "/v2/callbacks/pool-ready", Policy::Node, To::PoolReady),
+    route_to("POST", "/v2/callbacks/ready", Policy::Node, To::PoolReady),
+    route_to("GET", "/v2/pools", Policy::Admin, To::Pools),
+    route_to("GET", "/v2/pools/{pool}/health", Policy::Admin, To::PoolHealth),
+    route_to("GET", "/control/pools/{pool}/health", Policy::Admin, To::PoolHealth),
+    route_to("GET", "/v2/handoffs", Policy::Admin, To::Handoffs),
+    route_to("GET", "/v2/events", Policy::Admin, To::Events),
+    route_to("GET", "/v2/explain/{request...}", Policy::Admin, To::Explain),
+];
+
+/// Decides about a request that the guard has let pass, and that leads here.
 #[must_use]
-pub fn route(request: &Request, core: &Core, facts: &Facts<'_>, now: Now) -> Action {
+pub fn route(found: Found<'_, To>, request: &Request, core: &Core, facts: &Facts<'_>, now: Now) -> Action {
     let head = &request.head;
     let path = head.path();
-    let openai = path.starts_with("/v1/");
-    let open = matches!(path, "/health" | "/ready" | "/metrics");
-    if !open && let Err(denied) = facts.tokens.check(&head.fields) {
-        return Action::Refuse(Refusal::Denied(denied), openai);
-    }
-    let segments: Vec<&str> = path.trim_start_matches('/').split('/').collect();
-    let get = matches!(head.method(), "GET" | "HEAD");
-    let post = head.method() == "POST";
-    let refuse = |refusal| Action::Refuse(refusal, openai);
-    match segments.as_slice() {
-        ["v1", ..] if openai::ENGINE_PATHS.contains(&path) => {
-            if !post {
-                return refuse(Refusal::Method("POST"));
-            }
+    let refuse = |refusal| Action::Refuse(refusal, path.starts_with("/v1/"));
+    let (to, parts) = match found {
+        Found::Route(to, parts) => (to, parts),
+        Found::Method(allow) => return refuse(Refusal::Method(allow)),
+        Found::Nothing => return refuse(Refusal::NoSuchPath),
+    };
+    let part = parts.first().copied().unwrap_or_default();
+    match to {
+        To::Engine => {
             let patience = ClientPatience::read(&head.fields);
             let read = |own: ClientPatience| {
                 let read = openai::forwarding(path, &request.body, client_of(facts), facts.aliases)?;
@@ -132,72 +216,52 @@ pub fn route(request: &Request, core: &Core, facts: &Facts<'_>, now: Now) -> Act
                 Err(refusal) => refuse(refusal),
             }
         }
-        ["v1", "models"] if get => {
-            Action::Respond(openai::models(core.registry(), facts.aliases, facts.started))
-        }
-        ["v1", "models", name @ ..] if get => {
-            match openai::model(core.registry(), facts.aliases, &name.join("/"), facts.started) {
-                Ok(response) => Action::Respond(response),
-                Err(refusal) => refuse(refusal),
-            }
-        }
-        ["v1", "models", ..] => refuse(Refusal::Method("GET")),
-        ["health"] if get => respond(
+        To::Models => Action::Respond(openai::models(core.registry(), facts.aliases, facts.started)),
+        To::Model => match openai::model(core.registry(), facts.aliases, part, facts.started) {
+            Ok(response) => Action::Respond(response),
+            Err(refusal) => refuse(refusal),
+        },
+        To::Health => respond(
             200,
             &json!({"status": "ok", "version": env!("CARGO_PKG_VERSION"), "service": "orchestratord"}),
         ),
-        ["ready"] if get => match core.ready() {
+        To::Ready => match core.ready() {
             Ok(()) => respond(200, &json!({"ready": true})),
             Err(reason) => respond(503, &json!({"ready": false, "reason": reason})),
         },
-        ["metrics"] if get => Action::Respond(scrape(core, facts, now)),
-        ["v2", "events"] if get => {
+        To::Metrics => Action::Respond(scrape(core, facts, now)),
+        To::Events => {
             let since = head.query("since").and_then(|n| n.parse().ok()).unwrap_or(0);
             respond(200, &core.events().to_json(since))
         }
-        ["v2", "handoffs"] if get => handoffs(core, facts),
-        ["callbacks", "pool-ready"] | ["v2", "callbacks", "ready" | "pool-ready"] => {
-            if !post {
-                return refuse(Refusal::Method("POST"));
-            }
-            match read_notice(&request.body) {
-                Ok(notice) => Action::PoolReady(notice),
-                Err(refusal) => refuse(refusal),
-            }
-        }
+        To::Handoffs => handoffs(core, facts),
+        To::PoolReady => match read_notice(&request.body) {
+            Ok(notice) => Action::PoolReady(notice),
+            Err(refusal) => refuse(refusal),
+        },
+        To::Register | To::Heartbeat | To::Deregister if !facts.cloud => refuse(Refusal::CloudDisabled),
         // Polled nodes may be looked at in every profile.
-        ["v2", "nodes", ..] if !facts.cloud && (!get || core.poller().is_empty()) => {
-            refuse(Refusal::CloudDisabled)
+        To::Nodes | To::Node if !facts.cloud && core.poller().is_empty() => refuse(Refusal::CloudDisabled),
+        To::Nodes | To::Node | To::Register | To::Heartbeat | To::Deregister => {
+            nodes(to, part, request, core, now)
         }
-        ["v2", "nodes", rest @ ..] => nodes(rest, request, core, now),
-        ["v2", "pools"] if get => match Page::of(head) {
+        To::Pools => match Page::of(head) {
             Ok(page) => Action::Respond(pages::pools(core.registry(), page, now)),
             Err(refusal) => refuse(refusal),
         },
-        ["v2", "explain", id @ ..] if get => explained(id, request, core, facts, now),
-        ["v2", "pools", pool, "health"] | ["control", "pools", pool, "health"] if get => {
-            pool_health(core, pool)
-        }
-        ["v2", "tasks"] if post => match tasks::parse(&request.body, client_of(facts)) {
+        To::Explain => explained(part, request, core, facts, now),
+        To::PoolHealth => pool_health(core, part),
+        To::CreateTask => match tasks::parse(&request.body, client_of(facts)) {
             Ok(task) => Action::CreateTask(Box::new(task)),
             Err(refusal) => refuse(refusal),
         },
-        ["v2", "tasks", id, "events"] if get => {
+        To::TaskEvents => {
             let verbose = matches!(head.query("verbose"), Some("true" | "1" | "yes" | ""));
-            Action::TaskEvents((*id).to_string(), verbose)
+            Action::TaskEvents(part.to_string(), verbose)
         }
-        ["v2", "tasks", id, "cancel"] if post => Action::CancelTask((*id).to_string()),
-        ["v2", "sessions", name] if get => Action::ShowSession((*name).to_string()),
-        ["v2", "sessions", name] if head.method() == "DELETE" => Action::EndSession((*name).to_string()),
-        ["v2", "sessions", _] => refuse(Refusal::Method("GET, DELETE")),
-        ["health" | "ready" | "metrics"]
-        | ["v2", "events" | "handoffs" | "pools"]
-        | ["v2", "explain", ..] => refuse(Refusal::Method("GET")),
-        ["v2" | "control", "pools", _, "health"] | ["v2", "tasks", _, "events"] => {
-            refuse(Refusal::Method("GET"))
-        }
-        ["v2", "tasks"] | ["v2", "tasks", _, "cancel"] => refuse(Refusal::Method("POST")),
-        _ => refuse(Refusal::NoSuchPath),
+        To::CancelTask => Action::CancelTask(part.to_string()),
+        To::Session => Action::ShowSession(part.to_string()),
+        To::EndSession => Action::EndSession(part.to_string()),
     }
 }
 
@@ -211,49 +275,37 @@ fn respond(status: u16, body: &impl serde::Serialize) -> Action {
     Action::Respond(Response::json(status, body))
 }
 
-fn nodes(rest: &[&str], request: &Request, core: &Core, now: Now) -> Action {
+fn nodes(to: To, node: &str, request: &Request, core: &Core, now: Now) -> Action {
     let refuse = |refusal| Action::Refuse(refusal, false);
-    let method = request.head.method();
-    let get = matches!(method, "GET" | "HEAD");
-    let id = |text: &str| {
-        NodeId::new(text).map_err(|why| Action::Refuse(Refusal::Invalid(why.to_string()), false))
-    };
-    match rest {
-        [] if get => match Page::of(&request.head) {
+    let id = || NodeId::new(node).map_err(|why| Refusal::Invalid(why.to_string()));
+    match to {
+        To::Register => read_body(&request.body).map_or_else(refuse, Action::Register),
+        To::Heartbeat => match id().and_then(|node| Ok((node, read_body(&request.body)?))) {
+            Ok((node, body)) => Action::Heartbeat(node, body),
+            Err(refusal) => refuse(refusal),
+        },
+        To::Deregister => {
+            let incarnation = request.head.query("incarnation").map(str::parse::<u64>).transpose();
+            match (id(), incarnation) {
+                (Ok(node), Ok(incarnation)) => Action::Deregister(node, incarnation),
+                (Err(refusal), _) => refuse(refusal),
+                (_, Err(_)) => refuse(Refusal::Invalid("incarnation is not a number".into())),
+            }
+        }
+        To::Node => match id() {
+            Ok(node) => match core.registry().node(&node) {
+                Some(node) => Action::Respond(pages::node(core.registry(), node, now)),
+                None => refuse(Refusal::NotFound(format!("node {node} is not registered"))),
+            },
+            Err(refusal) => refuse(refusal),
+        },
+        _ => match Page::of(&request.head) {
             Ok(page) => {
                 let status = request.head.query("status");
                 Action::Respond(pages::nodes(core.registry(), core.poller(), status, page, now))
             }
             Err(refusal) => refuse(refusal),
         },
-        ["register"] if method == "POST" => match read_body(&request.body) {
-            Ok(body) => Action::Register(body),
-            Err(refusal) => refuse(refusal),
-        },
-        [node, "heartbeat"] if method == "POST" => match (id(node), read_body(&request.body)) {
-            (Ok(node), Ok(body)) => Action::Heartbeat(node, body),
-            (Err(action), _) => action,
-            (_, Err(refusal)) => refuse(refusal),
-        },
-        [node] if method == "DELETE" => {
-            let incarnation = request.head.query("incarnation").map(str::parse::<u64>).transpose();
-            match (id(node), incarnation) {
-                (Ok(node), Ok(incarnation)) => Action::Deregister(node, incarnation),
-                (Err(action), _) => action,
-                (_, Err(_)) => refuse(Refusal::Invalid("incarnation is not a number".into())),
-            }
-        }
-        [node] if get => match id(node) {
-            Ok(node) => match core.registry().node(&node) {
-                Some(node) => Action::Respond(pages::node(core.registry(), node, now)),
-                None => refuse(Refusal::NotFound(format!("node {node} is not registered"))),
-            },
-            Err(action) => action,
-        },
-        [] => refuse(Refusal::Method("GET")),
-        ["register"] | [_, "heartbeat"] => refuse(Refusal::Method("POST")),
-        [_] => refuse(Refusal::Method("GET, DELETE")),
-        _ => refuse(Refusal::NoSuchPath),
     }
 }
 
@@ -273,15 +325,14 @@ fn read_body<T: DeserializeOwned>(body: &[u8]) -> Result<Box<T>, Refusal> {
 }
 
 /// `GET /v2/explain`, and below it one request; its id may have slashes.
-fn explained(id: &[&str], request: &Request, core: &Core, facts: &Facts<'_>, now: Now) -> Action {
+fn explained(id: &str, request: &Request, core: &Core, facts: &Facts<'_>, now: Now) -> Action {
     let body = match id {
-        [] => match limit_of(&request.head, explain::LISTED_DEFAULT, explain::LISTED_MAX) {
+        "" => match limit_of(&request.head, explain::LISTED_DEFAULT, explain::LISTED_MAX) {
             Ok(limit) => facts.explain.newest(limit, now.mono),
             Err(refusal) => return Action::Refuse(refusal, false),
         },
         id => {
-            let id = id.join("/");
-            let found = facts.explain.find(&id).and_then(|(number, waits)| {
+            let found = facts.explain.find(id).and_then(|(number, waits)| {
                 let ask = core.awaited(number).filter(|_| waits);
                 let survey = ask.map(|ask| Survey::new(core.registry(), ask));
                 facts.explain.one(number, survey.as_ref(), now.mono)
@@ -419,6 +470,7 @@ fn scrape(core: &Core, facts: &Facts<'_>, now: Now) -> Response {
     );
     scrape.histogram("orchestratord_request_seconds", "From ask to the answer's end.", &counts.duration);
     meters::scrape(core, facts.token_gaps, &mut scrape);
+    facts.guard.scrape("orchestratord", &mut scrape);
     facts.lag.scrape("orchestratord", now.mono, &mut scrape);
     if let Some(tls) = &facts.tls {
         tls.scrape("orchestratord", &mut scrape);

@@ -6,7 +6,9 @@ use std::path::PathBuf;
 
 use crate::net::budget::large_share;
 use crate::replicas::AllowList;
-use crate::service::auth::{self, Tokens};
+use crate::service::auth::{self, Scope};
+use crate::service::credentials::{self, Credentials};
+use crate::service::guard::{self, GuardConfig};
 use crate::service::logging::LogFormat;
 use crate::service::tls::{self, Files};
 use crate::settings::{Alias, Exit, Setting, Settings, boolean, flag, listen_address, number};
@@ -215,8 +217,17 @@ pub static TABLE: &[Setting] = &[
         value: "MS",
         help: "How long running requests may take to finish at shutdown; 0 to 3600000",
     },
-    auth::TOKEN_SETTING,
-    auth::TOKEN_FILE_SETTING,
+    credentials::API_TOKEN,
+    credentials::API_TOKEN_FILE,
+    credentials::CLIENT_TOKEN,
+    credentials::CLIENT_TOKEN_FILE,
+    credentials::NODE_TOKEN,
+    credentials::NODE_TOKEN_FILE,
+    credentials::ADMIN_TOKEN,
+    credentials::ADMIN_TOKEN_FILE,
+    credentials::CORE_DUMPS,
+    guard::hosts_setting("ORCHESTRATORD_ALLOW_HOSTS"),
+    guard::origins_setting("ORCHESTRATORD_CORS_ORIGINS"),
     Setting {
         flag: "require-auth",
         env: "ORCHESTRATORD_REQUIRE_AUTH",
@@ -298,10 +309,8 @@ pub struct Config {
     pub stream_keepalive_ms: u64,
     /// Limit of a graceful shutdown.
     pub drain_timeout_ms: u64,
-    /// Accepted tokens.
-    pub tokens: Tokens,
-    /// Where they came from, if from a file.
-    pub token_file: Option<PathBuf>,
+    /// Who may call.
+    pub guard: GuardConfig,
     /// Only the configuration is to be looked at.
     pub check_only: bool,
     /// Certificates and keys.
@@ -324,15 +333,15 @@ impl Config {
         env: impl Fn(&str) -> Option<OsString>,
     ) -> Result<Config, Exit> {
         let about = "Places requests on the engines of many machines and streams their answers";
+        let systemd = env("CREDENTIALS_DIRECTORY");
         let settings = Settings::read("orchestratord", about, TABLE, None, args, env)?;
         let cloud = settings.need("cloud-profile", boolean)?;
         let default_ip = if cloud { [0, 0, 0, 0] } else { [127, 0, 0, 1] };
         let addr = settings.get("addr", listen_address)?.unwrap_or(SocketAddr::from((default_ip, 8080)));
-        let token_file = settings.get("api-token-file", |text| Ok(PathBuf::from(text)))?;
-        let tokens = auth::from_settings(&settings, token_file.as_deref())?;
         let mut notes = settings.notes.clone();
+        let credentials = Credentials::read(&settings, systemd, &Scope::ALL, &mut notes)?;
         let required = settings.need("require-auth", boolean)?;
-        auth::check_exposure(addr, &tokens, required, "ORCHESTRATORD", &mut notes)?;
+        auth::check_exposure(addr, credentials.keys(), required, "ORCHESTRATORD", &mut notes)?;
         let seconds = |flag| settings.need(flag, number(1, 60)).map(|seconds| seconds * 1000);
         let registry = Limits {
             node_timeout_ms: settings.need("node-timeout-ms", number(1_000, 300_000))?,
@@ -373,8 +382,7 @@ impl Config {
             hang_suspect_ms: settings.need("hang-suspect-ms", number(1_000, 3_600_000))?,
             stream_keepalive_ms: settings.need("stream-keepalive-ms", zero_or_number(100, 3_600_000))?,
             drain_timeout_ms: settings.need("drain-timeout-ms", number(0, 3_600_000))?,
-            tokens,
-            token_file,
+            guard: GuardConfig::read(&settings, credentials)?,
             check_only: settings.need("check-config", boolean)?,
             tls: Files::from_settings(
                 &settings,

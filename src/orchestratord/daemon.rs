@@ -13,12 +13,13 @@ use crate::reactor::signal::Signals;
 use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Reactor, Registry, Waker, now};
 use crate::replicas::{Activity, AllowList, EnginePolicy, ProbeOrder, Processes, Watch, probe};
-use crate::service::auth::{self, Tokens};
+use crate::service::auth;
+use crate::service::guard::{Admission, Guard};
 use crate::service::lag::LoopLag;
 use crate::service::shell::Shell;
 use crate::service::supervisor::Supervisor;
 use crate::service::tls::Tls;
-use crate::service::{logging, machine};
+use crate::service::{logging, machine, routes};
 use crate::settings::Exit;
 use crate::time::{Mono, Now, earliest};
 use crate::wire::id::{NodeId, PoolId, ReplicaKey};
@@ -80,7 +81,7 @@ pub struct Daemon {
     lag: LoopLag,
     supervisor: Supervisor,
     next_request: RequestId,
-    tokens: Tokens,
+    guard: Guard,
     tls: Tls,
     config: Config,
     started: u64,
@@ -128,7 +129,7 @@ impl Daemon {
     ///
     /// # Errors
     /// [`Exit`] that says what could not be had and what to do.
-    pub fn start(config: Config) -> Result<Daemon, Exit> {
+    pub fn start(mut config: Config) -> Result<Daemon, Exit> {
         for note in &config.notes {
             log::warn!("{note}");
         }
@@ -137,7 +138,7 @@ impl Daemon {
                 limits.body_bytes_max = config.body_bytes_max;
                 limits.bodies_bytes_max = config.bodies_bytes_max;
             })?;
-        auth::note_other_address(config.addr, bound, &config.tokens);
+        auth::note_other_address(config.addr, bound, config.guard.credentials.keys());
         let rules = address_rules(bound);
         net.set_dial_rule(DialRule::new(move |url, ip| rules.check_address(url, ip)));
         net.keep_streams_alive(config.stream_keepalive_ms);
@@ -153,9 +154,11 @@ impl Daemon {
         } else {
             format!("HOME profile, watching {}", config.runtime_dir.display())
         };
+        let guard = Guard::new(std::mem::take(&mut config.guard), &[machine::host_name()]);
         let tls = Tls::start(config.tls.clone(), &mut net, &registry, at)?;
         let scheme = if config.tls.serves() { "https" } else { "http" };
-        log::info!("orchestratord {} on {scheme}://{bound}, {profile}", env!("CARGO_PKG_VERSION"));
+        let (version, shown) = (env!("CARGO_PKG_VERSION"), guard.shown());
+        log::info!("orchestratord {version} on {scheme}://{bound}, {profile}, {shown}");
         Ok(Daemon {
             reactor,
             registry,
@@ -175,7 +178,7 @@ impl Daemon {
             lag: LoopLag::default(),
             supervisor,
             next_request: 1,
-            tokens: config.tokens.clone(),
+            guard,
             tls,
             config,
             started: at.wall.unix_ms() / 1000,
@@ -207,6 +210,7 @@ impl Daemon {
             let deadline = earliest(deadline, self.supervisor.deadline());
             let deadline = earliest(deadline, self.ends_by);
             let deadline = earliest(deadline, self.tls.deadline());
+            let deadline = earliest(deadline, self.guard.deadline());
             if let Some(slow) = self.lag.worked(now.mono, crate::reactor::now().mono) {
                 log::warn!("{slow}");
             }
@@ -216,6 +220,7 @@ impl Daemon {
                 .map_err(|error| Exit::runtime(format!("the event loop failed: {error}")))?;
             self.lag.woke(deadline, now.mono);
             let (mut changed, mut stops, mut ended) = (false, 0, Vec::new());
+            let mut tokens_changed = false;
             for (token, edge) in self.reactor.events() {
                 match token.kind() {
                     Kind::DirWatch => changed = true,
@@ -226,10 +231,11 @@ impl Daemon {
                         if self.signals.reloads() > 0 {
                             self.supervisor.reload(now.mono, || {
                                 self.tls.reload(&mut self.net, &self.registry, now);
-                                auth::reload(self.config.token_file.as_deref(), &mut self.tokens);
+                                self.guard.credentials.reload(now.mono);
                             });
                         }
                     }
+                    Kind::Credentials => tokens_changed = true,
                     Kind::Waker | Kind::KernelLog => {}
                     Kind::Listener | Kind::Client | Kind::Upstream | Kind::Exchange => {
                         self.net.on_edge(token, edge);
@@ -242,6 +248,7 @@ impl Daemon {
             self.scan(changed, now);
             self.take_saved(now);
             self.tls.turn(&mut self.net, now);
+            self.look_after_guard(tokens_changed, now);
             self.net.turn(now.mono);
             self.take_net_events(now);
             (0..stops).for_each(|_| self.stop(now));
@@ -263,6 +270,14 @@ impl Daemon {
             self.supervisor.ready(|| self.core.status(), now.mono);
         }
         self.supervisor.turned(|| self.core.status(), now.mono);
+    }
+
+    /// Looks after the tokens, and answers whom it was refused long enough.
+    fn look_after_guard(&mut self, tokens_changed: bool, now: Now) {
+        self.guard.turn(tokens_changed, now.mono, &self.registry);
+        while let Some((client, response)) = self.guard.due(now.mono) {
+            self.net.respond(client, &response, now.mono);
+        }
     }
 
     fn scan(&mut self, changed: bool, now: Now) {
@@ -348,11 +363,23 @@ impl Daemon {
     }
 
     fn serve(&mut self, client: Token, request: Request, peer: SocketAddr, now: Now) {
+        let (found, policy, route) = routes::find(api::ROUTES, &request.head, request.head.path());
+        match self.guard.judge(&request.head, policy, route, peer, now.mono) {
+            Admission::Pass(fields) => self.net.add_fields(client, fields),
+            Admission::Preflight(response) => return self.net.respond(client, &response, now.mono),
+            Admission::Barred(barred, delay_ms) => {
+                let response = Refusal::Barred(barred).response(request.head.path().starts_with("/v1/"));
+                if let Some(response) = self.guard.hold(client, response, delay_ms, now.mono) {
+                    self.net.respond(client, &response, now.mono);
+                }
+                return;
+            }
+        }
         let peer = peer.ip().to_string();
         let facts = api::Facts {
             aliases: &self.config.aliases,
             explain: &self.explain,
-            tokens: &self.tokens,
+            guard: &self.guard,
             cloud: self.config.cloud,
             watch_mode: self.watch.as_ref().map(Watch::mode),
             started: self.started,
@@ -366,7 +393,7 @@ impl Daemon {
             token_gaps: self.net.token_gaps(),
             tls: self.tls.meters(&self.net),
         };
-        let action = api::route(&request, &self.core, &facts, now);
+        let action = api::route(found, &request, &self.core, &facts, now);
         if let Some(refusal) = self.uncertified(client, &action) {
             return self.net.respond(client, &refusal.response(false), now.mono);
         }
@@ -487,7 +514,7 @@ impl Daemon {
             Target::AskNode | Target::Forbidden(_) => return self.undeliverable(request, now),
         };
         let bearer = match &dispatch.target {
-            Target::Relay { .. } => self.tokens.bearer(),
+            Target::Relay { .. } => self.guard.bearer(now.mono),
             _ => dispatch
                 .auth_file
                 .as_deref()

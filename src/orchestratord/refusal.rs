@@ -7,6 +7,7 @@ use serde_json::json;
 
 use crate::http::server::Response;
 use crate::service::auth::Denied;
+use crate::service::guard::Barred;
 
 use super::service_registry::Fenced;
 
@@ -26,11 +27,11 @@ pub enum Refusal {
     /// Nothing is at this path.
     NoSuchPath,
     /// Something is at this path, for other methods.
-    Method(&'static str),
+    Method(String),
     /// What the path names does not exist.
     NotFound(String),
-    /// No or a bad token.
-    Denied(Denied),
+    /// The guard does not let it pass: its token, its `Host`, or the page that made it.
+    Barred(Barred),
     /// Nobody serves the model.
     UnknownModel {
         /// As asked for.
@@ -134,8 +135,17 @@ impl Refusal {
             Refusal::NotFound(_) => {
                 row(404, "NOT_FOUND", ("invalid_request_error", "not_found"), None, "not_found")
             }
-            Refusal::Denied(_) => {
+            Refusal::Barred(Barred::Denied(Denied::Missing | Denied::Bad(_))) => {
                 row(401, "UNAUTHORIZED", ("authentication_error", "invalid_api_key"), None, "denied")
+            }
+            Refusal::Barred(Barred::Denied(Denied::Scope)) => {
+                row(403, "WRONG_SCOPE", ("permission_error", "wrong_scope"), None, "denied")
+            }
+            Refusal::Barred(Barred::Host) => {
+                row(421, "FOREIGN_HOST", ("invalid_request_error", "foreign_host"), None, "denied")
+            }
+            Refusal::Barred(Barred::Origin) => {
+                row(403, "FOREIGN_ORIGIN", ("permission_error", "foreign_origin"), None, "denied")
             }
             Refusal::UnknownModel { .. } => row(
                 404,
@@ -255,8 +265,7 @@ impl Refusal {
             | Refusal::TooMany(what) => what.clone(),
             Refusal::NoSuchPath => "there is nothing at this path".into(),
             Refusal::Method(allow) => format!("this path serves {allow}"),
-            Refusal::Denied(Denied::Missing) => "MISSING_TOKEN".into(),
-            Refusal::Denied(Denied::Bad) => "BAD_TOKEN".into(),
+            Refusal::Barred(barred) => barred.message("ORCHESTRATORD"),
             Refusal::UnknownModel { model, known } if known.is_empty() => {
                 format!("no engine serves the model {model:?}, or any other at the moment")
             }
@@ -305,8 +314,9 @@ impl Refusal {
             let mut body =
                 json!({"code": row.code, "message": message, "error": message, "retriable": retriable});
             match self {
-                Refusal::Denied(Denied::Missing) => body["code"] = json!(40101),
-                Refusal::Denied(Denied::Bad) => body["code"] = json!(40102),
+                Refusal::Barred(barred) => {
+                    barred.number().into_iter().for_each(|code| body["code"] = json!(code))
+                }
                 Refusal::QueueFull { .. } => body["policy_label"] = json!("reject"),
                 _ => {}
             }
@@ -324,8 +334,8 @@ impl Refusal {
                 .with("X-Backoff-Ms", retry_ms.to_string());
         }
         match self {
-            Refusal::Method(allow) => response.with("Allow", *allow),
-            Refusal::Denied(_) => response.with("WWW-Authenticate", "Bearer"),
+            Refusal::Method(allow) => response.with("Allow", allow.clone()),
+            Refusal::Barred(Barred::Denied(denied)) => response.with("WWW-Authenticate", denied.challenge()),
             _ => response,
         }
     }

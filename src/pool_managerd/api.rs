@@ -4,11 +4,14 @@
 use serde::Deserialize;
 use serde_json::json;
 
+use crate::http::head::RequestHead;
 use crate::http::server::{Request, Response};
 use crate::metrics::{self, Scrape, label_value};
 use crate::replicas::PoolCounts;
-use crate::service::auth::{Denied, Tokens};
+use crate::service::auth::{Denied, Policy};
+use crate::service::guard::{Barred, Guard};
 use crate::service::lag::LoopLag;
+use crate::service::routes::{ANY_METHOD, Found, Route};
 use crate::service::tls;
 use crate::time::Mono;
 use crate::wire::handoff::{self, Handoff, HandoffFile};
@@ -57,8 +60,8 @@ pub enum Action {
 /// What the daemon knows beside the core.
 #[derive(Debug)]
 pub struct Facts<'a> {
-    /// Accepted tokens.
-    pub tokens: &'a Tokens,
+    /// Who may call, for its metrics.
+    pub guard: &'a Guard,
     /// `inotify` or `poll`.
     pub watch_mode: &'static str,
     /// Resident memory, where known, in bytes.
@@ -73,62 +76,151 @@ pub struct Facts<'a> {
     pub is_certified: bool,
 }
 
-/// Decides about a request.
+/// What a route leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum To {
+    /// That this process lives.
+    Health,
+    /// That it has listed its directory.
+    Ready,
+    /// The metrics.
+    Metrics,
+    /// The pools.
+    Pools,
+    /// One pool.
+    PoolStatus,
+    /// A pool is said to be ready, or a handoff comes without a file.
+    Announced,
+    /// Such a handoff is taken back.
+    Abandon,
+    /// An engine.
+    Relay,
+    /// The GPUs.
+    Gpus,
+    /// A GPU is sound again.
+    ClearGpu,
+    /// The watched directory.
+    Handoffs,
+    /// What happened lately.
+    Events,
+    /// Drains, callbacks and single replicas: see [`operations`].
+    Operation,
+}
+
+const fn route_to(method: &'static str, path: &'static str, policy: Policy, to: To) -> Route<To> {
+    Route { method, path, policy, to }
+}
+
+/// Every route, the most used first. Each exists with and without `/v2` before it.
+pub static ROUTES: &[Route<To>] = &[
+    route_to(ANY_METHOD, "/pools/{pool}/replicas/{replica}/engine/{path...}", Policy::Node, To::Relay),
+    route_to("GET", "/pools", Policy::NodeOrAdmin, To::Pools),
+    route_to("GET", "/pools/{pool}/status", Policy::NodeOrAdmin, To::PoolStatus),
+    route_to("POST", "/pools/{pool}/status", Policy::NodeOrAdmin, To::PoolStatus),
+    route_to("GET", "/health", Policy::Public, To::Health),
+    route_to("GET", "/ready", Policy::Public, To::Ready),
+    route_to("GET", "/metrics", Policy::Public, To::Metrics),
+    route_to("POST", "/pools/{pool}/ready", Policy::NodeOrAdmin, To::Announced),
+    route_to("DELETE", "/pools/{pool}/replicas/{replica}", Policy::NodeOrAdmin, To::Abandon),
+    route_to("GET", "/pools/{pool}/replicas/{replica}/status", Policy::NodeOrAdmin, To::Operation),
+    route_to("POST", "/pools/{pool}/replicas/{replica}/status", Policy::NodeOrAdmin, To::Operation),
+    route_to("GET", "/gpus", Policy::Admin, To::Gpus),
+    route_to("POST", "/gpus/{gpu}/clear", Policy::Admin, To::ClearGpu),
+    route_to("GET", "/handoffs", Policy::Admin, To::Handoffs),
+    route_to("GET", "/events", Policy::Admin, To::Events),
+    route_to("GET", "/drains", Policy::Admin, To::Operation),
+    route_to("GET", "/node/drain", Policy::Admin, To::Operation),
+    route_to("POST", "/node/drain", Policy::Admin, To::Operation),
+    route_to("POST", "/node/resume", Policy::Admin, To::Operation),
+    route_to("GET", "/gpus/{gpu}/drain", Policy::Admin, To::Operation),
+    route_to("POST", "/gpus/{gpu}/drain", Policy::Admin, To::Operation),
+    route_to("POST", "/gpus/{gpu}/resume", Policy::Admin, To::Operation),
+    route_to("GET", "/pools/{pool}/drain", Policy::Admin, To::Operation),
+    route_to("POST", "/pools/{pool}/drain", Policy::Admin, To::Operation),
+    route_to("POST", "/pools/{pool}/resume", Policy::Admin, To::Operation),
+    route_to("GET", "/pools/{pool}/replicas/{replica}/drain", Policy::Admin, To::Operation),
+    route_to("POST", "/pools/{pool}/replicas/{replica}/drain", Policy::Admin, To::Operation),
+    route_to("POST", "/pools/{pool}/replicas/{replica}/resume", Policy::Admin, To::Operation),
+    route_to("GET", "/callbacks", Policy::Admin, To::Operation),
+    route_to("POST", "/callbacks/register", Policy::NodeOrAdmin, To::Operation),
+    route_to("DELETE", "/callbacks/register", Policy::NodeOrAdmin, To::Operation),
+    route_to("POST", "/callbacks/unregister", Policy::NodeOrAdmin, To::Operation),
+];
+
+/// A request's path without its version.
 #[must_use]
-pub fn route(request: &Request, core: &Core, facts: &Facts<'_>) -> Action {
-    let head = &request.head;
+pub fn path_of(head: &RequestHead) -> &str {
     let path = head.path();
-    let open = matches!(path, "/health" | "/ready" | "/metrics");
-    if !open && let Err(denied) = facts.tokens.check(&head.fields) {
-        return Action::Respond(unauthorized(denied));
-    }
-    if !open && !facts.is_certified {
+    path.strip_prefix("/v2").filter(|rest| rest.starts_with('/')).unwrap_or(path)
+}
+
+/// Decides about a request that the guard has let pass, and that leads here.
+#[must_use]
+pub fn route(found: Found<'_, To>, request: &Request, core: &Core, facts: &Facts<'_>) -> Action {
+    let is_open = matches!(found, Found::Route(To::Health | To::Ready | To::Metrics, _));
+    if !is_open && !facts.is_certified {
         let message = "this agent serves callers with a certificate of its client CA only";
         return Action::Respond(error(403, "CERTIFICATE_REQUIRED", message, None));
     }
-    // Every path below exists with and without the version.
-    let path = path.strip_prefix("/v2").filter(|rest| rest.starts_with('/')).unwrap_or(path);
-    let segments: Vec<&str> = path.trim_start_matches('/').split('/').collect();
-    let get = matches!(head.method(), "GET" | "HEAD");
-    let post = head.method() == "POST";
-    if let Some(operation) = operations::route(&segments, request, core) {
-        return operation.map_or_else(Action::Respond, Action::Operate);
-    }
-    match segments.as_slice() {
-        ["health"] if get => respond(
+    let (to, parts) = match found {
+        Found::Route(to, parts) => (to, parts),
+        Found::Method(allow) => return Action::Respond(not_allowed(&allow)),
+        Found::Nothing => return Action::Respond(nowhere()),
+    };
+    let part = |index: usize| parts.get(index).copied().unwrap_or_default();
+    match to {
+        To::Health => respond(
             200,
             &json!({"status": "ok", "version": env!("CARGO_PKG_VERSION"), "service": "pool-managerd"}),
         ),
-        ["ready"] if get => ready(core),
-        ["metrics"] if get => Action::Respond(scrape(core, facts)),
-        ["pools"] if get => respond(200, &core.report()),
-        ["pools", pool, "status"] if get || post => with_pool(pool, |id| match core.pool_status(&id) {
+        To::Ready => ready(core),
+        To::Metrics => Action::Respond(scrape(core, facts)),
+        To::Pools => respond(200, &core.report()),
+        To::PoolStatus => with_pool(part(0), |id| match core.pool_status(&id) {
             Some(status) => respond(200, &status),
             None => Action::Respond(not_found(&format!("pool {id} not found"))),
         }),
-        ["pools", pool, "ready"] if post => with_pool(pool, |pool| announced(&request.body, pool, core)),
-        ["pools", pool, "replicas", replica] if head.method() == "DELETE" => {
-            with_pool(pool, |pool| abandon(pool, replica, core))
-        }
-        ["pools", pool, "replicas", replica, "engine", ..] => relay(request, pool, replica),
-        ["gpus"] if get => respond(200, &core.gpus().to_json()),
-        ["gpus", gpu, "clear"] if post => match core.gpus().find(gpu) {
+        To::Announced => with_pool(part(0), |pool| announced(&request.body, pool, core)),
+        To::Abandon => with_pool(part(0), |pool| abandon(pool, part(1), core)),
+        To::Relay => relay(request, part(0), part(1)),
+        To::Gpus => respond(200, &core.gpus().to_json()),
+        To::ClearGpu => match core.gpus().find(part(0)) {
             Some(id) => Action::ClearGpu(id),
             None => Action::Respond(not_found("there is no such GPU")),
         },
-        ["handoffs"] if get => respond(200, &core.replicas().files_json(facts.watch_mode)),
-        ["events"] if get => {
-            let since = head.query("since").and_then(|n| n.parse().ok()).unwrap_or(0);
+        To::Handoffs => respond(200, &core.replicas().files_json(facts.watch_mode)),
+        To::Events => {
+            let since = request.head.query("since").and_then(|n| n.parse().ok()).unwrap_or(0);
             respond(200, &core.events().to_json(since))
         }
-        ["health" | "ready" | "metrics" | "pools" | "gpus" | "handoffs" | "events"] => {
-            Action::Respond(not_allowed("GET"))
+        To::Operation => {
+            let segments: Vec<&str> = path_of(&request.head).trim_start_matches('/').split('/').collect();
+            match operations::route(&segments, request, core) {
+                Some(operation) => operation.map_or_else(Action::Respond, Action::Operate),
+                None => Action::Respond(nowhere()),
+            }
         }
-        ["pools", _, "status"] => Action::Respond(not_allowed("GET, POST")),
-        ["gpus", _, "clear"] | ["pools", _, "ready"] => Action::Respond(not_allowed("POST")),
-        ["pools", _, "replicas", _] => Action::Respond(not_allowed("DELETE")),
-        _ => Action::Respond(not_found("there is nothing at this path")),
     }
+}
+
+/// The answer to a request that the guard does not let pass.
+#[must_use]
+pub fn barred(barred: Barred) -> Response {
+    let message = barred.message("POOL_MANAGERD");
+    let (status, code) = match barred {
+        Barred::Denied(Denied::Missing | Denied::Bad(_)) => (401, json!(barred.number())),
+        Barred::Denied(Denied::Scope) => (403, json!("WRONG_SCOPE")),
+        Barred::Host => (421, json!("FOREIGN_HOST")),
+        Barred::Origin => (403, json!("FOREIGN_ORIGIN")),
+    };
+    let mut body = json!({"code": code, "message": message, "error": message, "retriable": false});
+    let Barred::Denied(denied) = barred else { return Response::json(status, &body) };
+    body["hint"] = json!("send Authorization: Bearer TOKEN");
+    Response::json(status, &body).with("WWW-Authenticate", denied.challenge())
+}
+
+fn nowhere() -> Response {
+    not_found("there is nothing at this path")
 }
 
 /// An error in the shape of this interface.
@@ -153,19 +245,9 @@ pub(super) fn not_found(message: &str) -> Response {
 }
 
 /// The path serves other methods.
-pub(super) fn not_allowed(allow: &'static str) -> Response {
+pub(super) fn not_allowed(allow: &str) -> Response {
     let response = error(405, "METHOD_NOT_ALLOWED", &format!("this path serves {allow}"), None);
     response.with("Allow", allow)
-}
-
-fn unauthorized(denied: Denied) -> Response {
-    let (code, message) = match denied {
-        Denied::Missing => (40101, "MISSING_TOKEN"),
-        Denied::Bad => (40102, "BAD_TOKEN"),
-    };
-    let body = json!({"code": code, "message": message, "error": message, "retriable": false,
-        "hint": "send Authorization: Bearer TOKEN"});
-    Response::json(401, &body).with("WWW-Authenticate", "Bearer")
 }
 
 fn with_pool(pool: &str, then: impl FnOnce(PoolId) -> Action) -> Action {
@@ -351,6 +433,7 @@ fn scrape(core: &Core, facts: &Facts<'_>) -> Response {
     );
     core.gpus().scrape(&mut scrape);
     operations::scrape(core, &mut scrape);
+    facts.guard.scrape("pool_managerd", &mut scrape);
     facts.lag.scrape("pool_managerd", facts.now, &mut scrape);
     if let Some(tls) = &facts.tls {
         tls.scrape("pool_managerd", &mut scrape);

@@ -5,7 +5,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use crate::replicas::AllowList;
-use crate::service::auth::{self, Tokens};
+use crate::service::auth::{self, Scope};
+use crate::service::credentials::{self, Credentials};
+use crate::service::guard::{self, GuardConfig};
 use crate::service::logging::LogFormat;
 use crate::service::machine;
 use crate::service::tls::{self, Files};
@@ -175,8 +177,14 @@ pub static TABLE: &[Setting] = &[
         value: "URL",
         help: "A callback that is registered at start, for every pool",
     },
-    auth::TOKEN_SETTING,
-    auth::TOKEN_FILE_SETTING,
+    credentials::API_TOKEN,
+    credentials::API_TOKEN_FILE,
+    credentials::NODE_TOKEN,
+    credentials::NODE_TOKEN_FILE,
+    credentials::ADMIN_TOKEN,
+    credentials::ADMIN_TOKEN_FILE,
+    credentials::CORE_DUMPS,
+    guard::hosts_setting("POOL_MANAGERD_ALLOW_HOSTS"),
     Setting {
         flag: "require-auth",
         env: "POOL_MANAGERD_REQUIRE_AUTH",
@@ -246,10 +254,8 @@ pub struct Config {
     pub callback_enabled: bool,
     /// A callback from the start.
     pub callback_url: Option<BaseUrl>,
-    /// Accepted tokens.
-    pub tokens: Tokens,
-    /// Where they came from, if from a file.
-    pub token_file: Option<PathBuf>,
+    /// Who may call.
+    pub guard: GuardConfig,
     /// Only the configuration is to be looked at.
     pub check_only: bool,
     /// Certificates and keys.
@@ -285,6 +291,7 @@ impl Config {
         env: impl Fn(&str) -> Option<OsString>,
     ) -> Result<Config, Exit> {
         let about = "Watches the engines of one machine and reports them to control planes";
+        let systemd = env("CREDENTIALS_DIRECTORY");
         let settings = Settings::read("pool-managerd", about, TABLE, None, args, env)?;
         let addr = settings.need("addr", listen_address)?;
         let node_id = settings
@@ -296,12 +303,12 @@ impl Config {
             None
         };
         let register = settings.need("register-on-startup", boolean)?;
-        let token_file = settings.get("api-token-file", |text| Ok(PathBuf::from(text)))?;
         let mut notes = settings.notes.clone();
-        let tokens = auth::from_settings(&settings, token_file.as_deref())?;
+        let served = [Scope::Node, Scope::Admin];
+        let credentials = Credentials::read(&settings, systemd, &served, &mut notes)?;
         auth::check_exposure(
             addr,
-            &tokens,
+            credentials.keys(),
             settings.need("require-auth", boolean)?,
             "POOL_MANAGERD",
             &mut notes,
@@ -329,8 +336,7 @@ impl Config {
             drain_timeout_ms: settings.need("drain-timeout-ms", number(0, 3_600_000))?,
             callback_enabled: settings.need("callback-enabled", boolean)?,
             callback_url: settings.get("orchestratord-callback-url", lenient_url)?,
-            tokens,
-            token_file,
+            guard: GuardConfig::read(&settings, credentials)?,
             check_only: settings.need("check-config", boolean)?,
             tls: Files::from_settings(
                 &settings,
@@ -404,7 +410,7 @@ mod tests {
     fn home_needs_nothing() {
         let config = read(&[]).expect("defaults are enough");
         assert_eq!(config.addr.to_string(), "127.0.0.1:9200");
-        assert!(config.cloud.is_none() && config.tokens.is_empty());
+        assert!(config.cloud.is_none() && config.guard.credentials.keys().is_empty());
         assert_eq!((config.pools[0].as_str(), config.watch_interval_ms), ("pool-0", 1000));
     }
 

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -16,12 +17,13 @@ use crate::reactor::{Reactor, Registry, Waker, now};
 use crate::replicas::{
     Activity, AllowList, EnginePolicy, Fault, ProbeOrder, Processes, Refused, ReplicaLease, Watch, probe,
 };
-use crate::service::auth::{self, Tokens};
+use crate::service::auth;
+use crate::service::guard::{Admission, Guard};
 use crate::service::lag::LoopLag;
 use crate::service::shell::Shell;
 use crate::service::supervisor::Supervisor;
 use crate::service::tls::Tls;
-use crate::service::{durable, logging, machine};
+use crate::service::{durable, logging, machine, routes};
 use crate::settings::Exit;
 use crate::time::{Now, earliest};
 use crate::wire::id::ReplicaKey;
@@ -34,7 +36,7 @@ use super::control_client;
 use super::core::{CallBody, Core, Effect, Identity, Input, Options};
 use super::gpu_reader::GpuReader;
 use super::gpus::{Report, xid};
-use super::membership::{Call, Order, Plane};
+use super::membership::{Answer, Call, Order, Plane};
 use super::saved::{self, Saved};
 
 mod operations;
@@ -65,7 +67,7 @@ pub struct Daemon {
     lag: LoopLag,
     supervisor: Supervisor,
     exchanges: BTreeMap<Token, Running>,
-    tokens: Tokens,
+    guard: Guard,
     tls: Tls,
     config: Config,
     effects: Vec<Effect>,
@@ -90,13 +92,13 @@ impl Daemon {
     ///
     /// # Errors
     /// [`Exit`] that says what could not be had and what to do.
-    pub fn start(config: Config) -> Result<Daemon, Exit> {
+    pub fn start(mut config: Config) -> Result<Daemon, Exit> {
         for note in &config.notes {
             log::warn!("{note}");
         }
         let Shell { reactor, registry, waker, signals, mut net, bound, supervisor } =
             Shell::start(config.addr, "POOL_MANAGERD_ADDR")?;
-        auth::note_other_address(config.addr, bound, &config.tokens);
+        auth::note_other_address(config.addr, bound, config.guard.credentials.keys());
         net.set_dial_rule(dial_rule(&config, bound.port()));
         let mut core = make_core(&config, bound.port());
         let policy = callback_policy(&config, bound.port());
@@ -106,13 +108,15 @@ impl Daemon {
             Watch::new(config.runtime_dir.clone(), config.watch_interval_ms, Token::only(Kind::DirWatch));
         let gpus = GpuReader::start(config.gpu_discovery_interval_ms, waker.clone())
             .map_err(|error| Exit::runtime(format!("cannot start a helper thread: {error}")))?;
+        let guard = Guard::new(std::mem::take(&mut config.guard), &own_names(&config));
         let tls = Tls::start(config.tls.clone(), &mut net, &registry, now())?;
         let scheme = if config.tls.serves() { "https" } else { "http" };
         log::info!(
-            "pool-managerd {} on {scheme}://{bound}, node {}, watching {}",
+            "pool-managerd {} on {scheme}://{bound}, node {}, watching {}, {}",
             env!("CARGO_PKG_VERSION"),
             config.node_id,
-            config.runtime_dir.display()
+            config.runtime_dir.display(),
+            guard.shown()
         );
         Ok(Daemon {
             reactor,
@@ -131,7 +135,7 @@ impl Daemon {
             lag: LoopLag::default(),
             supervisor,
             exchanges: BTreeMap::new(),
-            tokens: config.tokens.clone(),
+            guard,
             tls,
             config,
             effects,
@@ -155,6 +159,7 @@ impl Daemon {
             let deadline = earliest(deadline, Some(self.watch.deadline()));
             let deadline = earliest(deadline, self.supervisor.deadline());
             let deadline = earliest(deadline, self.tls.deadline());
+            let deadline = earliest(deadline, self.guard.deadline());
             if let Some(slow) = self.lag.worked(now.mono, crate::reactor::now().mono) {
                 log::warn!("{slow}");
             }
@@ -165,7 +170,7 @@ impl Daemon {
                 .map_err(|error| Exit::runtime(format!("the event loop failed: {error}")))?;
             self.lag.woke(deadline, now.mono);
             let (mut changed, mut stops, mut ended) = (false, 0, Vec::new());
-            let mut logged = logged_more;
+            let (mut logged, mut tokens_changed) = (logged_more, false);
             for (token, edge) in self.reactor.events() {
                 match token.kind() {
                     Kind::DirWatch => changed = true,
@@ -176,12 +181,13 @@ impl Daemon {
                         if self.signals.reloads() > 0 {
                             self.supervisor.reload(now.mono, || {
                                 self.tls.reload(&mut self.net, &self.registry, now);
-                                auth::reload(self.config.token_file.as_deref(), &mut self.tokens);
+                                self.guard.credentials.reload(now.mono);
                             });
                         }
                     }
                     Kind::Waker => {}
                     Kind::KernelLog => logged = true,
+                    Kind::Credentials => tokens_changed = true,
                     Kind::Listener | Kind::Client | Kind::Upstream | Kind::Exchange => {
                         self.net.on_edge(token, edge);
                     }
@@ -194,6 +200,7 @@ impl Daemon {
             self.take_gpu_reports(logged, now);
             self.take_saved(now);
             self.tls.turn(&mut self.net, now);
+            self.look_after_guard(tokens_changed, now);
             self.net.turn(now.mono);
             self.take_net_events(now);
             (0..stops).for_each(|_| self.stop(now));
@@ -281,7 +288,7 @@ impl Daemon {
     fn send_call(&mut self, plane: usize, order: Order, body: Vec<u8>, now: Now) {
         let Some(url) = self.core.planes().get(plane).map(Plane::url) else { return };
         let (node, incarnation) = (self.core.node_id(), self.core.incarnation());
-        let bearer = self.tokens.bearer();
+        let bearer = self.guard.bearer(now.mono);
         let outbound = control_client::outbound("pool-managerd", url, node, order, incarnation, body, bearer);
         let exchange = self.net.start(outbound, now.mono);
         self.exchanges.insert(exchange, Running::Call { plane, call: order.call });
@@ -343,7 +350,7 @@ impl Daemon {
     fn take_net_events(&mut self, now: Now) {
         while let Some(event) = self.net.next_event() {
             match event {
-                NetEvent::Request { client, request, .. } => self.serve(client, *request, now),
+                NetEvent::Request { client, request, peer } => self.serve(client, *request, peer, now),
                 NetEvent::Finished { exchange, outcome, .. } => self.finished(exchange, outcome, now),
                 NetEvent::ClientGone { .. }
                 | NetEvent::Drained { .. }
@@ -407,9 +414,29 @@ impl Daemon {
         .map_err(|error| format!("cannot start a helper thread: {error}"))
     }
 
-    fn serve(&mut self, client: Token, request: Request, now: Now) {
+    /// Looks after the tokens, and answers whom it was refused long enough.
+    fn look_after_guard(&mut self, tokens_changed: bool, now: Now) {
+        self.guard.turn(tokens_changed, now.mono, &self.registry);
+        while let Some((client, response)) = self.guard.due(now.mono) {
+            self.net.respond(client, &response, now.mono);
+        }
+    }
+
+    fn serve(&mut self, client: Token, request: Request, peer: SocketAddr, now: Now) {
+        let (found, policy, route) = routes::find(api::ROUTES, &request.head, api::path_of(&request.head));
+        match self.guard.judge(&request.head, policy, route, peer, now.mono) {
+            Admission::Pass(fields) => self.net.add_fields(client, fields),
+            Admission::Preflight(response) => return self.net.respond(client, &response, now.mono),
+            Admission::Barred(barred, delay_ms) => {
+                let response = api::barred(barred);
+                if let Some(response) = self.guard.hold(client, response, delay_ms, now.mono) {
+                    self.net.respond(client, &response, now.mono);
+                }
+                return;
+            }
+        }
         let facts = api::Facts {
-            tokens: &self.tokens,
+            guard: &self.guard,
             watch_mode: self.watch.mode(),
             resident_bytes: (request.head.path() == "/metrics").then(machine::resident_bytes).flatten(),
             lag: &self.lag,
@@ -417,7 +444,7 @@ impl Daemon {
             tls: self.tls.meters(&self.net),
             is_certified: !self.tls.knows_clients() || self.net.client_certificate(client).is_some(),
         };
-        match api::route(&request, &self.core, &facts) {
+        match api::route(found, &request, &self.core, &facts) {
             Action::Respond(response) => self.net.respond(client, &response, now.mono),
             Action::Relay { key, generation, slots, target } => {
                 self.relay(client, request, &key, generation, slots, target, now);
@@ -530,6 +557,9 @@ impl Daemon {
             }
             Some(Running::Call { plane, call }) => {
                 let answer = control_client::answer(call, outcome);
+                if matches!(answer, Answer::Unauthorized) {
+                    self.guard.credentials.was_refused();
+                }
                 self.core.handle(Input::Told { plane, call, answer }, now, &mut self.effects);
             }
             Some(Running::Callback { callback, event }) => {
@@ -578,6 +608,12 @@ fn refusal(key: &ReplicaKey, refused: &Refused) -> crate::http::server::Response
         Refused::Full { .. } => api::error(503, "REPLICA_EXHAUSTED", &message, Some(FULL_RETRY_MS)),
         Refused::StaleGeneration { .. } => api::error(409, "STALE_GENERATION", &message, None),
     }
+}
+
+/// Names by which others reach this agent.
+fn own_names(config: &Config) -> Vec<String> {
+    let advertised = config.cloud.as_ref().map(|cloud| cloud.address.host().to_string());
+    [machine::host_name(), config.node_id.to_string()].into_iter().chain(advertised).collect()
 }
 
 fn make_core(config: &Config, own_port: u16) -> Core {

@@ -32,9 +32,11 @@ pub enum Kind {
     KernelLog,
     /// The watches on directories with certificates.
     Certificates,
+    /// The watches on the directories in which tokens lie.
+    Credentials,
 }
 
-const KINDS: [Kind; 11] = [
+const KINDS: [Kind; 12] = [
     Kind::Listener,
     Kind::Client,
     Kind::Upstream,
@@ -46,6 +48,7 @@ const KINDS: [Kind; 11] = [
     Kind::Reload,
     Kind::KernelLog,
     Kind::Certificates,
+    Kind::Credentials,
 ];
 
 const GENERATION_BITS: u32 = 24;

@@ -29,6 +29,19 @@ pub fn read<T: DeserializeOwned>(text: &[u8]) -> Result<T, String> {
     })
 }
 
+/// What a parser says of a text that may be a prompt: where it gave up and why, without the text that it
+/// found there.
+#[must_use]
+pub fn discreet(error: &serde_json::Error) -> String {
+    let said = error.to_string();
+    match (said.find('"'), said.rfind('"')) {
+        (Some(first), Some(last)) if first < last => {
+            format!("{}\"...\"{}", &said[..first], &said[last + 1..])
+        }
+        _ => said,
+    }
+}
+
 /// Object or array that is open at some point of the text.
 enum Open {
     /// The name whose value comes or came last, and whether a name is expected.

@@ -279,7 +279,7 @@ impl Hive {
         let length = body.len();
         write!(
             node.out,
-            "POST {path} HTTP/1.1\r\nHost: c\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+            "POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
         )
         .expect("memory");
         node.out.extend_from_slice(&body);

@@ -425,13 +425,13 @@ impl Client {
     }
 
     pub fn get(&mut self, target: &str) -> Received {
-        self.send(format!("GET {target} HTTP/1.1\r\nHost: gateway\r\n\r\n")).receive()
+        self.send(format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n")).receive()
     }
 
     pub fn post(&mut self, target: &str, body: &str) -> Received {
         let length = body.len();
         self.send(format!(
-            "POST {target} HTTP/1.1\r\nHost: gateway\r\nContent-Length: {length}\r\n\r\n{body}"
+            "POST {target} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n{body}"
         ));
         self.receive()
     }

@@ -80,7 +80,9 @@ impl Children {
         let mut command = Command::new(&self.program);
         for (variable, _) in std::env::vars_os() {
             let text = variable.to_string_lossy();
-            if text == "AUTH_TOKEN" || PREFIXES.iter().any(|prefix| text.starts_with(prefix)) {
+            if matches!(&*text, "AUTH_TOKEN" | "CREDENTIALS_DIRECTORY")
+                || PREFIXES.iter().any(|prefix| text.starts_with(prefix))
+            {
                 command.env_remove(&variable);
             }
         }

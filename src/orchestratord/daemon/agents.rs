@@ -58,6 +58,14 @@ impl Daemon {
                 let why = "it does not accept this control plane's token (401)";
                 Err(PollError::Unusable(why.into()))
             }
+            Outcome::Complete { status: 403, .. } => {
+                let why = "it does not accept this control plane's token for that (403): set LLORCH_NODE_TOKEN_FILE";
+                Err(PollError::Unusable(why.into()))
+            }
+            Outcome::Complete { status: 421, .. } => {
+                let why = "it does not go by this name (421): set POOL_MANAGERD_ALLOW_HOSTS there";
+                Err(PollError::Unusable(why.into()))
+            }
             Outcome::Complete { status, .. } => {
                 Err(PollError::Unusable(format!("it answered GET /v2/pools with {status}")))
             }
@@ -71,7 +79,9 @@ impl Daemon {
 
     fn ask(&mut self, to: BaseUrl, target: String, bytes_max: usize, patience: Patience, now: Now) -> Token {
         let mut fields = vec![("Accept".to_string(), b"application/json".to_vec())];
-        fields.extend(self.tokens.bearer().map(|bearer| ("Authorization".to_string(), bearer.into_bytes())));
+        fields.extend(
+            self.guard.bearer(now.mono).map(|bearer| ("Authorization".to_string(), bearer.into_bytes())),
+        );
         let outbound = Outbound {
             to,
             method: "GET".into(),

@@ -1,5 +1,6 @@
 //! `POST /v2/tasks`: what a task may say, what an engine is sent for it, and the answer to it. Pure.
 
+use std::fmt;
 use std::sync::Arc;
 
 use serde::Deserialize;
@@ -12,6 +13,7 @@ use crate::orchestratord::placement::Ask;
 use crate::orchestratord::refusal::Refusal;
 use crate::orchestratord::sessions;
 use crate::wire::id::{NodeId, PoolId};
+use crate::wire::json_place;
 
 /// Most tokens that one task may ask for.
 const MAX_TOKENS_MAX: i64 = 50_000;
@@ -49,7 +51,6 @@ struct Wishes {
 }
 
 /// A task that may be asked for.
-#[derive(Debug)]
 pub struct NewTask {
     /// Its name.
     pub id: String,
@@ -67,6 +68,16 @@ pub struct NewTask {
     pub deadline_ms: Option<u64>,
 }
 
+impl fmt::Debug for NewTask {
+    /// Without the body, which is a prompt.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("NewTask")
+            .field("id", &self.id)
+            .field("body_bytes", &self.body.len())
+            .finish_non_exhaustive()
+    }
+}
+
 /// Reads and checks a task.
 ///
 /// # Errors
@@ -77,8 +88,9 @@ pub fn parse(body: &[u8], client: Arc<str>) -> Result<NewTask, Refusal> {
     if !body.trim_ascii_start().starts_with(b"{") {
         return Err(invalid("the body is not a JSON object"));
     }
-    let task: TaskRequest = serde_json::from_slice(body)
-        .map_err(|error| Refusal::Invalid(format!("the body is no task: {error}")))?;
+    let task: TaskRequest = serde_json::from_slice(body).map_err(|error| {
+        Refusal::Invalid(format!("the body is no task: {}", json_place::discreet(&error)))
+    })?;
     // Empty means absent: clients with required fields send it so.
     let session = task.session_id.as_deref().filter(|name| !name.is_empty());
     if !sessions::is_name(&task.task_id) || session.is_some_and(|name| !sessions::is_name(name)) {

@@ -52,7 +52,7 @@ impl Daemon {
 
     /// Delivers a notice.
     pub(super) fn deliver(&mut self, delivery: &Delivery, now: Now) {
-        let outbound = callback_client::outbound(delivery, self.tokens.bearer());
+        let outbound = callback_client::outbound(delivery, self.guard.bearer(now.mono));
         let exchange = self.net.start_judged(outbound, Some(self.callback_rule.clone()), now.mono);
         let (callback, event) = (delivery.callback, delivery.event);
         self.exchanges.insert(exchange, Running::Callback { callback, event });
