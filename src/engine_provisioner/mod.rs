@@ -16,6 +16,7 @@ use std::ffi::OsString;
 
 use crate::settings::{Exit, Settings};
 
+pub mod models;
 pub mod plan;
 pub mod run;
 
@@ -27,7 +28,10 @@ pub const PROGRAM: &str = "engine-provisioner";
 /// # Errors
 /// [`Exit`] with code 2 or 78 for what cannot be started as asked, 1 for an engine that failed, and
 /// 0 with the text of `--help` or `--version`.
-pub fn run(args: Vec<OsString>) -> Result<(), Exit> {
+pub fn run(mut args: Vec<OsString>) -> Result<(), Exit> {
+    if args.first().is_some_and(|word| word == "models") {
+        return models::command::run(args.split_off(1));
+    }
     let settings = Settings::read(
         PROGRAM,
         "Start an inference engine, wait for its health, write its handoff file, and stop it cleanly",
