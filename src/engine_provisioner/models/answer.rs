@@ -266,7 +266,7 @@ mod tests {
         let later = |after| Answer::Later { status: 429, after };
         assert_eq!(after("7"), later(Some(Duration::from_secs(7))));
         assert_eq!(after("Sun, 06 Nov 1994 08:49:37 GMT"), later(Some(Duration::from_secs(7))));
-        assert_eq!(after("Sun, 06 Nov 1990 08:49:37 GMT"), later(Some(Duration::ZERO)));
+        assert_eq!(after("Tue, 06 Nov 1990 08:49:37 GMT"), later(Some(Duration::ZERO)));
         assert_eq!(after("soon"), later(None));
     }
 

@@ -518,7 +518,10 @@ impl Shared<'_> {
                 .map_err(|error| Failure::Fatal(ModelError::file(self.path, "write", error)))?;
             let mut state = self.state();
             state.done.add(at..at + read as u64);
-            state.failures = 0;
+            // What has to begin anew after a failure gets nowhere by arriving.
+            if self.ranged {
+                state.failures = 0;
+            }
             at += read as u64;
             if state.ended.is_some() {
                 return Err(Failure::Fatal(ModelError::Cancelled));

@@ -137,7 +137,10 @@ fn local(text: &str, path: &str) -> Result<Reference, ReferenceError> {
         Some(rest) => match rest.strip_prefix("localhost").unwrap_or(rest) {
             absolute if absolute.starts_with('/') => absolute,
             _ => {
-                return refuse(text, "a file URL names a path of this machine, as file:///models/a.gguf does");
+                return refuse(
+                    text,
+                    "a file URL names a path of this machine, as file:///models/a.gguf does",
+                );
             }
         },
         None => path,
