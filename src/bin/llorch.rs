@@ -12,6 +12,7 @@ fn main() -> std::process::ExitCode {
         Some("orchestratord") => ("orchestratord", orchestratord::run(args)),
         Some("pool-managerd") => ("pool-managerd", pool_managerd::run(args)),
         Some("engine-provisioner") => ("engine-provisioner", engine_provisioner::run(args)),
+        Some("models") => ("llorch models", engine_provisioner::models::command::run(args)),
         _ => ("llorch", cli::run(&command, args)),
     };
     settings::finish(program, ended)

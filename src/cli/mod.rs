@@ -19,6 +19,7 @@ Usage: llorch COMMAND [OPTIONS]
 
 Commands:
   up           Start everything on this machine with one engine, ask it, show what happens
+  models       Fetch, list and remove the models of this machine
   demo-engine  Serve as a demonstration engine: llama-server's API without a model
 
 `llorch COMMAND --help` tells the options of a command, `llorch --version` the version."

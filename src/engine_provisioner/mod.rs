@@ -19,6 +19,7 @@ use crate::settings::{Exit, Settings};
 pub mod models;
 pub mod plan;
 pub mod run;
+pub mod source;
 
 /// Name of the program.
 pub const PROGRAM: &str = "engine-provisioner";

@@ -113,8 +113,13 @@ pub(super) fn fetch(
         let expected = job.expected.or(opened.as_ref().and_then(|opened| opened.linked.0));
         let end = match opened {
             Some(opened) => match accept(opened, job, part, expected.is_some(), before, admit)? {
-                Some(work) => run(client, job, effort, &mut failures, part, work, tell)?,
-                None => End::Changed,
+                First::Work(work) => run(client, job, effort, &mut failures, part, *work, tell)?,
+                First::Changed => End::Changed,
+                First::WholeOnly => {
+                    ranges_work = false;
+                    part.reset()?;
+                    continue;
+                }
             },
             None => run(client, job, effort, &mut failures, part, Work::nothing(job), tell)?,
         };
@@ -303,16 +308,27 @@ struct Work {
     /// Whether it can be asked for in spans.
     ranged: bool,
     total: Option<u64>,
+    /// Whether a digest will be held against the whole.
+    digest_known: bool,
 }
 
 impl Work {
     fn nothing(job: &Job<'_>) -> Work {
-        Work { first: None, place: job.place.clone(), ranged: true, total: None }
+        Work { first: None, place: job.place.clone(), ranged: true, total: None, digest_known: false }
     }
 }
 
-/// Holds the first answer against what is there and what is expected, and makes room. `None` where the
-/// file is another one than before.
+/// What the first answer is good for.
+enum First {
+    /// To go on with.
+    Work(Box<Work>),
+    /// Nothing: the file is another one than before.
+    Changed,
+    /// Nothing: parts of it could not be told from parts of another state of the file.
+    WholeOnly,
+}
+
+/// Holds the first answer against what is there and what is expected, and makes room.
 fn accept(
     opened: Opened,
     job: &Job<'_>,
@@ -320,25 +336,28 @@ fn accept(
     digest_known: bool,
     before: u64,
     admit: &mut Admit<'_>,
-) -> Result<Option<Work>, ModelError> {
+) -> Result<First, ModelError> {
     let validator = Validator::of(&opened.headers);
     let (span, total, ranged) = match &opened.answer {
         Answer::Part { span, total } => {
             let joins = part.total.is_none_or(|known| known == *total)
                 && part.validator.joins(&validator, digest_known);
             if before > 0 && !joins {
-                return Ok(None);
+                return Ok(First::Changed);
             }
-            (span.clone(), Some(*total), true)
+            if !validator.joins(&validator, digest_known) && span.end < *total {
+                return Ok(First::WholeOnly);
+            }
+            (span.clone(), Some(*total), validator.joins(&validator, digest_known))
         }
-        Answer::NotSatisfiable if before > 0 => return Ok(None),
+        Answer::NotSatisfiable if before > 0 => return Ok(First::Changed),
         Answer::Whole { total } => {
             part.reset()?;
             (0..total.unwrap_or(u64::MAX), *total, false)
         }
         other => {
             classify(job, other, false)?;
-            return Ok(None);
+            return Ok(First::Changed);
         }
     };
     let told = job.bytes.or(opened.linked.1);
@@ -358,7 +377,7 @@ fn accept(
     // Without ranges nothing can be continued, so there is nothing to note.
     part.validator = if ranged { validator } else { Validator::default() };
     let place = opened.place.clone();
-    Ok(Some(Work { first: Some((opened, span)), place, ranged, total }))
+    Ok(First::Work(Box::new(Work { first: Some((opened, span)), place, ranged, total, digest_known })))
 }
 
 /// What the threads share.
@@ -382,6 +401,7 @@ struct Shared<'a> {
     path: &'a Path,
     validator: &'a Validator,
     ranged: bool,
+    digest_known: bool,
     state: Mutex<State>,
     moved: Condvar,
 }
@@ -547,10 +567,8 @@ impl Shared<'_> {
         match &opened.answer {
             Answer::Part { span: found, total } => {
                 let known = self.state().total;
-                let digest_known = self.job.expected.is_some() || opened.linked.0.is_some();
-                let same = known == Some(*total)
-                    && (self.validator == &Validator::default()
-                        || self.validator.joins(&Validator::of(&opened.headers), digest_known));
+                let validator = Validator::of(&opened.headers);
+                let same = known == Some(*total) && self.validator.joins(&validator, self.digest_known);
                 if !same {
                     return Err(Failure::Changed);
                 }
@@ -611,6 +629,7 @@ fn run(
         path: part.path(),
         validator: &part.validator,
         ranged: work.ranged,
+        digest_known: work.digest_known,
         state: Mutex::new(State {
             done: part.done.clone(),
             running: work.first.iter().map(|(_, span)| span.clone()).collect(),
