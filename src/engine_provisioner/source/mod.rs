@@ -2,9 +2,9 @@
 //!
 //! A build is kept under a name made of its commit and its recipe, and used again for as long as it is
 //! there. Two processes that want the same build build it once: the second waits for the lock. What
-//! git, cmake and the compilers print goes into a log, whose end is in the error when they fail. A
-//! result is renamed into its place when it is whole, so that a build which was interrupted is never
-//! taken for one.
+//! git, cmake and the compilers print goes into a log, whose end is in the error when they fail. A build
+//! says by a file of its own that it is whole, so that one which was interrupted is never taken for one;
+//! it is not moved, because programs remember where the libraries beside them were built.
 //!
 //! [`plan`] is pure and says what to run; this runs it. Blocking, for a helper thread.
 
@@ -216,26 +216,29 @@ impl Build<'_> {
         let place = root.join("builds").join(&name);
         let program = place.join("bin").join(&self.spec.target);
         let version = Some(self.spec.version());
-        if program.is_file() {
+        let complete = place.join(".complete");
+        if complete.is_file() && program.is_file() {
             return Ok(Program { path: program, version, built: false });
         }
-        let build = root.join("builds").join(format!(".{name}.building"));
-        create(&build)?;
-        self.compile(&cmake, &source, &build, cuda.as_deref(), &mut log, tell)?;
-        if !build.join("bin").join(&self.spec.target).is_file() {
+        if place.exists() {
+            // An earlier build was interrupted, perhaps in the middle of writing an object.
+            fs::remove_dir_all(&place).map_err(|error| failed(&place, "remove", &error))?;
+        }
+        create(&place)?;
+        self.compile(&cmake, &source, &place, cuda.as_deref(), &mut log, tell)?;
+        if !program.is_file() {
             // A project that does not say where programs go puts them beside its build files.
-            let beside = build.join(&self.spec.target);
+            let beside = place.join(&self.spec.target);
             if !beside.is_file() {
                 return Err(log.failure(&format!(
                     "the build ended well but left no bin/{} behind: name another target",
                     self.spec.target
                 )));
             }
-            create(&build.join("bin"))?;
-            fs::rename(&beside, build.join("bin").join(&self.spec.target))
-                .map_err(|error| failed(&beside, "move", &error))?;
+            create(&place.join("bin"))?;
+            fs::rename(&beside, &program).map_err(|error| failed(&beside, "move", &error))?;
         }
-        fs::rename(&build, &place).map_err(|error| failed(&place, "write", &error))?;
+        fs::write(&complete, &commit).map_err(|error| failed(&complete, "write", &error))?;
         Ok(Program { path: program, version, built: true })
     }
 
