@@ -704,3 +704,57 @@ fn the_command_lists_retires_and_removes() {
         assert_eq!(output.status.code(), Some(code), "{args:?}: {}", said(&output));
     }
 }
+
+/// A server that speaks TLS under a certificate for 127.0.0.1, and gives `content` to whoever asks.
+fn tls_server(content: Vec<u8>) -> (u16, String) {
+    let own = rcgen::generate_simple_self_signed(["127.0.0.1".to_string()]).expect("a certificate");
+    let key = rustls::pki_types::PrivateKeyDer::try_from(own.signing_key.serialize_der()).expect("a key");
+    let config =
+        rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .expect("versions")
+            .with_no_client_auth()
+            .with_single_cert(vec![own.cert.der().clone()], key)
+            .expect("they fit");
+    let config = Arc::new(config);
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = listener.local_addr().expect("an address").port();
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let mut tls = rustls::ServerConnection::new(Arc::clone(&config)).expect("a connection");
+            let mut stream = rustls::Stream::new(&mut tls, &mut stream);
+            let mut head = Vec::new();
+            let mut byte = [0];
+            while !head.ends_with(b"\r\n\r\n")
+                && std::io::Read::read(&mut stream, &mut byte).is_ok_and(|n| n == 1)
+            {
+                head.push(byte[0]);
+            }
+            let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", content.len());
+            let _ = std::io::Write::write_all(&mut stream, &[answer.as_bytes(), &content].concat());
+        }
+    });
+    (port, own.cert.pem())
+}
+
+#[test]
+fn https_is_checked_against_the_certificates_that_are_trusted() {
+    let (root, content) = (root(), content(MIB));
+    let (port, pem) = tls_server(content.clone());
+    let bundle = root.path().join("bundle.pem");
+    fs::write(&bundle, pem).expect("written");
+    let url = format!("https://127.0.0.1:{port}/m.bin");
+    let output = provisioner(root.path(), &["fetch", &url]).output().expect("it runs");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        said(&output).contains("not trusted") && said(&output).contains("SSL_CERT_FILE"),
+        "{}",
+        said(&output)
+    );
+    let output =
+        provisioner(root.path(), &["fetch", &url]).env("SSL_CERT_FILE", &bundle).output().expect("it runs");
+    assert!(fs::read(path_of(&output)).expect("read") == content);
+    let output =
+        provisioner(root.path(), &["fetch", &url, "--refresh"]).env("SSL_CERT_FILE", "/nonexistent").output();
+    assert_eq!(output.expect("it runs").status.code(), Some(78));
+}

@@ -275,6 +275,32 @@ fn a_build_that_is_stopped_is_not_taken_for_one() {
 }
 
 #[test]
+fn the_command_prints_where_the_program_is() {
+    let Some(path) = cmake_path() else { return };
+    let (repository, cache) = (Repository::new("one"), tempfile::tempdir().expect("a directory"));
+    let build = |reference: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_engine-provisioner"));
+        command
+            .args(["build", "--cmake-flags=-DLOUD=ON", "--ref", reference, "--repository"])
+            .arg(repository.0.path());
+        command.env("PATH", &path).env("ENGINE_PROVISIONER_CACHE_DIR", cache.path()).env_remove("RUST_LOG");
+        command.output().expect("it runs")
+    };
+    let output = build("main");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success() && said.contains("cmake-build") && said.contains("built 100 %"),
+        "{said}"
+    );
+    let program = String::from_utf8_lossy(&output.stdout).trim().to_string();
+    assert_eq!(run(&program, &[], Path::new("/")), "one!");
+    let output = build("no-such-branch");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(said.contains("cannot fetch no-such-branch"), "{said}");
+}
+
+#[test]
 fn what_is_missing_is_named_before_anything_is_begun() {
     let cache = tempfile::tempdir().expect("a directory");
     let nothing = OsString::from("/nonexistent");

@@ -11,6 +11,8 @@
 //! program: the engine then serves on, and its handoff names its pid for whoever watches.
 //!
 //! [`plan`] is pure and holds every rule about the configuration; [`run`](mod@run) does the work.
+//! [`models`] and [`source`] make ready what an engine needs before it can be started: the model, and
+//! where it is not installed, the engine's own program.
 
 use std::ffi::OsString;
 
@@ -30,8 +32,10 @@ pub const PROGRAM: &str = "engine-provisioner";
 /// [`Exit`] with code 2 or 78 for what cannot be started as asked, 1 for an engine that failed, and
 /// 0 with the text of `--help` or `--version`.
 pub fn run(mut args: Vec<OsString>) -> Result<(), Exit> {
-    if args.first().is_some_and(|word| word == "models") {
-        return models::command::run(args.split_off(1));
+    match args.first().and_then(|word| word.to_str()) {
+        Some("models") => return models::command::run(args.split_off(1)),
+        Some("build") => return source::command::run(args.split_off(1)),
+        _ => {}
     }
     let settings = Settings::read(
         PROGRAM,

@@ -27,6 +27,7 @@ use rustix::process::{Pid, Signal};
 use super::models::Digest;
 use crate::settings::Exit;
 
+pub mod command;
 pub mod plan;
 
 pub use plan::{HostCompiler, SourceSpec};
