@@ -693,7 +693,7 @@ fn follow(
             return Ok(End::Whole(hasher.finish()));
         }
         if hasher.done_bytes() >= prefix && pauses.is_empty() {
-            if all_left() && state.running.is_empty() && !total.is_some_and(|total| prefix >= total) {
+            if all_left() && state.running.is_empty() && total.is_none_or(|total| prefix < total) {
                 return Ok(End::Again("the connection ended in the middle of the file".into(), None));
             }
             drop(shared.moved.wait_timeout(state, TELL_EVERY).unwrap_or_else(PoisonError::into_inner));
