@@ -72,6 +72,8 @@ enum End {
     Whole(Digest),
     /// The file is another one than before.
     Changed,
+    /// The connections are used up and something is missing: what is there stays.
+    Short,
     /// It has to begin anew, for lack of ranges, after a pause.
     Again(String, Option<Duration>),
 }
@@ -137,6 +139,9 @@ pub(super) fn fetch(
                 }
                 tell(Progress::Note("the file changed on the server: starting over"));
                 part.reset()?;
+            }
+            End::Short => {
+                failures.pause(client, job, part.done.bytes(), "a part was left over", None, tell)?
             }
             End::Again(why, after) => {
                 part.reset()?;
@@ -694,6 +699,9 @@ fn follow(
         }
         if hasher.done_bytes() >= prefix && pauses.is_empty() {
             if all_left() && state.running.is_empty() && total.is_none_or(|total| prefix < total) {
+                if shared.ranged {
+                    return Ok(End::Short);
+                }
                 return Ok(End::Again("the connection ended in the middle of the file".into(), None));
             }
             drop(shared.moved.wait_timeout(state, TELL_EVERY).unwrap_or_else(PoisonError::into_inner));
