@@ -80,6 +80,7 @@ pub fn finish(program: &str, ended: Result<(), Exit>) -> std::process::ExitCode 
 }
 
 /// One setting of a program.
+#[derive(Clone, Copy)]
 pub struct Setting {
     /// Flag without the dashes, which is also its name in code.
     pub flag: &'static str,
@@ -108,6 +109,7 @@ pub const fn flag(
 }
 
 /// Another name of a variable.
+#[derive(Clone, Copy)]
 pub struct Alias {
     /// The variable.
     pub env: &'static str,

@@ -80,7 +80,13 @@ const PURE_ROOMS: &[(&str, &[&str])] = &[
 const PURE_FILES: &[&str] = &[
     "cli/demo_engine/answers.rs",
     "cli/demo_engine/dialect.rs",
+    "engine_provisioner/models/answer.rs",
+    "engine_provisioner/models/gguf.rs",
+    "engine_provisioner/models/hub.rs",
+    "engine_provisioner/models/ranges.rs",
+    "engine_provisioner/models/reference.rs",
     "engine_provisioner/plan.rs",
+    "engine_provisioner/source/plan.rs",
     "net/buffer.rs",
     "net/meter.rs",
     "net/relay.rs",

@@ -3,6 +3,12 @@
 
 use llama_orch::{cli, engine_provisioner, orchestratord, pool_managerd, settings};
 
+const MODELS: cli::Beside = cli::Beside {
+    name: "models",
+    about: "Fetch, list and remove the models of this machine",
+    run: engine_provisioner::models::command::run,
+};
+
 fn main() -> std::process::ExitCode {
     let mut args = std::env::args_os().skip(1);
     let command = args.next().unwrap_or_default();
@@ -12,7 +18,7 @@ fn main() -> std::process::ExitCode {
         Some("orchestratord") => ("orchestratord", orchestratord::run(args)),
         Some("pool-managerd") => ("pool-managerd", pool_managerd::run(args)),
         Some("engine-provisioner") => ("engine-provisioner", engine_provisioner::run(args)),
-        _ => ("llorch", cli::run(&command, args)),
+        _ => ("llorch", cli::run(&command, args, &[MODELS])),
     };
     settings::finish(program, ended)
 }

@@ -34,6 +34,16 @@ struct Subcommand {
     run: fn(Vec<OsString>) -> Result<(), Exit>,
 }
 
+/// A command that belongs to one of the programs, and that `llorch` has too.
+pub struct Beside {
+    /// Its name.
+    pub name: &'static str,
+    /// What it does, for the help.
+    pub about: &'static str,
+    /// Runs it.
+    pub run: fn(Vec<OsString>) -> Result<(), Exit>,
+}
+
 const fn subcommand(
     name: &'static str,
     about: &'static str,
@@ -62,7 +72,6 @@ static COMMANDS: &[Subcommand] = &[
     subcommand("explain", explain::ABOUT, explain::TABLE, explain::ID, explain::run),
     subcommand("events", events::ABOUT, events::TABLE, Words::None, events::run),
     subcommand("token", token::TOKEN_ABOUT, token::TABLE, token::NEW, token::run_token),
-    subcommand("completions", token::COMPLETIONS_ABOUT, token::TABLE, token::SHELL, run_completions),
     subcommand(
         "demo-engine",
         "Serve as a demonstration engine: llama-server's API without a model",
@@ -77,41 +86,55 @@ static COMMANDS: &[Subcommand] = &[
 /// # Errors
 /// [`Exit`] of the subcommand; with code 2 for a word that is none, and 0 with the text of `--help`
 /// or `--version`.
-pub fn run(command: &OsStr, args: Vec<OsString>) -> Result<(), Exit> {
+pub fn run(command: &OsStr, args: Vec<OsString>, beside: &[Beside]) -> Result<(), Exit> {
     let text = |message: String| Err(Exit { code: 0, message });
     let name = command.to_string_lossy();
     if let Some(known) = COMMANDS.iter().find(|known| known.name == name) {
         return (known.run)(args);
     }
+    if let Some(known) = beside.iter().find(|known| known.name == name) {
+        return (known.run)(args);
+    }
+    if name == "completions" {
+        return run_completions(args, beside);
+    }
     match name.as_ref() {
-        "--help" | "-h" | "help" => text(help()),
+        "--help" | "-h" | "help" => text(help(beside)),
         "--version" | "-V" => text(concat!("llorch ", env!("CARGO_PKG_VERSION")).to_string()),
-        "" => Err(Exit::usage(format!("a command is missing: {} (llorch --help tells more)", names()))),
+        "" => Err(Exit::usage(format!("a command is missing: {} (llorch --help tells more)", names(beside)))),
         other => Err(Exit::usage(format!(
             "{other:?} is no command: there are {} (llorch --help tells more)",
-            names()
+            names(beside)
         ))),
     }
 }
 
-fn names() -> String {
-    let names: Vec<&str> = COMMANDS.iter().map(|known| known.name).collect();
+/// Every command and what it does, in the order of the help.
+fn listed(beside: &[Beside]) -> Vec<(&'static str, &'static str)> {
+    let own = COMMANDS.iter().map(|known| (known.name, known.about));
+    let completions = std::iter::once(("completions", token::COMPLETIONS_ABOUT));
+    own.chain(beside.iter().map(|known| (known.name, known.about))).chain(completions).collect()
+}
+
+fn names(beside: &[Beside]) -> String {
+    let names: Vec<&str> = listed(beside).iter().map(|(name, _)| *name).collect();
     match names.split_last() {
         Some((last, others)) => format!("{} and {last}", others.join(", ")),
         None => String::new(),
     }
 }
 
-fn help() -> String {
+fn help(beside: &[Beside]) -> String {
     let mut text = concat!(
         "llorch ",
         env!("CARGO_PKG_VERSION"),
         ": the operator's command of llama-orch\n\nUsage: llorch COMMAND [OPTIONS]\n\nCommands:\n"
     )
     .to_string();
-    let width = COMMANDS.iter().map(|known| known.name.len()).max().unwrap_or(0);
-    for known in COMMANDS {
-        text.push_str(&format!("  {:width$}  {}\n", known.name, known.about));
+    let listed = listed(beside);
+    let width = listed.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+    for (name, about) in listed {
+        text.push_str(&format!("  {name:width$}  {about}\n"));
     }
     text.push_str(
         "\nExit codes: 0 fine, 1 failed, 2 usage, 3 not found, 4 unreachable, 5 refused, 78 configuration.\n\
@@ -120,18 +143,19 @@ fn help() -> String {
     text
 }
 
-fn run_completions(args: Vec<OsString>) -> Result<(), Exit> {
+fn run_completions(args: Vec<OsString>, beside: &[Beside]) -> Result<(), Exit> {
     let mut whole = clap::Command::new("llorch")
         .about("The operator's command of llama-orch")
         .version(env!("CARGO_PKG_VERSION"));
     for known in COMMANDS {
-        let mut one = command(known.name, known.about, known.table, known.words);
-        if known.name == "completions" {
-            one =
-                one.mut_arg("rest", |arg| arg.value_parser(["bash", "elvish", "fish", "powershell", "zsh"]));
-        }
-        whole = whole.subcommand(one);
+        whole = whole.subcommand(command(known.name, known.about, known.table, known.words));
     }
+    for known in beside {
+        whole = whole.subcommand(clap::Command::new(known.name).about(known.about));
+    }
+    let shells = ["bash", "elvish", "fish", "powershell", "zsh"];
+    let own = command("completions", token::COMPLETIONS_ABOUT, token::TABLE, token::SHELL);
+    whole = whole.subcommand(own.mut_arg("rest", |arg| arg.value_parser(shells)));
     token::run_completions(whole, args)
 }
 
@@ -143,7 +167,7 @@ mod tests {
     #[test]
     fn a_word_that_is_no_command_is_answered_with_those_that_are() {
         for word in ["", "upp", "--once"] {
-            let exit = run(OsStr::new(word), Vec::new()).expect_err("no command");
+            let exit = run(OsStr::new(word), Vec::new(), &[]).expect_err("no command");
             assert_eq!(exit.code, EXIT_USAGE);
             assert!(exit.message.contains("up") && exit.message.contains("demo-engine"), "{exit}");
             assert_eq!(exit.message.lines().count(), 1, "{exit}");
@@ -152,7 +176,7 @@ mod tests {
 
     #[test]
     fn help_names_the_commands_and_the_version() {
-        let exit = run(OsStr::new("--help"), Vec::new()).expect_err("help ends the program");
+        let exit = run(OsStr::new("--help"), Vec::new(), &[]).expect_err("help ends the program");
         assert_eq!(exit.code, 0);
         for part in ["  up ", "  status ", "  demo-engine ", env!("CARGO_PKG_VERSION")] {
             assert!(exit.message.contains(part), "{part}: {exit}");

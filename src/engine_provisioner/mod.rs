@@ -11,13 +11,17 @@
 //! program: the engine then serves on, and its handoff names its pid for whoever watches.
 //!
 //! [`plan`] is pure and holds every rule about the configuration; [`run`](mod@run) does the work.
+//! [`models`] and [`source`] make ready what an engine needs before it can be started: the model, and
+//! where it is not installed, the engine's own program.
 
 use std::ffi::OsString;
 
 use crate::settings::{Exit, Settings};
 
+pub mod models;
 pub mod plan;
 pub mod run;
+pub mod source;
 
 /// Name of the program.
 pub const PROGRAM: &str = "engine-provisioner";
@@ -27,7 +31,12 @@ pub const PROGRAM: &str = "engine-provisioner";
 /// # Errors
 /// [`Exit`] with code 2 or 78 for what cannot be started as asked, 1 for an engine that failed, and
 /// 0 with the text of `--help` or `--version`.
-pub fn run(args: Vec<OsString>) -> Result<(), Exit> {
+pub fn run(mut args: Vec<OsString>) -> Result<(), Exit> {
+    match args.first().and_then(|word| word.to_str()) {
+        Some("models") => return models::command::run(args.split_off(1)),
+        Some("build") => return source::command::run(args.split_off(1)),
+        _ => {}
+    }
     let settings = Settings::read(
         PROGRAM,
         "Start an inference engine, wait for its health, write its handoff file, and stop it cleanly",
