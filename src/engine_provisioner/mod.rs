@@ -17,6 +17,7 @@ use std::ffi::OsString;
 use crate::settings::{Exit, Settings};
 
 pub mod plan;
+pub mod supervision;
 pub mod run;
 
 /// Name of the program.
