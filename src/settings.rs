@@ -153,12 +153,27 @@ impl Settings {
         args: impl IntoIterator<Item = OsString>,
         env: impl Fn(&str) -> Option<OsString>,
     ) -> Result<Settings, Exit> {
+        Settings::read_tables(program, about, &[table], rest, args, env)
+    }
+
+    /// The same for a program whose commands share some of their settings.
+    ///
+    /// # Errors
+    /// As [`Settings::read`].
+    pub fn read_tables(
+        program: &'static str,
+        about: &'static str,
+        tables: &[&'static [Setting]],
+        rest: Option<&'static str>,
+        args: impl IntoIterator<Item = OsString>,
+        env: impl Fn(&str) -> Option<OsString>,
+    ) -> Result<Settings, Exit> {
         let mut command = clap::Command::new(program)
             .about(about)
             .version(env!("CARGO_PKG_VERSION"))
             .no_binary_name(true)
             .disable_help_subcommand(true);
-        for setting in table {
+        for setting in tables.iter().copied().flatten() {
             command = command.arg(argument(setting));
         }
         if let Some(name) = rest {
@@ -182,7 +197,7 @@ impl Settings {
         if rest.is_some() {
             settings.rest = matches.remove_many("rest").map(Iterator::collect).unwrap_or_default();
         }
-        for setting in table {
+        for setting in tables.iter().copied().flatten() {
             if let Some(texts) = matches.remove_many::<String>(setting.flag) {
                 let text = texts.collect::<Vec<_>>().join(",");
                 settings.put(setting.flag, text, format!("--{}", setting.flag));

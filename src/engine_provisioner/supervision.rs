@@ -23,6 +23,7 @@
 //! The core starts nothing and asks no clock: it is handed [`Input`]s and the time, and returns [`Effect`]s.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use crate::time::{Mono, earliest};
 use crate::wire::id::ReplicaKey;
@@ -89,6 +90,8 @@ pub enum Seen {
     Soft(String),
     /// No connection, or one that broke.
     Hard(String),
+    /// This program could not ask: nothing is known.
+    Unknown(String),
 }
 
 /// What happened.
@@ -346,8 +349,9 @@ impl Supervision {
         }
     }
 
-    /// Panics where the state contradicts itself; for tests and debug builds.
-    pub fn check_invariants(&self) {
+    /// Panics where the state contradicts itself.
+    #[cfg(test)]
+    fn check_invariants(&self) {
         for (key, engine) in &self.engines {
             for id in engine.current.iter().chain(&engine.next) {
                 let instance = self.instances.get(id).expect("an engine's instance exists");
@@ -444,7 +448,7 @@ impl Supervision {
             Stage::Starting { probe_at, last, .. } => {
                 match seen {
                     Seen::Ready => out.push(Effect::Publish(id)),
-                    Seen::Soft(why) | Seen::Hard(why) => {
+                    Seen::Soft(why) | Seen::Hard(why) | Seen::Unknown(why) => {
                         *probe_at = Some(now.plus_ms(START_PROBE_MS));
                         *last = Some(why);
                     }
@@ -459,6 +463,7 @@ impl Supervision {
                         (*hard, *soft) = (0, 0);
                         return;
                     }
+                    Seen::Unknown(_) => return,
                     Seen::Soft(why) => {
                         *soft += 1;
                         (max > 0 && *soft + *hard >= max.saturating_mul(SOFT_FACTOR)).then_some(why)
@@ -731,5 +736,37 @@ impl Instance {
         // Probed once it was spawned.
         let stage = Stage::Starting { until: now.plus_ms(terms.start_ms), probe_at: None, last: None };
         Instance { key, terms, stage, published: false }
+    }
+}
+
+impl fmt::Display for Told {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Told::Serving(_) => f.write_str("serves"),
+            Told::Failed { reason, .. } => f.write_str(reason),
+            Told::PortLost => {
+                f.write_str("another process took its port: it is started again with another one")
+            }
+            Told::Storm(ms) => write!(
+                f,
+                "{} engines were started again within {} s: it waits {:.1} s more",
+                restarts::STORM_STARTS_MAX,
+                restarts::STORM_WINDOW_MS / 1_000,
+                *ms as f64 / 1e3
+            ),
+            Told::Replacing(Replace::Overlap) => {
+                f.write_str("its replacement is started beside it, and takes over once it serves")
+            }
+            Told::Replacing(Replace::StopFirst) => {
+                f.write_str("it is stopped to be replaced: there is no room for two")
+            }
+            Told::KeptOld(why) => write!(f, "its replacement failed, so the old one stays: {why}"),
+            Told::Replaced => f.write_str("its replacement serves; the old one finishes what it has"),
+            Told::DrainCut => f.write_str("requests still run at the end of the time that they were given"),
+            Told::Stubborn => f.write_str("it did not end after SIGTERM: it is sent another one"),
+            Told::Stuck => {
+                f.write_str("its process does not even react to SIGKILL, and still holds its memory")
+            }
+        }
     }
 }

@@ -36,12 +36,17 @@ impl Provisioner {
     pub(crate) fn start(root: &Path, flags: &[&str], command: &[impl AsRef<OsStr>]) -> Provisioner {
         let handoff_dir = root.join("engines");
         let mut child = Command::new(env!("CARGO_BIN_EXE_engine-provisioner"))
-            .args(["--pool", "pool-0", "--replica", "r0", "--report"])
+            .args(["run", "--pool", "pool-0", "--replica", "r0", "--report"])
+            // A test that wants an engine to be started again says so.
+            .args(if flags.contains(&"--restart=always") { None } else { Some("--restart=never") })
             .args(flags)
             .arg("--")
             .args(command)
             .env("ENGINE_PROVISIONER_HANDOFF_DIR", &handoff_dir)
             .env_remove("ENGINE_PROVISIONER_GPU_MASK")
+            .env_remove("LLORCH_REQUIRE_GPU")
+            // Where nobody listens: what runs on this machine is no part of a test.
+            .env("POOL_MANAGERD_URL", "http://127.0.0.1:1")
             .env_remove("RUST_LOG")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
