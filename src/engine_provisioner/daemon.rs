@@ -399,6 +399,7 @@ impl Daemon {
         let plan = Plan::new(&config, port).map_err(|exit| exit.message)?;
         let log = EngineLog::open(&config.log_file).map_err(|exit| exit.message)?;
         let cgroup = Cgroup::create(&format!("{}-{}-{id}", key.pool, key.replica));
+        let at_ns = crate::reactor::now().wall.0;
         let engine = Engine::spawn(&plan, &log.file, cgroup)?;
         // The time in milliseconds: of two engines that claim one name, the one that started later counts.
         let wall_ms = crate::reactor::now().wall.unix_ms();
@@ -411,7 +412,7 @@ impl Daemon {
             kept.remember(&config, &handoff, engine.cgroup())?;
         }
         log::info!("started {key} as pid {}, output in {}", engine.pid(), log.path.display());
-        self.report("spawned", Some(key), json!({"pid": engine.pid()}));
+        self.report("spawned", Some(key), json!({"pid": engine.pid(), "at_ns": at_ns}));
         self.add(id, config, plan, engine, log, handoff, now)
     }
 

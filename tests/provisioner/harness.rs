@@ -122,6 +122,11 @@ impl Provisioner {
         rustix::process::kill_process(pid(self.child.id()), signal).expect("the provisioner is there");
     }
 
+    /// Whether it ended, in whatever way.
+    pub(crate) fn is_gone(&mut self) -> bool {
+        self.child.try_wait().expect("a child can be waited for").is_some()
+    }
+
     /// Waits for its end: the exit code, and what it said on stderr.
     pub(crate) fn end(&mut self) -> (i32, String) {
         let status =
