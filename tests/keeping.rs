@@ -117,7 +117,7 @@ fn a_crash_loop_waits_longer_each_time_and_says_why() {
     provisioner.signal(Signal::TERM);
     let (code, said) = provisioner.end();
     assert_eq!(code, 0, "{said}");
-    assert!(said.contains("exit status 7") && said.contains("\n  out of memory"), "{said}");
+    assert!(said.contains("exit status 7") && said.contains("  out of memory\n"), "{said}");
     assert!(said.contains("started again in"), "{said}");
 }
 
@@ -256,6 +256,77 @@ fn kept_engines_are_taken_over_by_the_next_start() {
     until_group_is_gone(engine);
 }
 
+/// Serves HTTP, a request a connection: `say` is told the number, the request line and the body.
+fn answer(listener: &TcpListener, mut say: impl FnMut(usize, &str, &[u8]) -> (&'static str, String)) {
+    for (n, stream) in listener.incoming().map_while(Result::ok).enumerate() {
+        let mut reader = BufReader::new(stream);
+        let (mut first, mut length) = (String::new(), 0);
+        let _ = reader.read_line(&mut first);
+        loop {
+            let mut line = String::new();
+            if reader.read_line(&mut line).unwrap_or(0) <= 2 {
+                break;
+            }
+            if let Some(text) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+                length = text.trim().parse().expect("a number");
+            }
+        }
+        let mut body = vec![0; length];
+        reader.read_exact(&mut body).expect("a body");
+        let (status, text) = say(n, &first, &body);
+        let _ = write!(
+            reader.get_mut(),
+            "HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{text}",
+            text.len()
+        );
+    }
+}
+
+#[test]
+fn a_stop_waits_until_pool_managerd_says_that_the_replica_is_drained() {
+    let root = root();
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let flag = format!("--pool-managerd=http://{}", listener.local_addr().expect("bound"));
+    let mut provisioner = Provisioner::start(root.path(), &[&flag], &demo_engine(&[]));
+    let handoff = serve(&mut provisioner);
+    let (engine, file) = (provisioner.engine(), provisioner.handoff_file());
+    let (sender, asked) = channel();
+    thread::spawn(move || {
+        answer(&listener, |n, line, _| {
+            let lives = !group(engine).is_empty();
+            let _ = sender.send((line.trim_end().to_string(), lives && !file.exists()));
+            let replica = format!(r#"{{"replica_id":"r0","url":"{}","ready":false}}"#, handoff.url);
+            match n {
+                0..3 => ("200 OK", format!(r#"{{"pool_id":"pool-0","replicas":[{replica}]}}"#)),
+                _ => ("404 Not Found", "{}".into()),
+            }
+        });
+    });
+    provisioner.signal(Signal::TERM);
+    for _ in 0..4 {
+        let (line, is_withdrawn_and_lives) = asked.recv_timeout(PATIENCE).expect("a question");
+        assert_eq!(line, "GET /v2/pools/pool-0/status HTTP/1.1");
+        assert!(is_withdrawn_and_lives, "withdrawn first, ended last");
+    }
+    provisioner.event("stopped");
+    assert_eq!(provisioner.end().0, 0);
+}
+
+#[test]
+fn the_file_that_the_readme_shows_works_as_it_stands_there() {
+    let root = root();
+    let readme = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).expect("a README");
+    let (_, text) = readme.split_once("```toml\n").expect("an example");
+    let file = root.path().join("engines.toml");
+    fs::write(&file, text.split("```").next().expect("its end")).expect("written");
+    let up = Up::start(root.path(), &file);
+    for _ in 0..2 {
+        up.event("handoff_written", "");
+    }
+    let slots = |name| up.handoff(name).expect("written").slots;
+    assert_eq!((slots("chat-r0.json"), slots("chat-r1.json")), (4, 2));
+}
+
 #[test]
 fn a_place_that_is_notified_hears_of_the_handoff_until_it_takes_it() {
     let root = root();
@@ -263,29 +334,10 @@ fn a_place_that_is_notified_hears_of_the_handoff_until_it_takes_it() {
     let url = format!("http://{}/hook", listener.local_addr().expect("bound"));
     let (sender, bodies): (_, Receiver<Value>) = channel();
     thread::spawn(move || {
-        for (n, stream) in listener.incoming().map_while(Result::ok).enumerate() {
-            let mut reader = BufReader::new(stream);
-            let mut length = 0;
-            loop {
-                let mut line = String::new();
-                if reader.read_line(&mut line).unwrap_or(0) <= 2 {
-                    break;
-                }
-                if let Some(text) = line.to_ascii_lowercase().strip_prefix("content-length:") {
-                    length = text.trim().parse().expect("a number");
-                }
-            }
-            let mut body = vec![0; length];
-            reader.read_exact(&mut body).expect("a body");
-            let status = if n == 0 { "503 Busy" } else { "200 OK" };
-            let _ = write!(
-                reader.get_mut(),
-                "HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-            );
-            if sender.send(serde_json::from_slice(&body).expect("JSON")).is_err() {
-                return;
-            }
-        }
+        answer(&listener, |n, _, body| {
+            let _ = sender.send(serde_json::from_slice(body).expect("JSON"));
+            (if n == 0 { "503 Busy" } else { "200 OK" }, String::new())
+        });
     });
     let mut provisioner =
         Provisioner::start(root.path(), &[&format!("--notify={url}"), "--gpu=0"], &demo_engine(&[]));
@@ -319,6 +371,7 @@ impl Up {
             .arg(&directory)
             .env("POOL_MANAGERD_URL", "http://127.0.0.1:1")
             .env_remove("LLORCH_REQUIRE_GPU")
+            .env("PATH", Path::new(LLORCH).parent().expect("a directory"))
             .stdout(Stdio::piped())
             .spawn()
             .expect("the binary under test starts");

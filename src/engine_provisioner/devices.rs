@@ -142,3 +142,75 @@ pub fn free_bytes(config: &Config, gpus: &[Gpu]) -> u64 {
     };
     gpus.iter().filter(is_used).map(|gpu| gpu.free_bytes).sum()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    const GIB: u64 = 1 << 30;
+
+    fn gpus() -> Result<Vec<Gpu>, String> {
+        let gpu = |index, memory_bytes| Gpu {
+            index,
+            uuid: format!("GPU-{index}{index}{index}"),
+            name: "H100".into(),
+            memory_bytes,
+            free_bytes: memory_bytes / 2,
+        };
+        Ok(vec![gpu(0, 80 * GIB), gpu(1, 24 * GIB)])
+    }
+
+    /// An engine with a model of so many GiB, from what stands in its pool.
+    fn engine(pool: &str, model_gib: u64) -> Config {
+        let text = format!("[[pools]]\nid = \"p\"\nmodel = \"m\"\n{pool}");
+        let read = crate::engine_provisioner::file::read(text.as_bytes(), false, Path::new("d"));
+        let mut config = read.expect("a usable file").remove(0);
+        config.model_file = Some(("m".into(), model_gib * GIB));
+        config
+    }
+
+    #[test]
+    fn devices_are_held_against_those_of_the_machine() {
+        for (pool, model_gib, why) in [
+            ("devices = [0, 1]", 10, None),
+            ("devices = \"GPU0,GPU1\"", 10, None),
+            ("devices = \"GPU-111\"", 10, None),
+            ("devices = \"MIG-1\"", 10, None),
+            ("devices = []", 500, None),
+            ("", 500, None),
+            ("devices = [2]", 10, Some("this machine has: 0 (H100), 1 (H100)")),
+            ("devices = [0, 0]", 10, Some("named twice")),
+            ("devices = [1]", 25, Some("give it more devices")),
+            ("devices = [1]\nflags = [\"-ngl\", \"10\"]", 25, None),
+            ("devices = [0, 1]\ntensor_split = [0.8, 0.2]", 90, None),
+            ("devices = [0, 1]\ntensor_split = [0.5, 0.5]", 90, Some("change the tensor split")),
+            ("devices = [0, 1]\ntensor_split = [0.5, 0.4]", 1, Some("add up to 1")),
+            ("devices = [0, 1]\ntensor_split = [1.5, -0.5]", 1, Some("add up to 1")),
+            ("devices = [0, 1]\ntensor_split = [1.0]", 1, Some("give one a device")),
+        ] {
+            match (check(&engine(pool, model_gib), &gpus(), false), why) {
+                (Ok(()), None) => {}
+                (Err(error), Some(why)) => assert!(error.contains(why), "{pool}: {error}"),
+                other => panic!("{pool}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn without_a_driver_masks_are_believed_and_the_gate_is_shut() {
+        let none = Err("no NVIDIA driver".to_string());
+        assert_eq!(check(&engine("devices = [7]", 1), &none, false), Ok(()));
+        for (pool, gpus) in [
+            ("devices = [0]", none),
+            ("", Ok(vec![])),
+            ("devices = []", gpus()),
+            ("flags = [\"--gpu-layers=0\"]", gpus()),
+        ] {
+            let error = check(&engine(pool, 1), &gpus, true).expect_err(pool);
+            assert!(error.contains("GPU-only enforcement") && error.contains("--allow-cpu"), "{error}");
+        }
+        assert_eq!(check(&engine("devices = [0]", 1), &gpus(), true), Ok(()));
+        assert_eq!(free_bytes(&engine("devices = [0, 1]", 1), &gpus().expect("two")), 52 * GIB);
+    }
+}

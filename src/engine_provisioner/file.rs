@@ -347,7 +347,7 @@ mod tests {
         );
         assert!(line(&configs[1]).contains("--parallel 2"));
         assert_eq!((configs[1].slots, configs[1].device_mask.as_deref()), (Some(2), Some("1")));
-        assert_eq!(configs[1].env.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["A", "B"]);
+        assert_eq!(configs[1].env.keys().collect::<Vec<_>>(), ["A", "B"]);
         assert_eq!(line(&configs[2]), "vllm serve org/embed --port {port}");
         let same = super::read(
             &serde_json::to_vec(&toml::from_str::<Value>(FILE).expect("TOML")).expect("JSON"),
