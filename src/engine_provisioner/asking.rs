@@ -12,7 +12,6 @@ use crate::replicas::profile::Engine;
 use crate::replicas::{Facts, ProbeKind, ProbeOrder, ProbeOutcome};
 use crate::wire::handoff::Handoff;
 use crate::wire::id::ReplicaKey;
-use crate::wire::pool::PoolStatus;
 use crate::wire::url::BaseUrl;
 
 /// Longest health probe, in milliseconds. Engines have been seen to take almost 7 s for their first answer.
@@ -110,8 +109,10 @@ pub fn about_pool(agent: &BaseUrl, key: &ReplicaKey, token: Option<&str>) -> Out
 pub fn is_known(status: u16, body: &[u8], key: &ReplicaKey) -> Option<bool> {
     match status {
         200 => {
-            let pool: PoolStatus = serde_json::from_slice(body).ok()?;
-            Some(pool.replicas.iter().any(|replica| replica.replica_id == key.replica))
+            // Of any version: only the names matter.
+            let pool: Value = serde_json::from_slice(body).ok()?;
+            let replicas = pool["replicas"].as_array()?;
+            Some(replicas.iter().any(|replica| replica["replica_id"].as_str() == Some(key.replica.as_str())))
         }
         404 => Some(false),
         _ => None,
