@@ -4,7 +4,7 @@
 //! come first in every turn: a handoff must not outlive its engine. What may block for long (reading the
 //! configuration again, asking the GPU driver) is done on a thread of its own that lives for one reload.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ffi::OsString;
 use std::io;
 use std::net::{SocketAddr, TcpStream};
@@ -101,6 +101,8 @@ struct Daemon {
     /// The newest of every engine.
     newest: BTreeMap<ReplicaKey, SpecId>,
     next_spec: SpecId,
+    /// Engines whose last change failed: it is tried again at the next occasion.
+    to_retry: BTreeSet<ReplicaKey>,
     running: BTreeMap<InstanceId, Running>,
     watched: Table<Watched>,
     exchanges: BTreeMap<Token, About>,
@@ -159,6 +161,7 @@ pub(super) fn run(
         specs: BTreeMap::new(),
         newest: BTreeMap::new(),
         next_spec: 1,
+        to_retry: BTreeSet::new(),
         running: BTreeMap::new(),
         watched: Table::new(Kind::Process),
         exchanges: BTreeMap::new(),
@@ -286,7 +289,9 @@ impl Daemon {
             let key = config.key();
             let before = self.newest.get(&key).and_then(|spec| self.specs.get(spec));
             let is_first = before.is_none();
-            if before.is_some_and(|before| **before == config) && !replace_all {
+            let is_same = before.is_some_and(|before| **before == config);
+            let is_retried = self.to_retry.remove(&key);
+            if is_same && !replace_all && !is_retried {
                 continue;
             }
             let spec = self.next_spec;
@@ -705,6 +710,9 @@ impl Daemon {
 
     fn announce(&mut self, key: &ReplicaKey, told: &Told) {
         self.screen.clear();
+        if matches!(told, Told::KeptOld(_)) {
+            self.to_retry.insert(key.clone());
+        }
         let mut fields = json!({"reason": told.to_string()});
         let event = match told {
             Told::Serving(_) => {

@@ -30,8 +30,8 @@ const GRACE: Duration = Duration::from_secs(3);
 const LOOK: Duration = Duration::from_millis(20);
 /// Groups that it keeps at most: more engines than any machine runs.
 const GROUPS_MAX: usize = 1_024;
-/// Longest line that it reads, in bytes: numbers and a path.
-const LINE_BYTES_MAX: usize = 8 * 1024;
+/// Buffer for reading, in bytes: many lines of numbers and a path.
+const BUFFER_BYTES: usize = 8 * 1024;
 
 /// The provisioner's end of it.
 #[derive(Debug)]
@@ -120,7 +120,7 @@ pub(super) fn run() -> Result<(), Exit> {
             .map_err(|error| Exit::runtime(error.to_string()))?;
     }
     let mut groups = BTreeMap::new();
-    for line in BufReader::with_capacity(LINE_BYTES_MAX, io::stdin().lock()).lines().map_while(Result::ok) {
+    for line in BufReader::with_capacity(BUFFER_BYTES, io::stdin().lock()).lines().map_while(Result::ok) {
         take(&line, &mut groups);
     }
     end(&groups);

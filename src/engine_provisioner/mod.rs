@@ -86,7 +86,7 @@ pub fn run(mut args: Vec<OsString>) -> Result<(), Exit> {
 fn run_one(args: Vec<OsString>) -> Result<(), Exit> {
     let settings = Settings::read_tables(
         PROGRAM,
-        "Start an inference engine, wait for its health, write its handoff file, keep it, and stop it cleanly",
+        "Start an inference engine, wait for its health, write its handoff file, keep it, and stop it cleanly (`up`, `plan` and `check` do so for a file of many: see `help`)",
         &[plan::RUN_TABLE, options::TABLE],
         Some("COMMAND"),
         args,
