@@ -560,10 +560,10 @@ impl Daemon {
     fn publish(&mut self, id: InstanceId, now: Mono) -> Result<(), String> {
         let running = self.running.get_mut(&id).ok_or("its process is gone")?;
         let key = running.config.key();
-        let published = Published::write(&running.plan.handoff_file, &running.handoff)?;
+        let (published, at_ns) = Published::write(&running.plan.handoff_file, &running.handoff)?;
         running.published = Some(published);
         let (path, handoff) = (running.plan.handoff_file.clone(), running.handoff.clone());
-        self.report("handoff_written", Some(&key), json!({"path": path.to_string_lossy()}));
+        self.report("handoff_written", Some(&key), json!({"path": path.to_string_lossy(), "at_ns": at_ns}));
         log::info!("handed over in {}", path.display());
         // The file was its predecessor's until now.
         for (other, running) in &mut self.running {

@@ -5,6 +5,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use crate::reactor::now;
 use crate::service::machine::{boot_id, process};
 use crate::settings::Exit;
 use crate::wire::handoff::{self, HANDOFF_BYTES_MAX, Handoff, HandoffFile};
@@ -17,11 +18,11 @@ pub(super) struct Published {
 }
 
 impl Published {
-    /// Writes it.
+    /// Writes it. Returns when, in nanoseconds of the wall clock, too.
     ///
     /// # Errors
     /// What the file system says.
-    pub(super) fn write(file: &Path, handoff: &Handoff) -> Result<Published, String> {
+    pub(super) fn write(file: &Path, handoff: &Handoff) -> Result<(Published, u64), String> {
         let failed = |e: io::Error| format!("cannot write the handoff {}: {e}", file.display());
         // A dot-name, which no watcher reads; the pid keeps two writers apart.
         let temporary = file.with_file_name(format!(".{}.{}", handoff.file_name(), std::process::id()));
@@ -32,13 +33,16 @@ impl Published {
             out.set_permissions(fs::Permissions::from_mode(0o640))?;
             out.write_all(handoff.to_json().as_bytes())?;
             out.sync_all()?;
-            fs::rename(&temporary, file)
+            // Before anybody can see it: what others tell of it is measured from here.
+            let at_ns = now().wall.0;
+            fs::rename(&temporary, file)?;
+            Ok(at_ns)
         };
-        write().map_err(|error| {
+        let at_ns = write().map_err(|error| {
             let _ = fs::remove_file(&temporary);
             failed(error)
         })?;
-        Ok(Published { file: file.to_path_buf(), pid: handoff.pid })
+        Ok((Published { file: file.to_path_buf(), pid: handoff.pid }, at_ns))
     }
 
     /// The file speaks of another engine by now, and stays.
