@@ -106,7 +106,7 @@ pub fn slots(words: &[String]) -> Option<u32> {
     words.get(at + 1)?.parse().ok()
 }
 
-/// Flags of [`OURS`] among `flags`, which are not passed on.
+/// Those of `flags` whose value is the provisioner's to give.
 #[must_use]
 pub fn overruled(flags: &[String]) -> Vec<&'static str> {
     let names = flags.iter().filter_map(|word| canonical(word.split('=').next().unwrap_or_default()));

@@ -16,7 +16,7 @@
 //!                                           supervision
 //! ```
 //!
-//! [`supervision`] decides what becomes of engines, [`plan`], [`file`] and [`flags`] what is started; these,
+//! [`supervision`] decides what becomes of engines, [`plan`], [`mod@file`] and [`flags`] what is started; these,
 //! with `asking`, `notify` and `devices`, are pure. `daemon` is the loop that carries out.
 
 use std::ffi::OsString;
