@@ -187,8 +187,7 @@ impl Settings {
         args: impl IntoIterator<Item = OsString>,
         env: impl Fn(&str) -> Option<OsString>,
     ) -> Result<Settings, Exit> {
-        let words = rest.map_or(Words::None, Words::Behind);
-        Settings::read_words(program, about, table, words, args, env)
+        Settings::read_tables(program, about, &[table], rest, args, env)
     }
 
     /// As [`Settings::read`], with words of any kind; they are in [`Settings::rest`].
@@ -203,7 +202,37 @@ impl Settings {
         args: impl IntoIterator<Item = OsString>,
         env: impl Fn(&str) -> Option<OsString>,
     ) -> Result<Settings, Exit> {
-        let command = command(program, about, table, words).no_binary_name(true);
+        Settings::read_all(program, about, &[table], words, args, env)
+    }
+
+    /// As [`Settings::read`], for a program whose commands share some of their settings.
+    ///
+    /// # Errors
+    /// As [`Settings::read`].
+    pub fn read_tables(
+        program: &'static str,
+        about: &'static str,
+        tables: &[&'static [Setting]],
+        rest: Option<&'static str>,
+        args: impl IntoIterator<Item = OsString>,
+        env: impl Fn(&str) -> Option<OsString>,
+    ) -> Result<Settings, Exit> {
+        let words = rest.map_or(Words::None, Words::Behind);
+        Settings::read_all(program, about, tables, words, args, env)
+    }
+
+    fn read_all(
+        program: &'static str,
+        about: &'static str,
+        tables: &[&'static [Setting]],
+        words: Words,
+        args: impl IntoIterator<Item = OsString>,
+        env: impl Fn(&str) -> Option<OsString>,
+    ) -> Result<Settings, Exit> {
+        let (first, others) =
+            tables.split_first().map_or((&[][..], &[][..]), |(first, others)| (*first, others));
+        let arguments = others.iter().copied().flatten().map(argument);
+        let command = command(program, about, first, words).args(arguments).no_binary_name(true);
         let mut matches = command.try_get_matches_from(args).map_err(|error| {
             let text = error.render().to_string();
             match error.use_stderr() {
@@ -215,7 +244,7 @@ impl Settings {
         if words != Words::None {
             settings.rest = matches.remove_many("rest").map(Iterator::collect).unwrap_or_default();
         }
-        for setting in table {
+        for setting in tables.iter().copied().flatten() {
             if let Some(texts) = matches.remove_many::<String>(setting.flag) {
                 let text = texts.collect::<Vec<_>>().join(",");
                 settings.put(setting.flag, text, format!("--{}", setting.flag));

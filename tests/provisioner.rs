@@ -176,7 +176,7 @@ fn a_program_that_does_not_exist_is_named_in_one_line() {
     assert_eq!(code, 1);
     assert_eq!(
         said,
-        "engine-provisioner: the engine's program \"no-such-engine\" does not exist or is not in PATH\n"
+        "engine-provisioner: the engine's program \"no-such-engine\" does not exist or is not in PATH: install it, or give its path\n"
     );
     assert_eq!(provisioner.files(), [""; 0]);
 }

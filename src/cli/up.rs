@@ -423,6 +423,8 @@ impl Up {
         let (pool, replica) = REPLICA.split_once('/').unwrap_or((REPLICA, "r0"));
         let words = [
             "--report",
+            "--restart",
+            "never",
             "--pool",
             pool,
             "--replica",

@@ -1,56 +1,220 @@
-//! Starts one engine, waits until it is healthy, writes its handoff and stays with it.
+//! Starts engines, hands each over once it is healthy, and keeps them.
 //!
 //! The handoff file is the product: it appears once the engine answers its health path with 200, by
 //! a rename, so that a reader sees all of it or nothing; and it is gone before the engine is told to
-//! stop, so that nobody is routed to an engine on its way out. In between this program only waits:
-//! for a signal, or for the engine to end by itself, which is a failure.
+//! stop, so that nobody is routed to an engine on its way out. An engine that ends or breaks is withdrawn
+//! in the same moment and started again, in measure.
 //!
-//! The engine runs in a process group of its own, and the whole group is ended with it: engines are
-//! trees of processes whose children keep the GPU when only the parent is killed. Whatever goes
-//! wrong, nothing stays behind, neither process nor file. The one exception is a SIGKILL of this
-//! program: the engine then serves on, and its handoff names its pid for whoever watches.
+//! Each engine runs in a process group of its own, and the whole group is ended with it: engines are
+//! trees of processes whose children keep the GPU when only the parent is killed. Even a SIGKILL of this
+//! program leaves nothing behind, unless engines are to be taken over by its next start.
 //!
-//! [`plan`] is pure and holds every rule about the configuration; [`run`](mod@run) does the work.
+//! ```text
+//!   run -- CMD          plan ──┐                            ┌── guardian  (ends orphans)
+//!   up -c FILE   file, flags ──┼─ preflight ── daemon ──────┼── process, publish, output, kept
+//!   plan, check    devices ────┘                 │          └── asking, notify (over net)
+//!                                           supervision
+//! ```
+//!
+//! [`supervision`] decides what becomes of engines, [`plan`], [`mod@file`] and [`flags`] what is started; these,
+//! with `asking`, `notify` and `devices`, are pure. `daemon` is the loop that carries out.
 //! [`models`] and [`source`] make ready what an engine needs before it can be started: the model, and
 //! where it is not installed, the engine's own program.
 
 use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::settings::{Exit, Settings};
+use crate::service::auth::Scope;
+use crate::service::credentials::Credentials;
+use crate::settings::{Exit, Setting, Settings, flag};
+use options::Options;
+use plan::{Config, Plan};
 
+pub mod asking;
+mod daemon;
+pub mod devices;
+pub mod file;
+pub mod flags;
+mod gpus;
+mod guardian;
+mod kept;
+pub mod model_ref;
 pub mod models;
+pub mod notify;
+pub mod options;
+mod output;
 pub mod plan;
-pub mod run;
+mod preflight;
+mod process;
+mod progress;
+mod publish;
 pub mod source;
+pub mod supervision;
 
 /// Name of the program.
 pub const PROGRAM: &str = "engine-provisioner";
 
-/// The program: `args` without its name. Returns when the engine was stopped by a signal.
+/// What `up`, `plan` and `check` take beside the settings of the whole program.
+static FILE_TABLE: &[Setting] = &[flag("config", None, "FILE", "File that names the engines, TOML or JSON")];
+
+const USAGE: &str = "Commands:
+  run [FLAGS] -- COMMAND...   start one engine and keep it (`run` may be left out)
+  up -c FILE                  start and keep the engines of a file; SIGHUP reads it again
+  plan -c FILE                show what would be started
+  check -c FILE               say whether the file can be used here
+  models ACTION               fetch, list and remove models
+  build                       build an engine from source
+
+engine-provisioner COMMAND --help names the flags of each.";
+
+/// The program: `args` without its name. Returns when the engines were stopped by a signal.
 ///
 /// # Errors
 /// [`Exit`] with code 2 or 78 for what cannot be started as asked, 1 for an engine that failed, and
 /// 0 with the text of `--help` or `--version`.
 pub fn run(mut args: Vec<OsString>) -> Result<(), Exit> {
-    match args.first().and_then(|word| word.to_str()) {
-        Some("models") => return models::command::run(args.split_off(1)),
-        Some("build") => return source::command::run(args.split_off(1)),
-        _ => {}
+    let command = args.first().and_then(|word| word.to_str()).unwrap_or_default().to_string();
+    if !command.is_empty() && !command.starts_with('-') {
+        args.remove(0);
     }
-    let settings = Settings::read(
+    match command.as_str() {
+        guardian::COMMAND => guardian::run(),
+        gpus::COMMAND => gpus::print(),
+        "up" | "plan" | "check" => with_file(&command, args),
+        "run" => run_one(args),
+        "models" => models::command::run(args),
+        "build" => source::command::run(args),
+        "help" => Err(Exit { code: 0, message: USAGE.into() }),
+        word if word.is_empty() || word.starts_with('-') => run_one(args),
+        word => Err(Exit::usage(format!("unknown command {word:?}\n{USAGE}"))),
+    }
+}
+
+fn run_one(args: Vec<OsString>) -> Result<(), Exit> {
+    let settings = Settings::read_tables(
         PROGRAM,
-        "Start an inference engine, wait for its health, write its handoff file, and stop it cleanly",
-        plan::TABLE,
+        "Start an inference engine, wait for its health, write its handoff file, keep it, and stop it cleanly (`up`, `plan` and `check` do so for a file of many: see `help`)",
+        &[plan::RUN_TABLE, options::TABLE],
         Some("COMMAND"),
         args,
         |name| std::env::var_os(name),
     )?;
-    let config = plan::Config::from_settings(&settings)?;
+    let options = Options::from_settings(&settings)?;
+    let config = Config::from_settings(&settings, options.handoff_dir.clone())?;
+    let base = std::env::current_dir().unwrap_or_default();
+    keep(&settings, options, move || Ok((vec![config.clone()], base.clone())), true)
+}
+
+fn with_file(command: &str, args: Vec<OsString>) -> Result<(), Exit> {
+    // The one short flag, and a file without a flag.
+    let args = args.into_iter().map(|word| if word == "-c" { "--config".into() } else { word });
+    let settings = Settings::read_tables(
+        PROGRAM,
+        "Start, keep, show or check the engines that a file names",
+        &[FILE_TABLE, options::TABLE],
+        None,
+        args,
+        |name| std::env::var_os(name),
+    )?;
+    let path = settings
+        .get("config", plan::path)?
+        .ok_or_else(|| Exit::usage("the file is missing: name it with -c FILE"))?;
+    let options = Options::from_settings(&settings)?;
+    let handoff_dir = options.handoff_dir.clone();
+    let read = move || read_file(&path, &handoff_dir);
+    match command {
+        "up" => keep(&settings, options, read, false),
+        _ => show(&options, read()?, command == "plan"),
+    }
+}
+
+/// The engines of a file, and the directory from which its paths count.
+fn read_file(path: &Path, handoff_dir: &Path) -> Result<(Vec<Config>, PathBuf), Exit> {
+    let shown = path.display();
+    let cannot = |error: std::io::Error| Exit::config(format!("cannot read {shown}: {error}"));
+    let text = crate::service::durable::read(path).map_err(cannot)?;
+    let text = text.ok_or_else(|| Exit::config(format!("{shown} does not exist: correct -c")))?;
+    let is_json = path.extension().is_some_and(|extension| extension == "json");
+    let configs = file::read(&text, is_json, handoff_dir)
+        .map_err(|why| Exit::config(format!("{shown} is not usable: {why}")))?;
+    let absolute = std::path::absolute(path).map_err(cannot)?;
+    Ok((configs, absolute.parent().unwrap_or(Path::new("/")).to_path_buf()))
+}
+
+fn keep(
+    settings: &Settings,
+    options: Options,
+    read: impl Fn() -> Result<(Vec<Config>, PathBuf), Exit> + Send + Sync + 'static,
+    replace_all: bool,
+) -> Result<(), Exit> {
     let level = env_logger::Env::default().default_filter_or("info");
     // An error only says that a logger is there already.
     let _ = env_logger::Builder::from_env(level).try_init();
     for note in &settings.notes {
         log::warn!("{note}");
     }
-    run::supervise(&config)
+    let systemd = std::env::var_os("CREDENTIALS_DIRECTORY");
+    let mut notes = Vec::new();
+    let credentials = Credentials::read(settings, systemd, &[Scope::Node], &mut notes)?;
+    for note in notes {
+        log::warn!("{note}");
+    }
+    let prefix = prefix();
+    let (own, words, again) = (options.clone(), prefix.clone(), AtomicBool::new(false));
+    let prepare = move || {
+        let is_first = !again.swap(true, Ordering::Relaxed);
+        let (configs, base) = read()?;
+        let mut prepared = preflight::prepare(configs, &own, &base, &words, is_first)?;
+        prepared.replace_all = replace_all;
+        Ok(prepared)
+    };
+    daemon::run(options, credentials, prefix, Arc::new(prepare))
+}
+
+/// Words that make this executable an engine-provisioner: `llorch` holds several programs.
+fn prefix() -> Vec<OsString> {
+    let first = std::env::args_os().nth(1);
+    first.filter(|word| word == PROGRAM).into_iter().collect()
+}
+
+/// What would be started, or only whether it could be.
+#[allow(clippy::print_stdout, reason = "the command's job is to print")]
+fn show(options: &Options, read: (Vec<Config>, PathBuf), in_full: bool) -> Result<(), Exit> {
+    let (configs, base) = read;
+    let prepared = preflight::prepare(configs, options, &base, &prefix(), true)?;
+    for config in &prepared.configs {
+        if in_full {
+            // Free ports are chosen at the start; until then nobody can say more.
+            let plan = Plan::new(config, config.port.max(1))?;
+            let port = |text: String| match config.port {
+                0 => text.replace("127.0.0.1:1/", "127.0.0.1:PORT/"),
+                _ => text,
+            };
+            let words = plan.command.iter().zip(&config.command).map(|(word, template)| {
+                let has_port = config.port == 0 && template.to_string_lossy().contains("{port}");
+                if has_port {
+                    template.to_string_lossy().replace("{port}", "PORT")
+                } else {
+                    word.to_string_lossy().into_owned()
+                }
+            });
+            println!("{}", config.key());
+            println!("  command   {}", words.collect::<Vec<_>>().join(" "));
+            for (name, value) in &plan.env {
+                println!("  variable  {name}={value}");
+            }
+            println!("  health    {} within {} s", port(plan.health_url), config.start_ms() / 1_000);
+            if let Some((path, bytes)) = &config.model_file {
+                println!("  model     {} ({bytes} bytes)", path.display());
+            }
+            println!("  handoff   {}", plan.handoff_file.display());
+            println!("  output    {}", config.log_file.display());
+        }
+    }
+    if !in_full {
+        println!("{} engines can be started", prepared.configs.len());
+    }
+    Ok(())
 }

@@ -5,43 +5,77 @@
 //! variables added to its environment, and the handoff as far as it is known before there is a
 //! process. A request that cannot work is refused here, before anything is started.
 
+use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
-use crate::settings::{Exit, Setting, Settings, boolean, flag, number};
+use crate::replicas::probing::{MODEL_BYTES_PER_MS_MIN, MODEL_READING_MS_MAX, START_MS_MAX};
+use crate::settings::{Exit, Setting, Settings, flag, number};
 use crate::wire::handoff::{Handoff, SLOTS_MAX, TEXT_BYTES_MAX};
-use crate::wire::id::{PoolId, ReplicaId};
+use crate::wire::id::{PoolId, ReplicaId, ReplicaKey};
 use crate::wire::url::BaseUrl;
 
 /// Where engines listen: the safe default, which only this machine reaches.
 pub const HOST: &str = "127.0.0.1";
-/// Longest health timeout, in milliseconds: a day is more than the largest model needs to load.
-pub const HEALTH_TIMEOUT_MS_MAX: u64 = 24 * 3600 * 1000;
+/// Longest time that any step may be given, in milliseconds: a day is more than the largest model needs to
+/// load.
+pub const STEP_MS_MAX: u64 = 24 * 3600 * 1000;
+/// Shortest pause between health probes of an engine that serves, in milliseconds: llama-server looks for
+/// clients that left anew with each request, so a faster pace would keep it from noticing them.
+pub const HEALTH_EVERY_MS_MIN: u64 = 2_000;
 
-/// The settings of `engine-provisioner`.
-pub static TABLE: &[Setting] = &[
+/// What [`run`](super::run) takes beside the settings of the whole program.
+pub static RUN_TABLE: &[Setting] = &[
     flag("pool", Some("default"), "ID", "Pool that the engine joins"),
     flag("replica", Some("r0"), "ID", "Name of the engine within its pool"),
-    Setting {
-        flag: "handoff-dir",
-        env: "ENGINE_PROVISIONER_HANDOFF_DIR",
-        aliases: &[],
-        default: Some(".runtime/engines"),
-        value: "DIR",
-        help: "Directory of handoff files, the one that pool-managerd watches; created if missing",
-    },
-    flag("slots", Some("1"), "N", "Requests that the engine serves at once, 1 to 65536"),
-    flag("engine", Some("llamacpp"), "NAME", "Kind of engine: llamacpp, vllm, sglang, tgi"),
+    flag(
+        "slots",
+        None,
+        "N",
+        "Requests that the engine serves at once, 1 to 65536; without it as many as the engine says, or 1",
+    ),
+    flag("engine", Some("llamacpp"), "NAME", "Kind of engine: llamacpp, vllm, sglang, tgi, openai"),
     flag("engine-version", None, "TEXT", "Version of the engine, for display"),
-    flag("model", None, "NAME", "Model name; without it the engine is asked for its models"),
+    flag(
+        "model",
+        None,
+        "REF",
+        "Model: a path, file:PATH, or a name; fills {model}. Without it the engine is asked for its models",
+    ),
+    flag("model-name", None, "NAME", "Name that clients use, where it is not the model's own"),
     flag("port", Some("0"), "PORT", "Port that the engine listens on; 0 takes a free one"),
     flag("health-path", Some("/health"), "PATH", "Path that answers 200 once the engine can serve"),
     flag(
         "health-timeout-ms",
-        Some("120000"),
+        None,
         "MS",
-        "How long the engine may take to become healthy, 1 to 86400000 milliseconds",
+        "How long the engine may take to become healthy, 1 to 86400000 milliseconds; without it ten minutes, and more for a large model",
     ),
+    flag(
+        "health-interval-ms",
+        Some("5000"),
+        "MS",
+        "Pause between health probes once it serves, 2000 to 86400000 milliseconds",
+    ),
+    flag(
+        "health-failures",
+        Some("3"),
+        "N",
+        "Refused probes in a row (or twice as many slow ones or errors) that make it broken, 1 to 1000; 0 for never",
+    ),
+    flag(
+        "drain-ms",
+        Some("30000"),
+        "MS",
+        "How long running requests may take before the engine is stopped, 0 to 86400000 milliseconds",
+    ),
+    flag(
+        "stop-ms",
+        Some("4000"),
+        "MS",
+        "From SIGTERM to the second SIGTERM, 1 to 86400000 milliseconds; SIGKILL follows a second later",
+    ),
+    flag("restart", Some("always"), "WHEN", "Whether a failed engine is started again: always or never"),
     Setting {
         flag: "device-mask",
         env: "ENGINE_PROVISIONER_GPU_MASK",
@@ -50,6 +84,7 @@ pub static TABLE: &[Setting] = &[
         value: "MASK",
         help: "GPUs for the engine, such as 0 or 0,1: becomes its CUDA_VISIBLE_DEVICES",
     },
+    flag("gpu", None, "MASK", "The same, shorter"),
     flag("auth-file", None, "FILE", "File with the engine's own API key; its absolute path is handed over"),
     flag(
         "log-file",
@@ -57,11 +92,10 @@ pub static TABLE: &[Setting] = &[
         "FILE",
         "What the engine prints; without it POOL-REPLICA.log in `logs` beside the handoff directory",
     ),
-    flag("report", Some("false"), "BOOL", "Print what happens as JSON lines on standard output"),
 ];
 
-/// What the operator asked for.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What the operator asked for, of one engine.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Config {
     /// Directory of the handoff file.
     pub handoff_dir: PathBuf,
@@ -69,28 +103,44 @@ pub struct Config {
     pub pool_id: PoolId,
     /// The replica that is started.
     pub replica_id: ReplicaId,
-    /// Requests that it serves at once.
-    pub slots: u32,
+    /// Requests that it serves at once, where the operator says it.
+    pub slots: Option<u32>,
     /// Kind of engine.
     pub engine: String,
     /// Its version, for display.
     pub engine_version: Option<String>,
-    /// Model name as clients use it.
+    /// Model as the operator names it: a reference or a name.
     pub model: Option<String>,
+    /// Model name as clients use it.
+    pub model_name: Option<String>,
+    /// Where the model lies, once that is known, and its size in bytes.
+    pub model_file: Option<(PathBuf, u64)>,
     /// Port of the engine; 0 for one that the kernel picks.
     pub port: u16,
     /// Path that answers 200 once the engine can serve.
     pub health_path: String,
-    /// Longest time from start to health, in milliseconds.
-    pub health_timeout_ms: u64,
+    /// Longest time from start to health, in milliseconds, where the operator says it.
+    pub health_timeout_ms: Option<u64>,
+    /// Pause between probes of a serving engine, in milliseconds.
+    pub health_every_ms: u64,
+    /// Refused probes in a row that make it broken; 0 for never.
+    pub health_failures: u32,
+    /// How long its requests may take at its end, in milliseconds.
+    pub drain_ms: u64,
+    /// From SIGTERM to the second one, in milliseconds.
+    pub stop_ms: u64,
+    /// Whether it is started again when it failed.
+    pub restart: bool,
     /// GPUs, as `CUDA_VISIBLE_DEVICES` says it.
     pub device_mask: Option<String>,
+    /// The share of the model that each of them takes.
+    pub tensor_split: Vec<f64>,
     /// File with the engine's API key.
     pub auth_file: Option<String>,
     /// Where the engine's output goes.
     pub log_file: PathBuf,
-    /// Whether events are printed on standard output.
-    pub report: bool,
+    /// Further variables of its environment.
+    pub env: BTreeMap<String, String>,
     /// Program and arguments, placeholders and all; never empty.
     pub command: Vec<OsString>,
 }
@@ -101,7 +151,7 @@ pub struct Plan {
     /// Program and arguments.
     pub command: Vec<OsString>,
     /// Variables set in the engine's environment, beyond those inherited.
-    pub env: Vec<(&'static str, String)>,
+    pub env: Vec<(String, String)>,
     /// Where the engine will answer its health probe.
     pub health_url: String,
     /// The handoff, but for `pid`, `pid_start`, `boot_id` and `generation`, which only a running
@@ -112,30 +162,42 @@ pub struct Plan {
 }
 
 impl Config {
-    /// Reads and checks the settings of [`TABLE`] and the words after `--`.
+    /// Reads and checks the settings of [`RUN_TABLE`] and the words after `--`.
     ///
     /// # Errors
     /// [`Exit`] with code 78 (2 for a missing command) and one line that names what is not usable.
-    pub fn from_settings(settings: &Settings) -> Result<Config, Exit> {
+    pub fn from_settings(settings: &Settings, handoff_dir: PathBuf) -> Result<Config, Exit> {
         let id_error = |e: crate::wire::id::IdError| e.to_string();
         let pool_id = settings.need("pool", |s| PoolId::new(s).map_err(id_error))?;
         let replica_id = settings.need("replica", |s| ReplicaId::new(s).map_err(id_error))?;
-        let handoff_dir = settings.need("handoff-dir", path)?;
         let log_file = match settings.get("log-file", path)? {
             Some(file) => file,
             None => default_log_file(&handoff_dir, &pool_id, &replica_id),
         };
+        let device_mask = match settings.get("gpu", device_mask)? {
+            Some(mask) => Some(mask),
+            None => settings.get("device-mask", device_mask)?,
+        };
+        let step = |min| number(min, STEP_MS_MAX);
         let config = Config {
-            slots: narrow(settings.need("slots", number(1, SLOTS_MAX.into()))?),
+            slots: settings.get("slots", number(1, SLOTS_MAX.into()))?.map(narrow),
             engine: settings.need("engine", text)?,
             engine_version: settings.get("engine-version", text)?,
             model: settings.get("model", text)?,
+            model_name: settings.get("model-name", text)?,
+            model_file: None,
             port: narrow(settings.need("port", number(0, u16::MAX.into()))?),
             health_path: settings.need("health-path", health_path)?,
-            health_timeout_ms: settings.need("health-timeout-ms", number(1, HEALTH_TIMEOUT_MS_MAX))?,
-            device_mask: settings.get("device-mask", device_mask)?,
+            health_timeout_ms: settings.get("health-timeout-ms", step(1))?,
+            health_every_ms: settings.need("health-interval-ms", step(HEALTH_EVERY_MS_MIN))?,
+            health_failures: narrow(settings.need("health-failures", number(0, 1_000))?),
+            drain_ms: settings.need("drain-ms", step(0))?,
+            stop_ms: settings.need("stop-ms", step(1))?,
+            restart: settings.need("restart", restart)?,
+            device_mask,
+            tensor_split: Vec::new(),
             auth_file: settings.get("auth-file", absolute)?,
-            report: settings.need("report", boolean)?,
+            env: BTreeMap::new(),
             command: settings.rest.clone(),
             handoff_dir,
             pool_id,
@@ -146,7 +208,40 @@ impl Config {
         Ok(config)
     }
 
-    fn check_command(&self) -> Result<(), Exit> {
+    /// The replica that it describes.
+    #[must_use]
+    pub fn key(&self) -> ReplicaKey {
+        ReplicaKey { pool: self.pool_id.clone(), replica: self.replica_id.clone() }
+    }
+
+    /// Longest time from start to health, in milliseconds: a large model takes longer to read.
+    #[must_use]
+    pub fn start_ms(&self) -> u64 {
+        let reading_ms = self.model_file.as_ref().map_or(0, |(_, bytes)| bytes / MODEL_BYTES_PER_MS_MIN);
+        self.health_timeout_ms.unwrap_or(START_MS_MAX + reading_ms.min(MODEL_READING_MS_MAX))
+    }
+
+    /// The name that clients use for its model, where it is known before the engine is asked.
+    #[must_use]
+    pub fn shown_model(&self) -> Option<String> {
+        let stem = |path: &Path| path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
+        self.model_name
+            .clone()
+            .or_else(|| self.model_file.as_ref().and_then(|(path, _)| stem(path)))
+            .or_else(|| self.model.clone())
+    }
+
+    /// The mask's devices.
+    #[must_use]
+    pub fn devices(&self) -> Vec<&str> {
+        self.device_mask.iter().flat_map(|mask| mask.split(',')).map(str::trim).collect()
+    }
+
+    /// Whether the command can work at all.
+    ///
+    /// # Errors
+    /// [`Exit`] with what is missing in it.
+    pub(super) fn check_command(&self) -> Result<(), Exit> {
         if self.command.first().is_none_or(|program| program.is_empty()) {
             return Err(Exit::usage(
                 "the engine's command is missing: put it after `--`, for example -- llama-server -m model.gguf --port {port}",
@@ -172,19 +267,23 @@ impl Plan {
     /// [`Exit`] with code 78 for a port that makes no URL (0).
     pub fn new(config: &Config, port: u16) -> Result<Plan, Exit> {
         let url = BaseUrl::new(&format!("http://{HOST}:{port}")).map_err(|e| Exit::config(e.to_string()))?;
-        let model = config.model.as_deref().unwrap_or_default();
+        let model = match &config.model_file {
+            Some((path, _)) => path.to_string_lossy().into_owned(),
+            None => config.model.clone().unwrap_or_default(),
+        };
+        let slots = config.slots.unwrap_or(1);
         let handoff = Handoff {
             pool_id: config.pool_id.clone(),
             replica_id: config.replica_id.clone(),
             engine: config.engine.clone(),
             engine_version: config.engine_version.clone(),
-            slots: config.slots,
+            slots,
             slots_given: true,
-            model_bytes: None,
-            slots_free: config.slots,
+            model_bytes: config.model_file.as_ref().map(|(_, bytes)| *bytes),
+            slots_free: slots,
             ready: true,
             device_mask: config.device_mask.clone(),
-            models: config.model.iter().cloned().collect(),
+            models: config.shown_model().into_iter().collect(),
             pid: None,
             pid_start: None,
             boot_id: None,
@@ -194,9 +293,12 @@ impl Plan {
             auth_file: config.auth_file.clone(),
             url,
         };
+        let mut env: Vec<(String, String)> = config.env.clone().into_iter().collect();
+        env.extend(config.device_mask.iter().map(|mask| ("CUDA_VISIBLE_DEVICES".into(), mask.clone())));
+        let fill = |word: &OsString| fill_in(word, port, &model, config.slots);
         Ok(Plan {
-            command: config.command.iter().map(|word| fill_in(word, port, model)).collect(),
-            env: config.device_mask.iter().map(|mask| ("CUDA_VISIBLE_DEVICES", mask.clone())).collect(),
+            command: config.command.iter().map(fill).collect(),
+            env,
             health_url: format!("{}{}", handoff.url, config.health_path),
             handoff_file: config.handoff_dir.join(handoff.file_name()),
             handoff,
@@ -205,25 +307,28 @@ impl Plan {
 }
 
 /// The model's name goes in last: braces in it are its own. A word that is not UTF-8 stays as it is.
-fn fill_in(word: &OsStr, port: u16, model: &str) -> OsString {
+fn fill_in(word: &OsStr, port: u16, model: &str, slots: Option<u32>) -> OsString {
     match word.to_str() {
-        Some(text) => {
-            text.replace("{port}", &port.to_string()).replace("{host}", HOST).replace("{model}", model).into()
-        }
+        Some(text) => text
+            .replace("{port}", &port.to_string())
+            .replace("{host}", HOST)
+            .replace("{slots}", &slots.unwrap_or(1).to_string())
+            .replace("{model}", model)
+            .into(),
         None => word.to_os_string(),
     }
 }
 
-fn default_log_file(handoff_dir: &Path, pool: &PoolId, replica: &ReplicaId) -> PathBuf {
+pub(super) fn default_log_file(handoff_dir: &Path, pool: &PoolId, replica: &ReplicaId) -> PathBuf {
     handoff_dir.parent().unwrap_or(handoff_dir).join("logs").join(format!("{pool}-{replica}.log"))
 }
 
 /// `number` has checked the range; the ends of it are those of `T`.
-fn narrow<T: TryFrom<u64> + Default>(checked: u64) -> T {
+pub(super) fn narrow<T: TryFrom<u64> + Default>(checked: u64) -> T {
     T::try_from(checked).unwrap_or_default()
 }
 
-fn text(text: &str) -> Result<String, String> {
+pub(super) fn text(text: &str) -> Result<String, String> {
     let good = (1..=TEXT_BYTES_MAX).contains(&text.len()) && !text.chars().any(char::is_control);
     if good {
         Ok(text.to_string())
@@ -232,15 +337,23 @@ fn text(text: &str) -> Result<String, String> {
     }
 }
 
-fn path(text: &str) -> Result<PathBuf, String> {
+pub(super) fn path(text: &str) -> Result<PathBuf, String> {
     if text.is_empty() { Err("a path is needed".into()) } else { Ok(text.into()) }
 }
 
-fn absolute(path: &str) -> Result<String, String> {
+pub(super) fn absolute(path: &str) -> Result<String, String> {
     if path.starts_with('/') { text(path) } else { Err("allowed is an absolute path".into()) }
 }
 
-fn health_path(path: &str) -> Result<String, String> {
+fn restart(text: &str) -> Result<bool, String> {
+    match text {
+        "always" => Ok(true),
+        "never" => Ok(false),
+        _ => Err("allowed are always and never".into()),
+    }
+}
+
+pub(super) fn health_path(path: &str) -> Result<String, String> {
     let good = path.starts_with('/')
         && path.len() <= TEXT_BYTES_MAX
         && path.bytes().all(|b| b.is_ascii_graphic() && b != b'#');
@@ -248,7 +361,7 @@ fn health_path(path: &str) -> Result<String, String> {
 }
 
 /// Numbers and UUIDs (`GPU-...`, `MIG-...`), separated by commas.
-fn device_mask(mask: &str) -> Result<String, String> {
+pub(super) fn device_mask(mask: &str) -> Result<String, String> {
     let device = |name: &str| {
         !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'/' | b'_'))
     };
@@ -267,7 +380,8 @@ mod tests {
     fn config(args: &[&str]) -> Result<Config, Exit> {
         let args = args.iter().map(OsString::from);
         let none = |_: &str| None;
-        Config::from_settings(&Settings::read("t", "about", TABLE, Some("COMMAND"), args, none)?)
+        let settings = Settings::read("t", "about", RUN_TABLE, Some("COMMAND"), args, none)?;
+        Config::from_settings(&settings, "run/engines".into())
     }
 
     fn words(plan: &Plan) -> Vec<&str> {
@@ -278,7 +392,6 @@ mod tests {
     fn the_port_and_the_model_reach_the_command_and_the_handoff() {
         let config = config(&[
             "--pool=pool-0",
-            "--handoff-dir=run/engines",
             "--slots=4",
             "--model=m{host}",
             "--device-mask=0,1",
@@ -297,7 +410,7 @@ mod tests {
             words(&plan),
             ["llama-server", "--port", "4711", "--host=127.0.0.1", "-a", "m{host}", "{other}"]
         );
-        assert_eq!(plan.env, [("CUDA_VISIBLE_DEVICES", "0,1".to_string())]);
+        assert_eq!(plan.env, [("CUDA_VISIBLE_DEVICES".to_string(), "0,1".to_string())]);
         assert_eq!(plan.health_url, "http://127.0.0.1:4711/health");
         assert_eq!(plan.handoff_file, Path::new("run/engines/pool-0-r0.json"));
         assert_eq!(config.log_file, Path::new("run/logs/pool-0-r0.log"));
@@ -324,6 +437,8 @@ mod tests {
             (&["--slots=0", "--", "e", "{port}"], 78, "--slots=\"0\""),
             (&["--pool=../x", "--", "e", "{port}"], 78, "not an id"),
             (&["--health-path=health", "--", "e", "{port}"], 78, "/health"),
+            (&["--restart=sometimes", "--", "e", "{port}"], 78, "always and never"),
+            (&["--health-interval-ms=1", "--", "e", "{port}"], 78, "2000"),
             (&["--health-timeout-ms=0", "--", "e", "{port}"], 78, "--health-timeout-ms"),
             (&["--device-mask=0;rm", "--", "e", "{port}"], 78, "--device-mask"),
             (&["--device-mask=0,", "--", "e", "{port}"], 78, "--device-mask"),

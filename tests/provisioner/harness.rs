@@ -36,12 +36,17 @@ impl Provisioner {
     pub(crate) fn start(root: &Path, flags: &[&str], command: &[impl AsRef<OsStr>]) -> Provisioner {
         let handoff_dir = root.join("engines");
         let mut child = Command::new(env!("CARGO_BIN_EXE_engine-provisioner"))
-            .args(["--pool", "pool-0", "--replica", "r0", "--report"])
+            .args(["run", "--pool", "pool-0", "--replica", "r0", "--report"])
+            // A test that wants an engine to be started again says so.
+            .args(if flags.contains(&"--restart=always") { None } else { Some("--restart=never") })
             .args(flags)
             .arg("--")
             .args(command)
             .env("ENGINE_PROVISIONER_HANDOFF_DIR", &handoff_dir)
             .env_remove("ENGINE_PROVISIONER_GPU_MASK")
+            .env_remove("LLORCH_REQUIRE_GPU")
+            // Where nobody listens: what runs on this machine is no part of a test.
+            .env("POOL_MANAGERD_URL", "http://127.0.0.1:1")
             .env_remove("RUST_LOG")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -115,6 +120,11 @@ impl Provisioner {
     /// Sends the provisioner a signal.
     pub(crate) fn signal(&self, signal: Signal) {
         rustix::process::kill_process(pid(self.child.id()), signal).expect("the provisioner is there");
+    }
+
+    /// Whether it ended, in whatever way.
+    pub(crate) fn is_gone(&mut self) -> bool {
+        self.child.try_wait().expect("a child can be waited for").is_some()
     }
 
     /// Waits for its end: the exit code, and what it said on stderr.

@@ -1,0 +1,169 @@
+//! The settings of the whole program, whichever engines it keeps. PURE.
+
+use std::path::PathBuf;
+
+use super::plan::path;
+use crate::service::credentials;
+use crate::settings::{Exit, Setting, Settings, boolean, flag};
+use crate::wire::url::BaseUrl;
+
+/// Most places that are notified.
+const NOTIFY_MAX: usize = 8;
+
+/// Settings that every command takes.
+pub static TABLE: &[Setting] = &[
+    Setting {
+        flag: "handoff-dir",
+        env: "ENGINE_PROVISIONER_HANDOFF_DIR",
+        aliases: &[],
+        default: Some(".runtime/engines"),
+        value: "DIR",
+        help: "Directory of handoff files, the one that pool-managerd watches; created if missing",
+    },
+    Setting {
+        flag: "state-dir",
+        env: "ENGINE_PROVISIONER_STATE_DIR",
+        aliases: &[],
+        default: None,
+        value: "DIR",
+        help: "What --orphans=keep remembers of running engines; without it `provisioner` beside the handoff directory",
+    },
+    Setting {
+        flag: "orphans",
+        env: "ENGINE_PROVISIONER_ORPHANS",
+        aliases: &[],
+        default: Some("end"),
+        value: "FATE",
+        help: "What becomes of engines when this program is killed outright: end, or keep to take them over at its next start",
+    },
+    Setting {
+        flag: "pool-managerd",
+        env: "POOL_MANAGERD_URL",
+        aliases: &[],
+        default: Some("http://127.0.0.1:9200"),
+        value: "URL",
+        help: "Who is asked whether a withdrawn replica is drained; where nobody answers, the engine's connections tell",
+    },
+    Setting {
+        flag: "notify",
+        env: "ENGINE_PROVISIONER_NOTIFY",
+        aliases: &[],
+        default: None,
+        value: "URL,...",
+        help: "Where handoffs are posted too: a pool-managerd that does not see the directory, or any URL with a path",
+    },
+    credentials::API_TOKEN,
+    credentials::API_TOKEN_FILE,
+    credentials::NODE_TOKEN,
+    credentials::NODE_TOKEN_FILE,
+    Setting {
+        flag: "require-gpu",
+        env: "LLORCH_REQUIRE_GPU",
+        aliases: &[],
+        default: Some("false"),
+        value: "BOOL",
+        help: "Refuse machines without a GPU, and engines that would compute on the CPU",
+    },
+    Setting {
+        flag: "allow-cpu",
+        env: "LLORCH_ALLOW_CPU",
+        aliases: &[],
+        default: Some("false"),
+        value: "BOOL",
+        help: "Lift --require-gpu again, for tests with engines that stand in",
+    },
+    flag("report", Some("false"), "BOOL", "Print what happens as JSON lines on standard output"),
+];
+
+/// What becomes of engines whose keeper is killed outright.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Orphans {
+    /// They are ended.
+    End,
+    /// They go on, and are taken over at the next start.
+    Keep,
+}
+
+/// What the operator asked for, of the whole program.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Directory of the handoff files.
+    pub handoff_dir: PathBuf,
+    /// What is remembered of running engines.
+    pub state_dir: PathBuf,
+    /// What becomes of them when this program is killed.
+    pub orphans: Orphans,
+    /// Who knows whether a replica is drained.
+    pub pool_managerd: BaseUrl,
+    /// Who is told of handoffs.
+    pub notify: Vec<BaseUrl>,
+    /// Whether engines must compute on GPUs.
+    pub require_gpu: bool,
+    /// Whether events are printed on standard output.
+    pub report: bool,
+}
+
+impl Options {
+    /// Reads and checks the settings of [`TABLE`].
+    ///
+    /// # Errors
+    /// [`Exit`] with code 78 and one line that names what is not usable.
+    pub fn from_settings(settings: &Settings) -> Result<Options, Exit> {
+        let handoff_dir = settings.need("handoff-dir", path)?;
+        let beside = handoff_dir.parent().unwrap_or(&handoff_dir).join("provisioner");
+        Ok(Options {
+            state_dir: settings.get("state-dir", path)?.unwrap_or(beside),
+            orphans: settings.need("orphans", |text| match text {
+                "end" => Ok(Orphans::End),
+                "keep" => Ok(Orphans::Keep),
+                _ => Err("allowed are end and keep".to_string()),
+            })?,
+            pool_managerd: settings.need("pool-managerd", peer)?,
+            notify: settings.get("notify", peers)?.unwrap_or_default(),
+            require_gpu: settings.need("require-gpu", boolean)? && !settings.need("allow-cpu", boolean)?,
+            report: settings.need("report", boolean)?,
+            handoff_dir,
+        })
+    }
+}
+
+fn peers(text: &str) -> Result<Vec<BaseUrl>, String> {
+    let all: Vec<BaseUrl> = text.split(',').map(str::trim).map(peer).collect::<Result<_, _>>()?;
+    if all.len() > NOTIFY_MAX { Err(format!("at most {NOTIFY_MAX} URLs are allowed")) } else { Ok(all) }
+}
+
+fn peer(text: &str) -> Result<BaseUrl, String> {
+    let url = BaseUrl::new(text).map_err(|why| why.to_string())?;
+    if url.https() { Err("allowed is an http:// URL: https is not spoken here".into()) } else { Ok(url) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(args: &[&str]) -> Result<Options, Exit> {
+        let args = args.iter().map(std::ffi::OsString::from);
+        Options::from_settings(&Settings::read("t", "about", TABLE, None, args, |_| None)?)
+    }
+
+    #[test]
+    fn the_gate_is_closed_by_one_setting_and_opened_by_another() {
+        assert!(!read(&[]).expect("defaults").require_gpu);
+        assert!(read(&["--require-gpu"]).expect("usable").require_gpu);
+        assert!(!read(&["--require-gpu", "--allow-cpu"]).expect("usable").require_gpu);
+    }
+
+    #[test]
+    fn what_is_not_usable_is_named() {
+        for (flag, why) in [
+            ("--orphans=adopt", "end and keep"),
+            ("--notify=https://a", "https is not spoken"),
+            ("--notify=http://a,b", "--notify"),
+            ("--pool-managerd=9200", "--pool-managerd"),
+        ] {
+            let exit = read(&[flag]).expect_err(why);
+            assert!(exit.code == 78 && exit.message.contains(why), "{exit}");
+        }
+        assert_eq!(read(&["--notify=http://a,http://b:1/x"]).expect("usable").notify.len(), 2);
+    }
+}

@@ -1,0 +1,174 @@
+//! What is looked at before anything is started: program, port, model, directories, GPUs.
+//!
+//! Whatever can be known to fail is refused here, with what to do about it, and nothing has happened yet.
+
+use std::fs;
+use std::io;
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use super::devices::{self, Gpu};
+use super::gpus;
+use super::model_ref;
+use super::options::{Options, Orphans};
+use super::plan::{Config, HOST, Plan};
+use super::publish::{create_directory, refuse_a_living_predecessor};
+use crate::replicas::probe;
+use crate::replicas::profile::Engine as Profile;
+use crate::service::machine;
+use crate::settings::Exit;
+
+/// Room that handoffs, logs and state need at least, in bytes: a full disk is found out about before an
+/// engine was loaded for minutes.
+const DISK_BYTES_MIN: u64 = 1 << 20;
+
+/// Engines that may be started.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    /// Each with its model found.
+    pub(super) configs: Vec<Config>,
+    /// Memory of GPUs that nobody uses, where there is a driver: the least of what any engine's GPUs have.
+    pub(super) free_vram_bytes: Option<u64>,
+    /// Whether those that did not change are replaced too.
+    pub(super) replace_all: bool,
+}
+
+/// Looks at everything. `is_first`: nothing of it runs yet.
+///
+/// # Errors
+/// [`Exit`] for the first thing that cannot work.
+pub(super) fn prepare(
+    mut configs: Vec<Config>,
+    options: &Options,
+    base: &Path,
+    prefix: &[std::ffi::OsString],
+    is_first: bool,
+) -> Result<Prepared, Exit> {
+    for (at, config) in configs.iter().enumerate() {
+        if let Some(other) = configs[..at].iter().find(|other| other.port == config.port && config.port != 0)
+        {
+            return Err(Exit::config(format!(
+                "{} and {} have the same port {}: give each its own, or none",
+                other.key(),
+                config.key(),
+                config.port
+            )));
+        }
+    }
+    for config in &mut configs {
+        let program = find_program(config)?;
+        if let Some(reference) = config.model.as_deref().filter(|text| model_ref::is_reference(text)) {
+            config.model_file = Some(model_ref::resolve(reference, base).map_err(Exit::config)?);
+        }
+        if let Some(file) = &config.auth_file {
+            probe::read_key(file).map_err(|why| Exit::config(format!("{}: {why}", config.key())))?;
+        }
+        if is_first {
+            let port = choose_port(config.port)?;
+            if options.orphans == Orphans::End {
+                refuse_a_living_predecessor(&Plan::new(config, port)?.handoff_file)?;
+            }
+        }
+        let is_llama = Profile::named(&config.engine) == Profile::LlamaCpp;
+        if options.require_gpu && is_llama && gpus::lists_devices(&program) == Some(false) {
+            return Err(Exit::config(format!(
+                "GPU-only enforcement: {} was built for the CPU alone; build it with -DGGML_CUDA=ON, or lift the rule for a test with --allow-cpu",
+                program.display()
+            )));
+        }
+    }
+    let mut free_vram_bytes = None;
+    if options.require_gpu || configs.iter().any(|config| config.device_mask.is_some()) {
+        let found: Result<Vec<Gpu>, String> = gpus::read(prefix);
+        for config in &configs {
+            devices::check(config, &found, options.require_gpu).map_err(Exit::config)?;
+        }
+        if let Ok(gpus) = &found {
+            let masked = configs.iter().filter(|config| config.device_mask.is_some());
+            free_vram_bytes = masked.map(|config| devices::free_bytes(config, gpus)).min();
+        }
+    }
+    create_directory(&options.handoff_dir)?;
+    has_room(&options.handoff_dir)?;
+    Ok(Prepared { configs, free_vram_bytes, replace_all: false })
+}
+
+/// The program as the kernel would find it.
+fn find_program(config: &Config) -> Result<PathBuf, Exit> {
+    let word = config.command.first().cloned().unwrap_or_default();
+    let shown = word.to_string_lossy().into_owned();
+    let is_executable = |path: &Path| {
+        fs::metadata(path).is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0)
+    };
+    let path = PathBuf::from(&word);
+    if shown.contains('/') {
+        return match fs::metadata(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Err(Exit::runtime(format!("the engine's program {shown:?} does not exist: correct its path")))
+            }
+            _ if is_executable(&path) => Ok(path),
+            _ => Err(Exit::runtime(format!(
+                "the engine's program {shown:?} may not be executed: it needs to be a file with mode +x"
+            ))),
+        };
+    }
+    let directories = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&directories).map(|directory| directory.join(&path)).find(|path| is_executable(path)).ok_or_else(
+        || {
+            Exit::runtime(format!(
+                "the engine's program {shown:?} does not exist or is not in PATH: install it, or give its path"
+            ))
+        },
+    )
+}
+
+/// Whether a handoff can be written there.
+fn has_room(directory: &Path) -> Result<(), Exit> {
+    let shown = directory.display();
+    let trial = directory.join(format!(".trial.{}", std::process::id()));
+    let tried = fs::write(&trial, b"{}");
+    let _ = fs::remove_file(&trial);
+    if let Err(error) = tried {
+        let advice = match error.kind() {
+            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+                "give this user the right to write there, or another --handoff-dir"
+            }
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                "make room, or give another --handoff-dir"
+            }
+            _ => "give another --handoff-dir",
+        };
+        return Err(Exit::runtime(format!("cannot write in {shown}: {error}; {advice}")));
+    }
+    let free = rustix::fs::statvfs(directory).map_or(u64::MAX, |disk| disk.f_bavail * disk.f_frsize);
+    if free < DISK_BYTES_MIN {
+        return Err(Exit::runtime(format!(
+            "the disk of {shown} is full ({free} bytes are left): make room, or give another --handoff-dir"
+        )));
+    }
+    Ok(())
+}
+
+/// A port that is free right now. It may be gone when the engine asks for it; the engine is then started
+/// again with another one.
+pub(super) fn choose_port(wanted: u16) -> Result<u16, Exit> {
+    let listener = match wanted {
+        0 => machine::listen_on_free_port(),
+        wanted => TcpListener::bind((HOST, wanted)),
+    };
+    let bound = listener.and_then(|listener| listener.local_addr());
+    bound.map(|address| address.port()).map_err(|error| match error.kind() {
+        io::ErrorKind::AddrInUse => Exit::runtime(format!(
+            "port {wanted} is already in use: stop what listens there, or give --port 0 for a free one"
+        )),
+        _ => Exit::runtime(format!("cannot use port {wanted}: {error}")),
+    })
+}
+
+/// Memory of this machine that can be had without swapping, in bytes.
+pub(super) fn available_memory() -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
+    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
+}
