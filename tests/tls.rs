@@ -396,7 +396,7 @@ fn certificates_are_replaced_while_a_stream_runs() {
     let body = chat(100);
     let mut stream = connect(control.port, &anybody).expect("a connection");
     let length = body.len();
-    write!(stream, "POST {CHAT} HTTP/1.1\r\nHost: h\r\nContent-Length: {length}\r\n\r\n{body}")
+    write!(stream, "POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n{body}")
         .expect("sent");
     let mut lines = BufReader::new(&stream).lines();
     let mut event =
@@ -517,7 +517,7 @@ fn latencies(port: u16, config: &Arc<ClientConfig>, stop: &AtomicBool) -> Vec<Du
     let mut buffer = [0; 4096];
     while !stop.load(Ordering::SeqCst) {
         let begun = Instant::now();
-        socket.write_all(b"GET /health HTTP/1.1\r\nHost: h\r\n\r\n").expect("sent");
+        socket.write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n").expect("sent");
         assert!(socket.read(&mut buffer).expect("an answer") > 0);
         taken.push(begun.elapsed());
         std::thread::sleep(Duration::from_millis(1));
@@ -588,7 +588,7 @@ fn idle_cost(port: u16, pid: u32, count: usize, open: impl Fn() -> Socket) -> f6
         pages * rustix::param::page_size() as u64
     };
     let request = |socket: &mut Socket| {
-        socket.write_all(b"GET /health HTTP/1.1\r\nHost: h\r\n\r\n").expect("sent");
+        socket.write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n").expect("sent");
         assert!(socket.read(&mut [0; 4096]).expect("an answer") > 0, "port {port}");
     };
     let mut connections: Vec<Socket> = Vec::new();

@@ -306,5 +306,5 @@ fn a_word_that_is_no_command_is_answered_with_those_that_are() {
     let output = Command::new(env!("CARGO_BIN_EXE_llorch")).arg("upp").output().expect("it starts");
     let errors = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(2));
-    assert!(errors.contains("there are up, ") && errors.contains(" and demo-engine"), "{errors}");
+    assert!(errors.contains("there are up, ") && errors.contains(" and completions"), "{errors}");
 }

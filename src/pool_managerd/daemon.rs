@@ -17,10 +17,9 @@ use crate::reactor::{Reactor, Registry, Waker, now};
 use crate::replicas::{
     Activity, AllowList, EnginePolicy, Fault, ProbeOrder, Processes, Refused, ReplicaLease, Watch, probe,
 };
-use crate::service::auth;
 use crate::service::guard::{Admission, Guard};
 use crate::service::lag::LoopLag;
-use crate::service::shell::Shell;
+use crate::service::shell::{self, Shell};
 use crate::service::supervisor::Supervisor;
 use crate::service::tls::Tls;
 use crate::service::{durable, logging, machine, routes};
@@ -98,7 +97,7 @@ impl Daemon {
         }
         let Shell { reactor, registry, waker, signals, mut net, bound, supervisor } =
             Shell::start(config.addr, "POOL_MANAGERD_ADDR")?;
-        auth::note_other_address(config.addr, bound, config.guard.credentials.keys());
+        shell::note_other_address(config.addr, bound, config.guard.credentials.keys());
         net.set_dial_rule(dial_rule(&config, bound.port()));
         let mut core = make_core(&config, bound.port());
         let policy = callback_policy(&config, bound.port());

@@ -354,15 +354,6 @@ pub fn check_exposure(
     Ok(())
 }
 
-/// Warns where the service manager chose an address that is open while the configured one is not.
-pub fn note_other_address(configured: SocketAddr, bound: SocketAddr, keys: &Keys) {
-    if keys.is_empty() && configured.ip().is_loopback() && !bound.ip().is_loopback() {
-        log::warn!(
-            "NO TOKEN IS SET and {bound} is reachable from other machines: anybody there can use and command this daemon; set LLORCH_API_TOKEN_FILE"
-        );
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

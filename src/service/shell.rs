@@ -9,6 +9,7 @@ use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Reactor, Registry, Waker};
 use crate::settings::Exit;
 
+use super::auth::Keys;
 use super::supervisor::Supervisor;
 use super::{activation, machine};
 
@@ -78,5 +79,14 @@ impl Shell {
         })?;
         let supervisor = Supervisor::from_environment();
         Ok(Shell { reactor, registry, waker, signals, net, bound, supervisor })
+    }
+}
+
+/// Warns where the service manager chose an address that is open while the configured one is not.
+pub fn note_other_address(configured: SocketAddr, bound: SocketAddr, keys: &Keys) {
+    if keys.is_empty() && configured.ip().is_loopback() && !bound.ip().is_loopback() {
+        log::warn!(
+            "NO TOKEN IS SET and {bound} is reachable from other machines: anybody there can use and command this daemon; set LLORCH_API_TOKEN_FILE"
+        );
     }
 }
