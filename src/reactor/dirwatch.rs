@@ -184,3 +184,77 @@ impl FileWatch {
         failed
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reactor::Reactor;
+    use crate::reactor::token::Kind;
+    use std::fs;
+
+    fn names(watch: &mut DirWatch) -> (Vec<String>, Hint) {
+        let mut names = Vec::new();
+        let hint = watch.take(&mut |name| names.push(name.to_string()));
+        (names, hint)
+    }
+
+    #[test]
+    fn what_becomes_of_a_directory_that_was_watched_before_is_not_told() {
+        let home = tempfile::tempdir().expect("a directory");
+        let (old, new) = (home.path().join("old"), home.path().join("new"));
+        fs::create_dir(&old).expect("made");
+        fs::create_dir(&new).expect("made");
+        let reactor = Reactor::new().expect("a reactor");
+        let registry = reactor.registry().expect("a registry");
+        let mut watch = DirWatch::new(&registry, Token::only(Kind::DirWatch)).expect("a watch");
+        assert!(!watch.is_armed() && !watch.is_still(&old));
+        watch.arm(&old).expect("armed");
+        fs::write(old.join("a"), "").expect("written");
+        assert!(names(&mut watch).0.contains(&"a".to_string()));
+
+        fs::write(old.join("b"), "").expect("written");
+        watch.arm(&new).expect("armed");
+        fs::write(old.join("c"), "").expect("written");
+        fs::remove_dir_all(&old).expect("removed");
+        assert_eq!(names(&mut watch), (Vec::new(), Hint::default()));
+        assert!(watch.is_still(&new) && !watch.is_still(&old));
+        fs::write(new.join("d"), "").expect("written");
+        assert!(names(&mut watch).0.contains(&"d".to_string()));
+
+        fs::rename(&new, home.path().join("elsewhere")).expect("renamed");
+        assert!(names(&mut watch).1.lost);
+        assert!(!watch.is_still(&new));
+        watch.disarm();
+        assert!(!watch.is_armed() && watch.arm(&new).is_err(), "it is not there");
+    }
+
+    #[test]
+    fn files_are_watched_in_whichever_directory_stands_at_their_path() {
+        let home = tempfile::tempdir().expect("a directory");
+        let directory = home.path().join("secrets");
+        fs::create_dir(&directory).expect("made");
+        let mut reactor = Reactor::new().expect("a reactor");
+        let registry = reactor.registry().expect("a registry");
+        let files = [directory.join("token"), directory.join("key"), home.path().join("away/file")];
+        let mut watch = FileWatch::new(files.iter().map(PathBuf::as_path), Token::only(Kind::Credentials));
+        let failed = watch.renew(&registry);
+        assert_eq!(failed.len(), 1, "{failed:?}");
+        assert_eq!(failed[0].0, home.path().join("away"));
+
+        let mut is_signalled = || {
+            reactor.wait(None, true).expect("no wait");
+            reactor.events().count() > 0
+        };
+        is_signalled();
+        fs::write(&files[0], "new").expect("written");
+        assert!(is_signalled());
+        watch.renew(&registry);
+        // Another directory under the same name, as some tools replace one.
+        fs::rename(&directory, home.path().join("before")).expect("renamed");
+        fs::create_dir(&directory).expect("made");
+        watch.renew(&registry);
+        is_signalled();
+        fs::write(&files[1], "new").expect("written");
+        assert!(is_signalled());
+    }
+}
