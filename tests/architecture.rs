@@ -84,6 +84,7 @@ const PURE_FILES: &[&str] = &[
     "engine_provisioner/devices.rs",
     "engine_provisioner/file.rs",
     "engine_provisioner/flags.rs",
+    "engine_provisioner/model_ref.rs",
     "engine_provisioner/models/answer.rs",
     "engine_provisioner/models/gguf.rs",
     "engine_provisioner/models/hub.rs",

@@ -13,7 +13,8 @@
 //!   run -- CMD          plan ──┐                            ┌── guardian  (ends orphans)
 //!   up -c FILE   file, flags ──┼─ preflight ── daemon ──────┼── process, publish, output, kept
 //!   plan, check    devices ────┘                 │          └── asking, notify (over net)
-//!                                           supervision
+//!                           │               supervision
+//!                        provide ── models, source
 //! ```
 //!
 //! [`supervision`] decides what becomes of engines, [`plan`], [`mod@file`] and [`flags`] what is started; these,
@@ -24,13 +25,15 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use crate::service::auth::Scope;
 use crate::service::credentials::Credentials;
 use crate::settings::{Exit, Setting, Settings, flag};
 use options::Options;
 use plan::{Config, Plan};
+use preflight::How;
+use provide::{Effort, Provider};
 
 pub mod asking;
 mod daemon;
@@ -49,8 +52,10 @@ pub mod plan;
 mod preflight;
 mod process;
 mod progress;
+mod provide;
 mod publish;
 pub mod source;
+mod steps;
 pub mod supervision;
 
 /// Name of the program.
@@ -96,7 +101,7 @@ fn run_one(args: Vec<OsString>) -> Result<(), Exit> {
     let settings = Settings::read_tables(
         PROGRAM,
         "Start an inference engine, wait for its health, write its handoff file, keep it, and stop it cleanly (`up`, `plan` and `check` do so for a file of many: see `help`)",
-        &[plan::RUN_TABLE, options::TABLE],
+        &[plan::RUN_TABLE, options::TABLE, models::TABLE],
         Some("COMMAND"),
         args,
         |name| std::env::var_os(name),
@@ -113,7 +118,7 @@ fn with_file(command: &str, args: Vec<OsString>) -> Result<(), Exit> {
     let settings = Settings::read_tables(
         PROGRAM,
         "Start, keep, show or check the engines that a file names",
-        &[FILE_TABLE, options::TABLE],
+        &[FILE_TABLE, options::TABLE, models::TABLE],
         None,
         args,
         |name| std::env::var_os(name),
@@ -126,7 +131,7 @@ fn with_file(command: &str, args: Vec<OsString>) -> Result<(), Exit> {
     let read = move || read_file(&path, &handoff_dir);
     match command {
         "up" => keep(&settings, options, read, false),
-        _ => show(&options, read()?, command == "plan"),
+        _ => show(&options, &Provider::from_settings(&settings)?, read()?, command == "plan"),
     }
 }
 
@@ -162,11 +167,12 @@ fn keep(
         log::warn!("{note}");
     }
     let prefix = prefix();
-    let (own, words, again) = (options.clone(), prefix.clone(), AtomicBool::new(false));
-    let prepare = move || {
-        let is_first = !again.swap(true, Ordering::Relaxed);
+    let (own, words) = (options.clone(), prefix.clone());
+    let provider = Provider::from_settings(settings)?;
+    let prepare = move |is_first: bool, cancel: &Arc<AtomicBool>| {
         let (configs, base) = read()?;
-        let mut prepared = preflight::prepare(configs, &own, &base, &words, is_first)?;
+        let how = How { base: &base, prefix: &words, is_first, effort: Effort::Get, cancel };
+        let mut prepared = preflight::prepare(configs, &own, &provider, how)?;
         prepared.replace_all = replace_all;
         Ok(prepared)
     };
@@ -181,10 +187,25 @@ fn prefix() -> Vec<OsString> {
 
 /// What would be started, or only whether it could be.
 #[allow(clippy::print_stdout, reason = "the command's job is to print")]
-fn show(options: &Options, read: (Vec<Config>, PathBuf), in_full: bool) -> Result<(), Exit> {
-    let (configs, base) = read;
-    let prepared = preflight::prepare(configs, options, &base, &prefix(), true)?;
-    for config in &prepared.configs {
+fn show(
+    options: &Options,
+    provider: &Provider,
+    read: (Vec<Config>, PathBuf),
+    in_full: bool,
+) -> Result<(), Exit> {
+    let ((configs, base), prefix) = (read, prefix());
+    let cancel = Arc::default();
+    let how = How { base: &base, prefix: &prefix, is_first: true, effort: Effort::Look, cancel: &cancel };
+    let mut prepared = preflight::prepare(configs, options, provider, how)?;
+    for config in &mut prepared.configs {
+        if let (Some(source), true) = (&config.source, in_full) {
+            println!("{}\n  program   built from {} of {}", config.key(), source.revision, source.repository);
+            config.program = Some("BINARY".into());
+        }
+        let is_open = config.model_file.is_none();
+        if let Some(model) = config.model.as_ref().filter(|model| is_open && model_ref::is_reference(model)) {
+            println!("{}: {model} is not here yet: it is fetched at the start", config.key());
+        }
         if in_full {
             // Free ports are chosen at the start; until then nobody can say more.
             let plan = Plan::new(config, config.port.max(1))?;
