@@ -321,7 +321,11 @@ fn local(
             })?;
             let length = file.metadata().map_err(failed)?.len();
             bytes += length;
-            add_header(&mut gguf, header(&file, part, length)?);
+            let told = header(&file, part, length).map_err(|error| match error {
+                ModelError::Gguf { error, .. } => ModelError::LocalGguf { path: part.into(), error },
+                error => error,
+            });
+            add_header(&mut gguf, told?);
             if let Some(expected) = request.digest {
                 let found = hash(&file, Path::new(part), length, cancel, tell)?;
                 if found != expected {
