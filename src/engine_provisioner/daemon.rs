@@ -17,6 +17,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use super::asking;
+use super::control::{Book, Control};
 use super::guardian::Guardian;
 use super::kept::Kept;
 use super::notify::{NoticeId, Notices};
@@ -40,6 +41,10 @@ use crate::time::{Mono, earliest};
 use crate::wire::handoff::Handoff;
 use crate::wire::id::ReplicaKey;
 
+mod managed;
+
+pub(super) use managed::Orders;
+
 /// Exchanges at once: a probe for each of the most engines, and notices.
 const EXCHANGES_MAX: usize = 1_024;
 /// How long it is tried to reach a port of this machine, only to see whether somebody listens there.
@@ -55,7 +60,19 @@ const LAST_NOTICES_MS: u64 = 2_000;
 const LAST_PREPARING: Duration = Duration::from_secs(5);
 
 /// Reads what is wanted, at the start and at every SIGHUP.
-pub(super) type Prepare = Arc<dyn Fn(bool, &Arc<AtomicBool>) -> Result<Prepared, Exit> + Send + Sync>;
+pub(super) type Prepare = Arc<dyn Fn(&Wish) -> Result<Prepared, Exit> + Send + Sync>;
+
+/// What is to be got ready.
+pub(super) struct Wish {
+    /// Nothing runs yet.
+    pub(super) is_first: bool,
+    /// The configuration is not read anew: only what was ordered has changed.
+    pub(super) is_order: bool,
+    /// What was ordered.
+    pub(super) orders: Orders,
+    /// Stops it.
+    pub(super) cancel: Arc<AtomicBool>,
+}
 
 /// The thread that gets ready what is wanted: it may fetch for hours, and nothing waits for it.
 struct Preparing {
@@ -122,6 +139,10 @@ struct Daemon {
     preparing: Option<Preparing>,
     /// Something was wanted already.
     has_begun: bool,
+    book: Book,
+    control: Option<Control>,
+    orders: Orders,
+    managed: Option<managed::Managed>,
     screen: Screen,
     gave_up: Option<Exit>,
     generation: u64,
@@ -138,6 +159,7 @@ pub(super) fn run(
     credentials: Credentials,
     prefix: Vec<OsString>,
     prepare: Prepare,
+    book: Book,
 ) -> Result<(), Exit> {
     let kernel = |what: &'static str| {
         move |error: io::Error| Exit::runtime(format!("the kernel gives no {what}: {error}"))
@@ -178,6 +200,10 @@ pub(super) fn run(
         kept,
         preparing: None,
         has_begun: false,
+        book,
+        control: None,
+        orders: Orders::default(),
+        managed: None,
         gave_up: None,
         generation: 0,
         agent_trouble_told: false,
@@ -222,6 +248,8 @@ impl Daemon {
                 }
             }
             self.take_prepared(at)?;
+            self.look_after_order(at);
+            self.take_order(at);
             self.tell(Input::Time, at);
             self.send_notices(at);
             self.show(at);
@@ -279,9 +307,14 @@ impl Daemon {
         let (sender, outcome) = sync_channel(1);
         let (prepare, waker) = (Arc::clone(&self.prepare), self.waker.clone());
         let cancel = Arc::new(AtomicBool::new(false));
-        let (flag, is_first) = (Arc::clone(&cancel), !self.has_begun);
+        let wish = Wish {
+            is_first: !self.has_begun,
+            is_order: self.has_begun && self.managed.is_some(),
+            orders: self.orders.clone(),
+            cancel: Arc::clone(&cancel),
+        };
         let started = std::thread::Builder::new().name("prepare".into()).spawn(move || {
-            let _ = sender.send(prepare(is_first, &flag));
+            let _ = sender.send(prepare(&wish));
             let _ = waker.wake();
         });
         started.map_err(|error| Exit::runtime(format!("cannot start a thread: {error}")))?;
@@ -310,13 +343,20 @@ impl Daemon {
             Ok(prepared) => {
                 if !std::mem::replace(&mut self.has_begun, true) {
                     self.guard()?;
+                    let listening =
+                        Control::listen(&self.options.handoff_dir, self.book.clone(), self.waker.clone());
+                    self.control = listening
+                        .map_err(|error| log::warn!("pool-managerd cannot reach this program: {error}"))
+                        .ok();
                 }
+                self.order_prepared(&prepared.configs);
                 self.want(prepared, now);
             }
             Err(exit) if !self.has_begun => return Err(exit),
             Err(exit) => {
                 log::error!("nothing is changed: {exit}");
                 self.report("refused", None, json!({"reason": exit.message}));
+                self.order_failed(&exit.message, now);
             }
         }
         Ok(())
@@ -326,6 +366,7 @@ impl Daemon {
     fn want(&mut self, prepared: Prepared, now: Mono) {
         let Prepared { configs, free_vram_bytes, replace_all } = prepared;
         let wanted: Vec<ReplicaKey> = configs.iter().map(Config::key).collect();
+        self.book.keeps(wanted.iter().map(|key| key.pool.clone()));
         let gone: Vec<ReplicaKey> = self.newest.keys().filter(|key| !wanted.contains(key)).cloned().collect();
         for key in gone {
             log::info!("{key} is not wanted any more");
@@ -435,6 +476,7 @@ impl Daemon {
             }
             Effect::Tell(key, told) => {
                 self.announce(&key, &told);
+                self.order_told(&key, &told, now);
                 None
             }
             Effect::GiveUp(id, reason) => {

@@ -24,18 +24,20 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::service::auth::Scope;
 use crate::service::credentials::Credentials;
 use crate::settings::{Exit, Setting, Settings, flag};
+use control::Book;
+use daemon::Wish;
 use options::Options;
 use plan::{Config, Plan};
 use preflight::How;
 use provide::{Effort, Provider};
 
 pub mod asking;
+pub mod control;
 mod daemon;
 pub mod devices;
 pub mod file;
@@ -169,14 +171,30 @@ fn keep(
     let prefix = prefix();
     let (own, words) = (options.clone(), prefix.clone());
     let provider = Provider::from_settings(settings)?;
-    let prepare = move |is_first: bool, cancel: &Arc<AtomicBool>| {
-        let (configs, base) = read()?;
-        let how = How { base: &base, prefix: &words, is_first, effort: Effort::Get, cancel };
+    let book = Book::new(provider.steps.clone());
+    let last: Mutex<Option<(Vec<Config>, PathBuf)>> = Mutex::new(None);
+    let prepare = move |wish: &Wish| {
+        let known = || last.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = known().clone().filter(|_| wish.is_order);
+        let (mut configs, base) = match kept {
+            Some(kept) => kept,
+            None => read()?,
+        };
+        let as_read = (configs.clone(), base.clone());
+        wish.orders.apply(&mut configs);
+        let how = How {
+            base: &base,
+            prefix: &words,
+            is_first: wish.is_first,
+            effort: Effort::Get,
+            cancel: &wish.cancel,
+        };
         let mut prepared = preflight::prepare(configs, &own, &provider, how)?;
-        prepared.replace_all = replace_all;
+        *known() = Some(as_read);
+        prepared.replace_all = replace_all && !wish.is_order;
         Ok(prepared)
     };
-    daemon::run(options, credentials, prefix, Arc::new(prepare))
+    daemon::run(options, credentials, prefix, Arc::new(prepare), book)
 }
 
 /// Words that make this executable an engine-provisioner: `llorch` holds several programs.
