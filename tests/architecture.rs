@@ -58,8 +58,10 @@ const PURE_ROOMS: &[(&str, &[&str])] = &[
             "pool_managerd/control_client.rs",
             "pool_managerd/daemon.rs",
             "pool_managerd/gpu_reader.rs",
+            "pool_managerd/daemon/managed.rs",
             "pool_managerd/daemon/operations.rs",
             "pool_managerd/mod.rs",
+            "pool_managerd/provisioner_client.rs",
         ],
     ),
     (

@@ -22,9 +22,8 @@ use super::file::ENGINES_MAX;
 use super::steps::Steps;
 use crate::reactor::Waker;
 use crate::wire::id::{PoolId, ReplicaId};
+use crate::wire::pool::PROVISIONER_DIRECTORY;
 
-/// Directory of the sockets, in that of the handoffs.
-pub const DIRECTORY: &str = ".provisioners";
 /// How long a caller may take for its line, and for the answer: it is on this machine.
 const TALK: Duration = Duration::from_secs(2);
 /// Longest order, in bytes: flags of one engine.
@@ -177,7 +176,7 @@ impl Control {
     /// # Errors
     /// What the kernel says; a path that is too long for a socket is one of them.
     pub(super) fn listen(handoff_dir: &Path, book: Book, waker: Waker) -> io::Result<Control> {
-        let directory = handoff_dir.join(DIRECTORY);
+        let directory = handoff_dir.join(PROVISIONER_DIRECTORY);
         DirBuilder::new().recursive(true).mode(0o700).create(&directory)?;
         fs::set_permissions(&directory, fs::Permissions::from_mode(0o700))?;
         let path = directory.join(format!("{}.sock", std::process::id()));

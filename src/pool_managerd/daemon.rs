@@ -39,6 +39,7 @@ use super::gpus::{Report, xid};
 use super::membership::{Answer, Call, Order, Plane};
 use super::saved::{self, Saved};
 
+mod managed;
 mod operations;
 
 /// What a relayed request may take: prompts are read for minutes before the first token.
@@ -69,6 +70,7 @@ pub struct Daemon {
     exchanges: BTreeMap<Token, Running>,
     guard: Guard,
     tls: Tls,
+    managed: managed::Managed,
     config: Config,
     effects: Vec<Effect>,
     over: bool,
@@ -137,6 +139,7 @@ impl Daemon {
             exchanges: BTreeMap::new(),
             guard,
             tls,
+            managed: managed::Managed::default(),
             config,
             effects,
             over: false,
@@ -199,6 +202,7 @@ impl Daemon {
             self.take_encoded(now);
             self.take_gpu_reports(logged, now);
             self.take_saved(now);
+            self.take_ordered(now);
             self.tls.turn(&mut self.net, now);
             self.look_after_guard(tokens_changed, now);
             self.net.turn(now.mono);
@@ -442,6 +446,7 @@ impl Daemon {
             lag: &self.lag,
             now: now.mono,
             tls: self.tls.meters(&self.net),
+            managed: &self.managed.pools,
             is_certified: !self.tls.knows_clients() || self.net.client_certificate(client).is_some(),
         };
         match api::route(found, &request, &self.core, &facts) {
