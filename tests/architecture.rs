@@ -58,8 +58,10 @@ const PURE_ROOMS: &[(&str, &[&str])] = &[
             "pool_managerd/control_client.rs",
             "pool_managerd/daemon.rs",
             "pool_managerd/gpu_reader.rs",
+            "pool_managerd/daemon/managed.rs",
             "pool_managerd/daemon/operations.rs",
             "pool_managerd/mod.rs",
+            "pool_managerd/provisioner_client.rs",
         ],
     ),
     (
@@ -84,6 +86,7 @@ const PURE_FILES: &[&str] = &[
     "engine_provisioner/devices.rs",
     "engine_provisioner/file.rs",
     "engine_provisioner/flags.rs",
+    "engine_provisioner/model_ref.rs",
     "engine_provisioner/models/answer.rs",
     "engine_provisioner/models/gguf.rs",
     "engine_provisioner/models/hub.rs",

@@ -480,7 +480,8 @@ fn once(args: &[&str], path: &str) -> (i32, String, String) {
 fn a_plan_is_shown_and_nothing_started() {
     let root = root();
     let path = |name: &str| root.path().join(name).display().to_string();
-    fs::write(path("m.gguf"), "GGUF").expect("written");
+    // A header without tensors, which says nothing of a context.
+    fs::write(path("m.gguf"), [&b"GGUF\x03\0\0\0"[..], &[0; 56]].concat()).expect("written");
     let server = root.path().join("llama-server");
     fs::write(&server, "#!/bin/sh\nexit 1\n").expect("written");
     fs::set_permissions(&server, fs::Permissions::from_mode(0o755)).expect("executable");
@@ -492,7 +493,7 @@ fn a_plan_is_shown_and_nothing_started() {
     let search = format!("{}:/usr/bin:/bin", root.path().display());
     let (code, out, err) = once(&["plan", "-c", &path("f.toml"), "--handoff-dir", &path("engines")], &search);
     assert_eq!(code, 0, "{err}");
-    let line = "llama-server --model ROOT/./m.gguf --host 127.0.0.1 --port PORT --parallel 1 --ctx-size 512 --n-gpu-layers 9 --no-cont-batching --metrics --no-webui";
+    let line = "llama-server --model ROOT/m.gguf --host 127.0.0.1 --port PORT --parallel 1 --ctx-size 512 --n-gpu-layers 9 --no-cont-batching --metrics --no-webui";
     assert!(out.contains(&line.replace("ROOT", &root.path().display().to_string())), "{out}");
     let (code, out, _) = once(&["check", "-c", &path("f.toml"), "--handoff-dir", &path("engines")], &search);
     assert_eq!((code, out.trim()), (0, "1 engines can be started"));
@@ -519,9 +520,9 @@ fn what_cannot_work_is_refused_before_anything_is_started() {
         (&[&engines], "/no/such/engine", "correct its path"),
         (&[&engines], &plain, "mode +x"),
         (&[&engines, &taken], "sh", "give --port 0"),
-        (&[&engines, &absent], "sh", "check the path"),
+        (&[&engines, &absent], "sh", "give the path of a model file"),
         (&[&engines, &empty], "sh", "fetch it again"),
-        (&[&engines, "--model=hf:org/repo"], "sh", "give its path"),
+        (&[&engines, "--offline", "--model=hf:org/repo"], "sh", "give its path"),
         (&[&in_the_way], "sh", "cannot create"),
         (&[&engines, "--require-gpu"], &cpu_build, "GPU-only enforcement"),
     ] {

@@ -9,11 +9,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const PROGRAMS: &[(&str, &str)] = &[
+const DAEMONS: &[(&str, &str)] = &[
     (env!("CARGO_BIN_EXE_orchestratord"), "orchestratord.8"),
     (env!("CARGO_BIN_EXE_pool-managerd"), "pool-managerd.8"),
-    (env!("CARGO_BIN_EXE_engine-provisioner"), "engine-provisioner.8"),
 ];
+const PROVISIONER: &str = env!("CARGO_BIN_EXE_engine-provisioner");
 const LLORCH: &str = env!("CARGO_BIN_EXE_llorch");
 const PAGES: &[&str] =
     &["engine-provisioner.8", "llama-orch-handoff.5", "llorch.1", "orchestratord.8", "pool-managerd.8"];
@@ -65,13 +65,43 @@ fn of_page(page: &str) -> (BTreeSet<String>, BTreeSet<String>) {
 
 #[test]
 fn every_flag_and_variable_is_in_its_page_and_no_other() {
-    for (program, name) in PROGRAMS {
+    for (program, name) in DAEMONS {
         let (flags, variables) = of_help(&help(program, &[]));
         let (told, named) = of_page(&text(name));
         assert!(flags.len() > 5, "{name}: {flags:?}");
         assert_eq!(told, flags, "man/{name} (left) has other flags than --help (right)");
         let missing: Vec<&String> = variables.difference(&named).collect();
         assert!(missing.is_empty(), "man/{name} does not name {missing:?}");
+    }
+}
+
+/// A command's section of a page.
+fn section<'a>(page: &'a str, program: &str, command: &str) -> &'a str {
+    let start = format!(".Ss {program} ");
+    let found = page.split(&start).find(|section| section.lines().next() == Some(command));
+    let section = found.unwrap_or_else(|| panic!("no section on {program} {command}"));
+    section.split("\n.Sh ").next().expect("a section").split("\n.Ss ").next().expect("a section")
+}
+
+#[test]
+fn every_command_of_the_provisioner_is_in_its_page_with_its_flags() {
+    let page = text("engine-provisioner.8");
+    // `plan` and `check` share the section of `up`.
+    for (command, words) in [
+        ("run", &["run"][..]),
+        ("run", &[]),
+        ("up", &["up"]),
+        ("up", &["plan"]),
+        ("up", &["check"]),
+        ("models", &["models", "ls"]),
+        ("build", &["build"]),
+    ] {
+        let (flags, variables) = of_help(&help(PROVISIONER, words));
+        let (told, named) = of_page(section(&page, "engine-provisioner", command));
+        assert!(flags.len() > 5, "{words:?}: {flags:?}");
+        assert_eq!(told, flags, "{words:?}: the page (left) has other flags than --help (right)");
+        let missing: Vec<&String> = variables.difference(&named).collect();
+        assert!(missing.is_empty(), "{words:?}: the page does not name {missing:?}");
     }
 }
 
@@ -86,13 +116,11 @@ fn every_command_of_llorch_is_in_its_page_with_its_flags() {
     assert!(commands.len() > 10, "{commands:?}");
     let page = text("llorch.1");
     for command in commands {
-        let section = page
-            .split(".Ss llorch ")
-            .find(|section| section.lines().next() == Some(command))
-            .unwrap_or_else(|| panic!("man/llorch.1 has no section on {command}"));
-        let section = section.split("\n.Sh ").next().expect("a section");
+        let section = section(&page, "llorch", command);
         assert!(page.contains(&format!("\n.Cm {command}\n")), "{command} is not in the synopsis");
-        let (flags, variables) = of_help(&help(LLORCH, &[command]));
+        // The flags of `models` are those of its actions.
+        let words = if command == "models" { vec![command, "ls"] } else { vec![command] };
+        let (flags, variables) = of_help(&help(LLORCH, &words));
         let (told, named) = of_page(section);
         assert_eq!(told, flags, "llorch {command}: the page (left) has other flags than --help (right)");
         let missing: Vec<&String> = variables.difference(&named).collect();
@@ -150,7 +178,7 @@ fn examples_of_the_daemons_are_configurations_that_start() {
     let directory = tempfile::tempdir().expect("a directory");
     let token = directory.path().join("token");
     fs::write(&token, "0123456789012345678901234567890123456789012\n").expect("written");
-    for (program, name) in &PROGRAMS[..2] {
+    for (program, name) in DAEMONS {
         let examples = text(name).split(".Sh EXAMPLES").nth(1).expect("examples").to_string();
         // The block of variables, as a shell would set them.
         let block = examples.split("-offset indent\n").nth(1).and_then(|rest| rest.split("\n.Ed").next());

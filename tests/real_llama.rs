@@ -113,3 +113,51 @@ fn a_real_llama_cpp_is_handed_over_streams_and_is_stopped() {
         printed.lines().find(|line| line.trim_start().starts_with("tokens")).expect("a row of tokens");
     assert_eq!(tokens.split_whitespace().nth(1), Some("8"), "{tokens}");
 }
+
+/// Seeds that are asked for, each twice.
+const SEEDS: u32 = 64;
+/// Tokens of each of these answers.
+const SEED_TOKENS: usize = 8;
+
+#[test]
+#[allow(clippy::print_stderr, reason = "a skipped test has to say so")]
+fn the_same_seed_gives_the_same_tokens_byte_for_byte() {
+    if std::env::var_os("REQUIRE_REAL_LLAMA").is_none_or(|value| value != "1") {
+        eprintln!("skipped: set REQUIRE_REAL_LLAMA=1 to fetch llama.cpp and test with it");
+        return;
+    }
+    let root = tempfile::tempdir().expect("a temporary directory");
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/real_llama/engine.sh");
+    let flags = ["--slots=1", "--model=tiny-random", "--health-timeout-ms=165000"];
+    let mut provisioner = Provisioner::start(root.path(), &flags, &["sh", script, "{port}", "1"]);
+    provisioner.event("spawned");
+    provisioner.event_within("healthy", FIRST_START);
+    provisioner.event("handoff_written");
+    let url = provisioner.handoff().expect("the handoff was written").url;
+    let ask = |seed: u32| -> Vec<String> {
+        let body = json!({
+            "messages": [{"role": "user", "content": "Say something."}], "max_tokens": SEED_TOKENS,
+            "temperature": 1.0, "seed": seed, "stream": true, "cache_prompt": false,
+        });
+        let answer = client()
+            .post(format!("{url}/v1/chat/completions"))
+            .header("Content-Type", "application/json")
+            .send(body.to_string())
+            .expect("llama.cpp answers");
+        assert_eq!(answer.status(), 200);
+        let lines = BufReader::new(answer.into_body().into_reader()).lines();
+        let chunks = lines
+            .map(|line| line.expect("the stream ends cleanly"))
+            .filter_map(|line| serde_json::from_str::<Value>(line.strip_prefix("data: ")?).ok());
+        // Ids and times differ by nature; what was generated may not.
+        chunks.filter_map(|mut chunk| Some(chunk["choices"].as_array_mut()?.pop()?.to_string())).collect()
+    };
+    let first: Vec<Vec<String>> = (0..SEEDS).map(ask).collect();
+    // The second time in another order: what was asked before is not to matter.
+    for seed in (0..SEEDS).rev() {
+        assert_eq!(ask(seed), first[seed as usize], "seed {seed}");
+    }
+    assert!(first.iter().all(|chunks| chunks.len() > SEED_TOKENS), "{:?}", first[0]);
+    let different: std::collections::BTreeSet<&Vec<String>> = first.iter().collect();
+    assert!(different.len() > SEEDS as usize / 2, "{} answers to {SEEDS} seeds", different.len());
+}

@@ -9,13 +9,15 @@ use std::ffi::OsString;
 use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
 use std::time::Duration;
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use super::asking;
+use super::control::{Book, Control};
 use super::guardian::Guardian;
 use super::kept::Kept;
 use super::notify::{NoticeId, Notices};
@@ -39,6 +41,10 @@ use crate::time::{Mono, earliest};
 use crate::wire::handoff::Handoff;
 use crate::wire::id::ReplicaKey;
 
+mod managed;
+
+pub(super) use managed::Orders;
+
 /// Exchanges at once: a probe for each of the most engines, and notices.
 const EXCHANGES_MAX: usize = 1_024;
 /// How long it is tried to reach a port of this machine, only to see whether somebody listens there.
@@ -50,9 +56,31 @@ const WITHDRAWN_SEEN_MS: u64 = 50;
 const REPLACED_SEEN_MS: u64 = 1_000;
 /// Longest that the end of this program waits for notices, in milliseconds.
 const LAST_NOTICES_MS: u64 = 2_000;
+/// Longest that it waits for what is being fetched or built to stop.
+const LAST_PREPARING: Duration = Duration::from_secs(5);
 
 /// Reads what is wanted, at the start and at every SIGHUP.
-pub(super) type Prepare = Arc<dyn Fn() -> Result<Prepared, Exit> + Send + Sync>;
+pub(super) type Prepare = Arc<dyn Fn(&Wish) -> Result<Prepared, Exit> + Send + Sync>;
+
+/// What is to be got ready.
+pub(super) struct Wish {
+    /// Nothing runs yet.
+    pub(super) is_first: bool,
+    /// The configuration is not read anew: only what was ordered has changed.
+    pub(super) is_order: bool,
+    /// What was ordered.
+    pub(super) orders: Orders,
+    /// Stops it.
+    pub(super) cancel: Arc<AtomicBool>,
+}
+
+/// The thread that gets ready what is wanted: it may fetch for hours, and nothing waits for it.
+struct Preparing {
+    outcome: Receiver<Result<Prepared, Exit>>,
+    cancel: Arc<AtomicBool>,
+    /// The configuration has changed meanwhile, and is read once more.
+    again: bool,
+}
 
 /// What an exchange is about.
 enum About {
@@ -108,7 +136,13 @@ struct Daemon {
     notices: Notices,
     guardian: Option<Guardian>,
     kept: Option<Kept>,
-    reloading: Option<Receiver<Result<Prepared, Exit>>>,
+    preparing: Option<Preparing>,
+    /// Something was wanted already.
+    has_begun: bool,
+    book: Book,
+    control: Option<Control>,
+    orders: Orders,
+    managed: Option<managed::Managed>,
     screen: Screen,
     gave_up: Option<Exit>,
     generation: u64,
@@ -125,6 +159,7 @@ pub(super) fn run(
     credentials: Credentials,
     prefix: Vec<OsString>,
     prepare: Prepare,
+    book: Book,
 ) -> Result<(), Exit> {
     let kernel = |what: &'static str| {
         move |error: io::Error| Exit::runtime(format!("the kernel gives no {what}: {error}"))
@@ -137,7 +172,6 @@ pub(super) fn run(
     let mut signals = Signals::install(&registry).map_err(kernel("socket pair"))?;
     let limits = Limits { exchanges_max: EXCHANGES_MAX, ..Limits::default() };
     let net = Net::new(reactor.registry().map_err(kernel("descriptor"))?, waker.clone(), limits);
-    let prepared = prepare()?;
     let kept = match options.orphans {
         Orphans::End => None,
         Orphans::Keep => Some(Kept::open(&options.state_dir)?),
@@ -164,13 +198,17 @@ pub(super) fn run(
         exchanges: BTreeMap::new(),
         guardian: None,
         kept,
-        reloading: None,
+        preparing: None,
+        has_begun: false,
+        book,
+        control: None,
+        orders: Orders::default(),
+        managed: None,
         gave_up: None,
         generation: 0,
         agent_trouble_told: false,
     };
-    daemon.guard()?;
-    daemon.want(prepared, now().mono);
+    daemon.prepare()?;
     daemon.serve(&mut signals, hangup_is_ignored)
 }
 
@@ -209,7 +247,9 @@ impl Daemon {
                     self.finished(exchange, outcome, at);
                 }
             }
-            self.take_reload(at);
+            self.take_prepared(at)?;
+            self.look_after_order(at);
+            self.take_order(at);
             self.tell(Input::Time, at);
             self.send_notices(at);
             self.show(at);
@@ -221,6 +261,11 @@ impl Daemon {
             }
         }
         self.screen.clear();
+        if let Some(preparing) = self.preparing.take() {
+            // What it has started of git and compilers goes with it.
+            preparing.cancel.store(true, Ordering::Relaxed);
+            let _ = preparing.outcome.recv_timeout(LAST_PREPARING);
+        }
         for (_, running) in std::mem::take(&mut self.running) {
             // Not even SIGKILL ended it; nothing more can be done.
             running.engine.let_go();
@@ -244,38 +289,84 @@ impl Daemon {
         if self.screen.lost_its_terminal() {
             return self.stop(now);
         }
-        if self.core.is_stopping() || self.reloading.is_some() {
+        if self.core.is_stopping() {
             return;
         }
-        let (sender, receiver) = sync_channel(1);
-        let (prepare, waker) = (Arc::clone(&self.prepare), self.waker.clone());
-        let started = std::thread::Builder::new().name("reload".into()).spawn(move || {
-            let _ = sender.send(prepare());
-            let _ = waker.wake();
-        });
-        match started {
-            Ok(_) => self.reloading = Some(receiver),
-            Err(error) => log::error!("cannot read the configuration again: {error}"),
-        }
         self.credentials.reload(now);
+        if let Some(preparing) = &mut self.preparing {
+            // It may be fetching what is not wanted any more.
+            preparing.cancel.store(true, Ordering::Relaxed);
+            preparing.again = true;
+        } else if let Err(exit) = self.prepare() {
+            log::error!("nothing is changed: {exit}");
+        }
     }
 
-    fn take_reload(&mut self, now: Mono) {
-        match self.reloading.as_ref().and_then(|receiver| receiver.try_recv().ok()) {
-            None => return,
-            Some(Ok(prepared)) => self.want(prepared, now),
-            Some(Err(exit)) => {
+    /// Begins to get ready what is wanted, on a thread of its own.
+    fn prepare(&mut self) -> Result<(), Exit> {
+        let (sender, outcome) = sync_channel(1);
+        let (prepare, waker) = (Arc::clone(&self.prepare), self.waker.clone());
+        let cancel = Arc::new(AtomicBool::new(false));
+        let wish = Wish {
+            is_first: !self.has_begun,
+            is_order: self.has_begun && self.managed.is_some(),
+            orders: self.orders.clone(),
+            cancel: Arc::clone(&cancel),
+        };
+        let started = std::thread::Builder::new().name("prepare".into()).spawn(move || {
+            let _ = sender.send(prepare(&wish));
+            let _ = waker.wake();
+        });
+        started.map_err(|error| Exit::runtime(format!("cannot start a thread: {error}")))?;
+        self.preparing = Some(Preparing { outcome, cancel, again: false });
+        Ok(())
+    }
+
+    /// Takes what has been got ready.
+    ///
+    /// # Errors
+    /// [`Exit`] where it cannot be, and nothing runs yet.
+    fn take_prepared(&mut self, now: Mono) -> Result<(), Exit> {
+        let outcome = match self.preparing.as_ref().map(|preparing| preparing.outcome.try_recv()) {
+            None | Some(Err(TryRecvError::Empty)) => return Ok(()),
+            Some(Ok(outcome)) => outcome,
+            Some(Err(TryRecvError::Disconnected)) => Err(Exit::runtime("what was to be got ready was lost")),
+        };
+        let again = self.preparing.take().is_some_and(|preparing| preparing.again);
+        if self.core.is_stopping() {
+            return Ok(());
+        }
+        if again {
+            return self.prepare();
+        }
+        match outcome {
+            Ok(prepared) => {
+                if !std::mem::replace(&mut self.has_begun, true) {
+                    self.guard()?;
+                    let listening =
+                        Control::listen(&self.options.handoff_dir, self.book.clone(), self.waker.clone());
+                    self.control = listening
+                        .map_err(|error| log::warn!("pool-managerd cannot reach this program: {error}"))
+                        .ok();
+                }
+                self.order_prepared(&prepared.configs);
+                self.want(prepared, now);
+            }
+            Err(exit) if !self.has_begun => return Err(exit),
+            Err(exit) => {
                 log::error!("nothing is changed: {exit}");
                 self.report("refused", None, json!({"reason": exit.message}));
+                self.order_failed(&exit.message, now);
             }
         }
-        self.reloading = None;
+        Ok(())
     }
 
     /// Brings the engines to what was prepared: only what differs is touched.
     fn want(&mut self, prepared: Prepared, now: Mono) {
         let Prepared { configs, free_vram_bytes, replace_all } = prepared;
         let wanted: Vec<ReplicaKey> = configs.iter().map(Config::key).collect();
+        self.book.keeps(wanted.iter().map(|key| key.pool.clone()));
         let gone: Vec<ReplicaKey> = self.newest.keys().filter(|key| !wanted.contains(key)).cloned().collect();
         for key in gone {
             log::info!("{key} is not wanted any more");
@@ -385,6 +476,7 @@ impl Daemon {
             }
             Effect::Tell(key, told) => {
                 self.announce(&key, &told);
+                self.order_told(&key, &told, now);
                 None
             }
             Effect::GiveUp(id, reason) => {

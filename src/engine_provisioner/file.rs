@@ -13,7 +13,9 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::flags::{self, Wanted};
-use super::plan::{self, Config, HEALTH_EVERY_MS_MIN, STEP_MS_MAX};
+use super::models::Digest;
+use super::plan::{self, Config, HEALTH_EVERY_MS_MIN, Lease, STEP_MS_MAX};
+use super::source::SourceSpec;
 use crate::replicas::profile::Engine as Profile;
 use crate::wire::handoff::SLOTS_MAX;
 use crate::wire::id::{PoolId, ReplicaId, ReplicaKey};
@@ -34,7 +36,9 @@ struct Entry {
     engine_version: Option<String>,
     model: Option<String>,
     model_name: Option<String>,
+    digest: Option<String>,
     binary: Option<String>,
+    source: Option<Source>,
     command: Option<Vec<String>>,
     #[serde(default)]
     flags: Vec<String>,
@@ -64,12 +68,37 @@ struct Entry {
     restart: String,
 }
 
+/// What the engine's program is built from.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Source {
+    #[serde(default = "llama_cpp")]
+    repository: String,
+    #[serde(rename = "ref")]
+    revision: String,
+    #[serde(default)]
+    cmake_flags: Vec<String>,
+    generator: Option<String>,
+    #[serde(default = "llama_server")]
+    target: String,
+    #[serde(default)]
+    submodules: bool,
+}
+
 /// `"0,1"` or `[0, 1]`.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Devices {
     Mask(String),
     Numbers(Vec<Value>),
+}
+
+fn llama_cpp() -> String {
+    SourceSpec::llama_cpp("", false).repository
+}
+
+fn llama_server() -> String {
+    SourceSpec::llama_cpp("", false).target
 }
 
 fn llamacpp() -> String {
@@ -216,7 +245,22 @@ fn config(entry: Entry, handoff_dir: &Path) -> Result<Config, String> {
         engine_version: entry.engine_version,
         model: entry.model,
         model_name: entry.model_name,
+        digest: entry
+            .digest
+            .map(|text| Digest::parse(&text).map_err(|why| format!("`digest`: {why}")))
+            .transpose()?,
         model_file: None,
+        lease: Lease::default(),
+        is_made: entry.command.is_none(),
+        source: entry.source.map(|source| SourceSpec {
+            repository: source.repository,
+            revision: source.revision,
+            cmake_flags: source.cmake_flags,
+            generator: source.generator,
+            target: source.target,
+            submodules: source.submodules,
+        }),
+        program: None,
         port: entry.port,
         health_path: named("health_path", plan::health_path(&entry.health_path))?,
         health_timeout_ms: entry.health_timeout_ms,
@@ -253,6 +297,9 @@ fn config(entry: Entry, handoff_dir: &Path) -> Result<Config, String> {
 /// The command line, and the slots that it asks for.
 fn command(entry: &Entry, cpu_only: bool) -> Result<(Vec<OsString>, Option<u32>), String> {
     let words = |words: &[String]| words.iter().map(OsString::from).collect::<Vec<_>>();
+    if entry.binary.is_some() && entry.source.is_some() {
+        return Err("give either `binary` or `source`, not both".into());
+    }
     match (&entry.command, &entry.binary) {
         (Some(_), Some(_)) => Err("give either `command` or `binary`, not both".into()),
         (Some(command), None) => {
@@ -285,7 +332,8 @@ fn command(entry: &Entry, cpu_only: bool) -> Result<(Vec<OsString>, Option<u32>)
             };
             let made = flags::llama_server(&entry.flags, &wanted);
             let slots = flags::slots(&made).filter(|slots| (1..=SLOTS_MAX).contains(slots));
-            let mut all = vec![OsString::from(binary.as_deref().unwrap_or("llama-server"))];
+            let default = if entry.source.is_some() { "{binary}" } else { "llama-server" };
+            let mut all = vec![OsString::from(binary.as_deref().unwrap_or(default))];
             all.extend(words(&made));
             Ok((all, slots.or(entry.slots)))
         }

@@ -13,7 +13,8 @@
 //!   run -- CMD          plan ──┐                            ┌── guardian  (ends orphans)
 //!   up -c FILE   file, flags ──┼─ preflight ── daemon ──────┼── process, publish, output, kept
 //!   plan, check    devices ────┘                 │          └── asking, notify (over net)
-//!                                           supervision
+//!                           │               supervision
+//!                        provide ── models, source
 //! ```
 //!
 //! [`supervision`] decides what becomes of engines, [`plan`], [`mod@file`] and [`flags`] what is started; these,
@@ -23,16 +24,20 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::service::auth::Scope;
 use crate::service::credentials::Credentials;
 use crate::settings::{Exit, Setting, Settings, flag};
+use control::Book;
+use daemon::Wish;
 use options::Options;
 use plan::{Config, Plan};
+use preflight::How;
+use provide::{Effort, Provider};
 
 pub mod asking;
+pub mod control;
 mod daemon;
 pub mod devices;
 pub mod file;
@@ -49,8 +54,10 @@ pub mod plan;
 mod preflight;
 mod process;
 mod progress;
+mod provide;
 mod publish;
 pub mod source;
+mod steps;
 pub mod supervision;
 
 /// Name of the program.
@@ -96,7 +103,7 @@ fn run_one(args: Vec<OsString>) -> Result<(), Exit> {
     let settings = Settings::read_tables(
         PROGRAM,
         "Start an inference engine, wait for its health, write its handoff file, keep it, and stop it cleanly (`up`, `plan` and `check` do so for a file of many: see `help`)",
-        &[plan::RUN_TABLE, options::TABLE],
+        &[plan::RUN_TABLE, options::TABLE, models::TABLE],
         Some("COMMAND"),
         args,
         |name| std::env::var_os(name),
@@ -113,7 +120,7 @@ fn with_file(command: &str, args: Vec<OsString>) -> Result<(), Exit> {
     let settings = Settings::read_tables(
         PROGRAM,
         "Start, keep, show or check the engines that a file names",
-        &[FILE_TABLE, options::TABLE],
+        &[FILE_TABLE, options::TABLE, models::TABLE],
         None,
         args,
         |name| std::env::var_os(name),
@@ -126,7 +133,7 @@ fn with_file(command: &str, args: Vec<OsString>) -> Result<(), Exit> {
     let read = move || read_file(&path, &handoff_dir);
     match command {
         "up" => keep(&settings, options, read, false),
-        _ => show(&options, read()?, command == "plan"),
+        _ => show(&options, &Provider::from_settings(&settings)?, read()?, command == "plan"),
     }
 }
 
@@ -162,15 +169,32 @@ fn keep(
         log::warn!("{note}");
     }
     let prefix = prefix();
-    let (own, words, again) = (options.clone(), prefix.clone(), AtomicBool::new(false));
-    let prepare = move || {
-        let is_first = !again.swap(true, Ordering::Relaxed);
-        let (configs, base) = read()?;
-        let mut prepared = preflight::prepare(configs, &own, &base, &words, is_first)?;
-        prepared.replace_all = replace_all;
+    let (own, words) = (options.clone(), prefix.clone());
+    let provider = Provider::from_settings(settings)?;
+    let book = Book::new(provider.steps.clone());
+    let last: Mutex<Option<(Vec<Config>, PathBuf)>> = Mutex::new(None);
+    let prepare = move |wish: &Wish| {
+        let known = || last.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = known().clone().filter(|_| wish.is_order);
+        let (mut configs, base) = match kept {
+            Some(kept) => kept,
+            None => read()?,
+        };
+        let as_read = (configs.clone(), base.clone());
+        wish.orders.apply(&mut configs);
+        let how = How {
+            base: &base,
+            prefix: &words,
+            is_first: wish.is_first,
+            effort: Effort::Get,
+            cancel: &wish.cancel,
+        };
+        let mut prepared = preflight::prepare(configs, &own, &provider, how)?;
+        *known() = Some(as_read);
+        prepared.replace_all = replace_all && !wish.is_order;
         Ok(prepared)
     };
-    daemon::run(options, credentials, prefix, Arc::new(prepare))
+    daemon::run(options, credentials, prefix, Arc::new(prepare), book)
 }
 
 /// Words that make this executable an engine-provisioner: `llorch` holds several programs.
@@ -181,10 +205,25 @@ fn prefix() -> Vec<OsString> {
 
 /// What would be started, or only whether it could be.
 #[allow(clippy::print_stdout, reason = "the command's job is to print")]
-fn show(options: &Options, read: (Vec<Config>, PathBuf), in_full: bool) -> Result<(), Exit> {
-    let (configs, base) = read;
-    let prepared = preflight::prepare(configs, options, &base, &prefix(), true)?;
-    for config in &prepared.configs {
+fn show(
+    options: &Options,
+    provider: &Provider,
+    read: (Vec<Config>, PathBuf),
+    in_full: bool,
+) -> Result<(), Exit> {
+    let ((configs, base), prefix) = (read, prefix());
+    let cancel = Arc::default();
+    let how = How { base: &base, prefix: &prefix, is_first: true, effort: Effort::Look, cancel: &cancel };
+    let mut prepared = preflight::prepare(configs, options, provider, how)?;
+    for config in &mut prepared.configs {
+        if let (Some(source), true) = (&config.source, in_full) {
+            println!("{}\n  program   built from {} of {}", config.key(), source.revision, source.repository);
+            config.program = Some("BINARY".into());
+        }
+        let is_open = config.model_file.is_none();
+        if let Some(model) = config.model.as_ref().filter(|model| is_open && model_ref::is_reference(model)) {
+            println!("{}: {model} is not here yet: it is fetched at the start", config.key());
+        }
         if in_full {
             // Free ports are chosen at the start; until then nobody can say more.
             let plan = Plan::new(config, config.port.max(1))?;

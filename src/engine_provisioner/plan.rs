@@ -7,10 +7,13 @@
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
+use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use crate::replicas::probing::{MODEL_BYTES_PER_MS_MIN, MODEL_READING_MS_MAX, START_MS_MAX};
-use crate::settings::{Exit, Setting, Settings, flag, number};
+use super::models::{self, Digest};
+use super::source::SourceSpec;
+use crate::settings::{Exit, Setting, Settings, boolean, flag, number};
 use crate::wire::handoff::{Handoff, SLOTS_MAX, TEXT_BYTES_MAX};
 use crate::wire::id::{PoolId, ReplicaId, ReplicaKey};
 use crate::wire::url::BaseUrl;
@@ -40,8 +43,25 @@ pub static RUN_TABLE: &[Setting] = &[
         "model",
         None,
         "REF",
-        "Model: a path, file:PATH, or a name; fills {model}. Without it the engine is asked for its models",
+        "Model: a path, file:PATH, hf:ORG/REPO, hf:ORG/REPO:QUANTISATION, an http(s) URL, or a name; fetched if it is not here; fills {model}. Without it the engine is asked for its models",
     ),
+    flag("digest", None, "SHA256", "What the model's file has to be: sha256: and 64 digits"),
+    flag(
+        "source-ref",
+        None,
+        "REF",
+        "Build the engine from this branch, tag or commit; the program's path fills {binary}",
+    ),
+    flag(
+        "source-repository",
+        Some("https://github.com/ggml-org/llama.cpp"),
+        "URL",
+        "Git repository that it is built from, a URL or a path",
+    ),
+    flag("source-cmake-flags", None, "FLAG,...", "Flags for cmake, such as -DGGML_CUDA=ON"),
+    flag("source-generator", None, "NAME", "cmake's generator, such as Ninja; without it cmake chooses"),
+    flag("source-target", Some("llama-server"), "NAME", "What is built: target and name of the program"),
+    flag("source-submodules", Some("false"), "BOOL", "Fetch submodules too"),
     flag("model-name", None, "NAME", "Name that clients use, where it is not the model's own"),
     flag("port", Some("0"), "PORT", "Port that the engine listens on; 0 takes a free one"),
     flag("health-path", Some("/health"), "PATH", "Path that answers 200 once the engine can serve"),
@@ -113,8 +133,18 @@ pub struct Config {
     pub model: Option<String>,
     /// Model name as clients use it.
     pub model_name: Option<String>,
+    /// What the model's file has to be.
+    pub digest: Option<Digest>,
     /// Where the model lies, once that is known, and its size in bytes.
     pub model_file: Option<(PathBuf, u64)>,
+    /// Keeps that from being removed.
+    pub lease: Lease,
+    /// What the engine's program is built from, where it is.
+    pub source: Option<SourceSpec>,
+    /// The program that was built.
+    pub program: Option<PathBuf>,
+    /// Whether the command was made here, for llama-server, and may be added to.
+    pub is_made: bool,
     /// Port of the engine; 0 for one that the kernel picks.
     pub port: u16,
     /// Path that answers 200 once the engine can serve.
@@ -143,6 +173,31 @@ pub struct Config {
     pub env: BTreeMap<String, String>,
     /// Program and arguments, placeholders and all; never empty.
     pub command: Vec<OsString>,
+}
+
+/// Holds something for as long as a configuration is used, and is no part of what it says.
+#[derive(Clone, Default)]
+pub struct Lease(#[expect(dead_code, reason = "held, not read")] Option<Arc<dyn Send + Sync>>);
+
+impl Lease {
+    /// Holds `what`.
+    #[must_use]
+    pub fn on(what: impl Send + Sync + 'static) -> Lease {
+        Lease(Some(Arc::new(what)))
+    }
+}
+
+impl PartialEq for Lease {
+    fn eq(&self, _: &Lease) -> bool {
+        true
+    }
+}
+
+impl fmt::Debug for Lease {
+    /// The same for all: configurations are told apart by their text.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Lease")
+    }
 }
 
 /// What will be started and, once it is healthy, written.
@@ -185,7 +240,12 @@ impl Config {
             engine_version: settings.get("engine-version", text)?,
             model: settings.get("model", text)?,
             model_name: settings.get("model-name", text)?,
+            digest: settings.get("digest", Digest::parse)?,
             model_file: None,
+            lease: Lease::default(),
+            source: source(settings)?,
+            program: None,
+            is_made: false,
             port: narrow(settings.need("port", number(0, u16::MAX.into()))?),
             health_path: settings.need("health-path", health_path)?,
             health_timeout_ms: settings.get("health-timeout-ms", step(1))?,
@@ -217,8 +277,8 @@ impl Config {
     /// Longest time from start to health, in milliseconds: a large model takes longer to read.
     #[must_use]
     pub fn start_ms(&self) -> u64 {
-        let reading_ms = self.model_file.as_ref().map_or(0, |(_, bytes)| bytes / MODEL_BYTES_PER_MS_MIN);
-        self.health_timeout_ms.unwrap_or(START_MS_MAX + reading_ms.min(MODEL_READING_MS_MAX))
+        let bytes = self.model_file.as_ref().map_or(0, |(_, bytes)| *bytes);
+        self.health_timeout_ms.unwrap_or_else(|| models::ready_within_ms(bytes))
     }
 
     /// The name that clients use for its model, where it is known before the engine is asked.
@@ -252,6 +312,25 @@ impl Config {
             return Err(Exit::config(
                 "nothing tells the engine its port: write {port} in its command, or give --port the one that it listens on",
             ));
+        }
+        match (&self.source, uses("{binary}")) {
+            (None, true) => {
+                return Err(Exit::config(
+                    "the engine's command says {binary}, but nothing is built: say from what, with --source-ref or `source`",
+                ));
+            }
+            (Some(_), false) => {
+                return Err(Exit::config(
+                    "the engine's command does not use what is to be built: write {binary} for its program",
+                ));
+            }
+            _ => {}
+        }
+        if let Some(source) = &self.source {
+            source.check().map_err(Exit::config)?;
+        }
+        if self.digest.is_some() && self.model.is_none() {
+            return Err(Exit::config("a digest is given, but no model that it could be of"));
         }
         if self.model.is_none() && uses("{model}") {
             return Err(Exit::config("the engine's command says {model}, but --model is not given"));
@@ -295,7 +374,8 @@ impl Plan {
         };
         let mut env: Vec<(String, String)> = config.env.clone().into_iter().collect();
         env.extend(config.device_mask.iter().map(|mask| ("CUDA_VISIBLE_DEVICES".into(), mask.clone())));
-        let fill = |word: &OsString| fill_in(word, port, &model, config.slots);
+        let program = config.program.as_deref().map(Path::to_string_lossy).unwrap_or_default();
+        let fill = |word: &OsString| fill_in(word, port, &model, &program, config.slots);
         Ok(Plan {
             command: config.command.iter().map(fill).collect(),
             env,
@@ -307,16 +387,33 @@ impl Plan {
 }
 
 /// The model's name goes in last: braces in it are its own. A word that is not UTF-8 stays as it is.
-fn fill_in(word: &OsStr, port: u16, model: &str, slots: Option<u32>) -> OsString {
+fn fill_in(word: &OsStr, port: u16, model: &str, program: &str, slots: Option<u32>) -> OsString {
     match word.to_str() {
         Some(text) => text
             .replace("{port}", &port.to_string())
             .replace("{host}", HOST)
             .replace("{slots}", &slots.unwrap_or(1).to_string())
+            .replace("{binary}", program)
             .replace("{model}", model)
             .into(),
         None => word.to_os_string(),
     }
+}
+
+/// What the flags say about a build.
+fn source(settings: &Settings) -> Result<Option<SourceSpec>, Exit> {
+    let Some(revision) = settings.get("source-ref", text)? else { return Ok(None) };
+    let flags = settings.get("source-cmake-flags", |flags| {
+        Ok(flags.split(',').map(str::trim).filter(|flag| !flag.is_empty()).map(String::from).collect())
+    })?;
+    Ok(Some(SourceSpec {
+        repository: settings.need("source-repository", text)?,
+        revision,
+        cmake_flags: flags.unwrap_or_default(),
+        generator: settings.get("source-generator", text)?,
+        target: settings.need("source-target", text)?,
+        submodules: settings.need("source-submodules", boolean)?,
+    }))
 }
 
 pub(super) fn default_log_file(handoff_dir: &Path, pool: &PoolId, replica: &ReplicaId) -> PathBuf {

@@ -1,18 +1,21 @@
 //! What is looked at before anything is started: program, port, model, directories, GPUs.
 //!
-//! Whatever can be known to fail is refused here, with what to do about it, and nothing has happened yet.
+//! Whatever can be known to fail is refused here, with what to do about it, and nothing has happened yet. What
+//! costs nothing is looked at for all engines before the first model is fetched.
 
 use std::fs;
 use std::io;
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use super::devices::{self, Gpu};
 use super::gpus;
-use super::model_ref;
 use super::options::{Options, Orphans};
 use super::plan::{Config, HOST, Plan};
+use super::provide::{Effort, Provider};
 use super::publish::{create_directory, refuse_a_living_predecessor};
 use crate::replicas::probe;
 use crate::replicas::profile::Engine as Profile;
@@ -34,16 +37,30 @@ pub(super) struct Prepared {
     pub(super) replace_all: bool,
 }
 
-/// Looks at everything. `is_first`: nothing of it runs yet.
+/// How thoroughly it is looked.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct How<'a> {
+    /// Where relative paths of models count from.
+    pub(super) base: &'a Path,
+    /// Words that make this executable an engine-provisioner.
+    pub(super) prefix: &'a [std::ffi::OsString],
+    /// Nothing of it runs yet.
+    pub(super) is_first: bool,
+    /// Whether what is not here is fetched.
+    pub(super) effort: Effort,
+    /// Stops what takes long.
+    pub(super) cancel: &'a Arc<AtomicBool>,
+}
+
+/// Looks at everything, and gets what has to be got.
 ///
 /// # Errors
 /// [`Exit`] for the first thing that cannot work.
 pub(super) fn prepare(
     mut configs: Vec<Config>,
     options: &Options,
-    base: &Path,
-    prefix: &[std::ffi::OsString],
-    is_first: bool,
+    provider: &Provider,
+    how: How<'_>,
 ) -> Result<Prepared, Exit> {
     for (at, config) in configs.iter().enumerate() {
         if let Some(other) = configs[..at].iter().find(|other| other.port == config.port && config.port != 0)
@@ -57,19 +74,41 @@ pub(super) fn prepare(
         }
     }
     for config in &mut configs {
-        let program = find_program(config)?;
-        if let Some(reference) = config.model.as_deref().filter(|text| model_ref::is_reference(text)) {
-            config.model_file = Some(model_ref::resolve(reference, base).map_err(Exit::config)?);
+        if config.source.is_none() {
+            find_program(config)?;
         }
         if let Some(file) = &config.auth_file {
             probe::read_key(file).map_err(|why| Exit::config(format!("{}: {why}", config.key())))?;
         }
-        if is_first {
+        if how.is_first {
             let port = choose_port(config.port)?;
             if options.orphans == Orphans::End {
                 refuse_a_living_predecessor(&Plan::new(config, port)?.handoff_file)?;
             }
         }
+    }
+    create_directory(&options.handoff_dir)?;
+    has_room(&options.handoff_dir)?;
+    let needs_gpus = options.require_gpu || configs.iter().any(|config| config.device_mask.is_some());
+    // Devices that do not exist are found out about before, models that do not fit after they are here.
+    let found: Result<Vec<Gpu>, String> = match needs_gpus {
+        true => gpus::read(how.prefix),
+        false => Err("nobody asked".into()),
+    };
+    let check = |configs: &[Config]| match needs_gpus {
+        true => configs
+            .iter()
+            .try_for_each(|config| devices::check(config, &found, options.require_gpu).map_err(Exit::config)),
+        false => Ok(()),
+    };
+    check(&configs)?;
+    for config in &mut configs {
+        provider.fill(config, how.base, how.effort, how.cancel)?;
+        let program = match (&config.source, &config.program) {
+            (Some(_), None) => continue,
+            (Some(_), Some(program)) => program.clone(),
+            (None, _) => find_program(config)?,
+        };
         let is_llama = Profile::named(&config.engine) == Profile::LlamaCpp;
         if options.require_gpu && is_llama && gpus::lists_devices(&program) == Some(false) {
             return Err(Exit::config(format!(
@@ -78,19 +117,10 @@ pub(super) fn prepare(
             )));
         }
     }
-    let mut free_vram_bytes = None;
-    if options.require_gpu || configs.iter().any(|config| config.device_mask.is_some()) {
-        let found: Result<Vec<Gpu>, String> = gpus::read(prefix);
-        for config in &configs {
-            devices::check(config, &found, options.require_gpu).map_err(Exit::config)?;
-        }
-        if let Ok(gpus) = &found {
-            let masked = configs.iter().filter(|config| config.device_mask.is_some());
-            free_vram_bytes = masked.map(|config| devices::free_bytes(config, gpus)).min();
-        }
-    }
-    create_directory(&options.handoff_dir)?;
-    has_room(&options.handoff_dir)?;
+    check(&configs)?;
+    let masked = configs.iter().filter(|config| config.device_mask.is_some());
+    let free_vram_bytes =
+        found.as_ref().ok().and_then(|gpus| masked.map(|config| devices::free_bytes(config, gpus)).min());
     Ok(Prepared { configs, free_vram_bytes, replace_all: false })
 }
 

@@ -1,6 +1,8 @@
 //! The node agent's HTTP interface: a request becomes an answer, or something for the daemon to do.
 //! Pure.
 
+use std::collections::BTreeSet;
+
 use serde::Deserialize;
 use serde_json::json;
 
@@ -20,7 +22,7 @@ use crate::wire::id::{PoolId, ReplicaId, ReplicaKey};
 use super::core::Core;
 use super::gpus::GpuId;
 use super::membership::PlaneState;
-use super::operations::{self, Operation};
+use super::operations::{self, Operation, PoolOrder};
 
 /// Field in which a control plane says which engine it means.
 pub const GENERATION_FIELD: &str = "x-llorch-generation";
@@ -72,6 +74,8 @@ pub struct Facts<'a> {
     pub now: Mono,
     /// What is counted of TLS, where it is spoken.
     pub tls: Option<tls::Meters>,
+    /// Pools that provisioners were given orders for.
+    pub managed: &'a BTreeSet<PoolId>,
     /// The caller has shown a certificate, or none is asked for.
     pub is_certified: bool,
 }
@@ -141,6 +145,8 @@ pub static ROUTES: &[Route<To>] = &[
     route_to("GET", "/pools/{pool}/replicas/{replica}/drain", Policy::Admin, To::Operation),
     route_to("POST", "/pools/{pool}/replicas/{replica}/drain", Policy::Admin, To::Operation),
     route_to("POST", "/pools/{pool}/replicas/{replica}/resume", Policy::Admin, To::Operation),
+    route_to("POST", "/pools/{pool}/preload", Policy::NodeOrAdmin, To::Operation),
+    route_to("POST", "/pools/{pool}/reload", Policy::NodeOrAdmin, To::Operation),
     route_to("GET", "/callbacks", Policy::Admin, To::Operation),
     route_to("POST", "/callbacks/register", Policy::NodeOrAdmin, To::Operation),
     route_to("DELETE", "/callbacks/register", Policy::NodeOrAdmin, To::Operation),
@@ -177,6 +183,7 @@ pub fn route(found: Found<'_, To>, request: &Request, core: &Core, facts: &Facts
         To::Metrics => Action::Respond(scrape(core, facts)),
         To::Pools => respond(200, &core.report()),
         To::PoolStatus => with_pool(part(0), |id| match core.pool_status(&id) {
+            _ if facts.managed.contains(&id) => Action::Operate(Operation::Order(PoolOrder::Status(id))),
             Some(status) => respond(200, &status),
             None => Action::Respond(not_found(&format!("pool {id} not found"))),
         }),

@@ -38,6 +38,7 @@ use super::gpus::{Report, xid};
 use super::membership::{Answer, Call, Order, Plane};
 use super::saved::{self, Saved};
 
+mod managed;
 mod operations;
 
 /// What a relayed request may take: prompts are read for minutes before the first token.
@@ -68,6 +69,7 @@ pub struct Daemon {
     exchanges: BTreeMap<Token, Running>,
     guard: Guard,
     tls: Tls,
+    managed: managed::Managed,
     config: Config,
     effects: Vec<Effect>,
     over: bool,
@@ -136,6 +138,7 @@ impl Daemon {
             exchanges: BTreeMap::new(),
             guard,
             tls,
+            managed: managed::Managed::default(),
             config,
             effects,
             over: false,
@@ -198,6 +201,7 @@ impl Daemon {
             self.take_encoded(now);
             self.take_gpu_reports(logged, now);
             self.take_saved(now);
+            self.take_ordered(now);
             self.tls.turn(&mut self.net, now);
             self.look_after_guard(tokens_changed, now);
             self.net.turn(now.mono);
@@ -441,6 +445,7 @@ impl Daemon {
             lag: &self.lag,
             now: now.mono,
             tls: self.tls.meters(&self.net),
+            managed: &self.managed.pools,
             is_certified: !self.tls.knows_clients() || self.net.client_certificate(client).is_some(),
         };
         match api::route(found, &request, &self.core, &facts) {

@@ -21,6 +21,7 @@ mod gpu_reader;
 pub mod gpus;
 pub mod membership;
 pub mod operations;
+mod provisioner_client;
 pub mod saved;
 mod status;
 

@@ -22,6 +22,8 @@ use super::core::Core;
 const GPU_INDEX_MAX: u32 = u16::MAX as u32;
 /// When somebody who found a full table should come back, in milliseconds.
 const TABLE_FULL_RETRY_MS: u64 = 60_000;
+/// Longest reference of a model, in bytes: paths and signed URLs are shorter.
+const REFERENCE_BYTES_MAX: usize = 4_096;
 /// Longest value that an error repeats, in characters.
 const SHOWN_CHARS_MAX: usize = 80;
 
@@ -36,6 +38,29 @@ pub enum Operation {
     Register(BaseUrl, Option<PoolId>),
     /// Tell it no more.
     Unregister(BaseUrl, Option<PoolId>),
+    /// Hand something to the provisioner that keeps a pool, or ask it.
+    Order(PoolOrder),
+}
+
+/// What is asked of the provisioner that keeps a pool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PoolOrder {
+    /// How far it has come.
+    Status(PoolId),
+    /// Its engines get another model, by this reference.
+    Reload(PoolId, String),
+    /// An engine that was prepared is started in it.
+    Preload(PoolId, Value),
+}
+
+impl PoolOrder {
+    /// The pool.
+    #[must_use]
+    pub fn pool(&self) -> &PoolId {
+        match self {
+            PoolOrder::Status(pool) | PoolOrder::Reload(pool, _) | PoolOrder::Preload(pool, _) => pool,
+        }
+    }
 }
 
 /// What to do for a request below `/v2`; `None` where the path is none of these.
@@ -63,6 +88,10 @@ pub fn route(segments: &[&str], request: &Request, core: &Core) -> Option<Result
                 _ => Err(not_allowed("GET, POST")),
             })
         }
+        ["pools", pool, "preload" | "reload"] => match method {
+            "POST" => pool_id(pool).and_then(|pool| order(pool, &request.body)).map(Operation::Order),
+            _ => Err(not_allowed("POST")),
+        },
         [of @ .., verb @ ("drain" | "resume")] => match scope(of, core)? {
             Ok(scope) => match (*verb, method) {
                 ("drain", "POST") => drain(scope, request, core),
@@ -196,6 +225,35 @@ fn scope(segments: &[&str], core: &Core) -> Option<Result<Scope, Response>> {
         }),
         _ => return None,
     })
+}
+
+/// Reads `{"new_model_ref": string}` or `{"prepared": {...}}`.
+fn order(pool: PoolId, body: &[u8]) -> Result<PoolOrder, Response> {
+    let shape =
+        "the body must be {\"new_model_ref\": REFERENCE} or {\"prepared\": {\"binary_path\": PATH, ...}}";
+    let body: Value = serde_json::from_slice(body).map_err(|_| bad(shape))?;
+    match (&body["new_model_ref"], &body["prepared"]) {
+        (Value::String(model), Value::Null) if is_text(model) => Ok(PoolOrder::Reload(pool, model.clone())),
+        (Value::Null, Value::Object(prepared)) => {
+            let mut prepared = prepared.clone();
+            for (name, fallback) in [("pool_id", pool.as_str()), ("replica_id", "r0")] {
+                prepared.entry(name).or_insert_with(|| fallback.into());
+            }
+            if prepared["pool_id"].as_str() != Some(pool.as_str()) {
+                return Err(bad(&format!("`pool_id` must be that of the path, {pool}")));
+            }
+            if !prepared.get("binary_path").and_then(Value::as_str).is_some_and(is_text) {
+                return Err(bad("`prepared.binary_path` is missing"));
+            }
+            Ok(PoolOrder::Preload(pool, Value::Object(prepared)))
+        }
+        _ => Err(bad(shape)),
+    }
+}
+
+/// Whether it can be a reference or a path.
+fn is_text(text: &str) -> bool {
+    (1..=REFERENCE_BYTES_MAX).contains(&text.len()) && !text.chars().any(char::is_control)
 }
 
 fn drain(scope: Scope, request: &Request, core: &Core) -> Result<Operation, Response> {

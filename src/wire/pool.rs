@@ -8,6 +8,9 @@ use super::id::{NodeId, PoolId, ReplicaId};
 use super::node::Capabilities;
 use super::url::BaseUrl;
 
+/// Directory below that of the handoffs in which provisioners listen for what is to become of their pools.
+pub const PROVISIONER_DIRECTORY: &str = ".provisioners";
+
 /// All that a node's agent tells about its node at once: `GET /v2/pools`. A control plane that polls takes
 /// it for what a heartbeat would have said.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -34,6 +34,16 @@ pub(crate) struct Provisioner {
 impl Provisioner {
     /// Starts it with its directories under `root`, further `flags`, and the engine's `command`.
     pub(crate) fn start(root: &Path, flags: &[&str], command: &[impl AsRef<OsStr>]) -> Provisioner {
+        Provisioner::start_with(root, flags, command, &[])
+    }
+
+    /// The same with further variables.
+    pub(crate) fn start_with(
+        root: &Path,
+        flags: &[&str],
+        command: &[impl AsRef<OsStr>],
+        variables: &[(&str, &OsStr)],
+    ) -> Provisioner {
         let handoff_dir = root.join("engines");
         let mut child = Command::new(env!("CARGO_BIN_EXE_engine-provisioner"))
             .args(["run", "--pool", "pool-0", "--replica", "r0", "--report"])
@@ -43,11 +53,14 @@ impl Provisioner {
             .arg("--")
             .args(command)
             .env("ENGINE_PROVISIONER_HANDOFF_DIR", &handoff_dir)
+            // No test is to write into the user's own.
+            .env("ENGINE_PROVISIONER_CACHE_DIR", root.join("cache"))
             .env_remove("ENGINE_PROVISIONER_GPU_MASK")
             .env_remove("LLORCH_REQUIRE_GPU")
             // Where nobody listens: what runs on this machine is no part of a test.
             .env("POOL_MANAGERD_URL", "http://127.0.0.1:1")
             .env_remove("RUST_LOG")
+            .envs(variables.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

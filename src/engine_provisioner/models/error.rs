@@ -95,6 +95,13 @@ pub enum ModelError {
         /// Why.
         error: GgufError,
     },
+    /// A file of this machine is no model, or not all of one.
+    LocalGguf {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        error: GgufError,
+    },
     /// It ends before its tensors do.
     Truncated {
         /// The file.
@@ -217,6 +224,9 @@ impl fmt::Display for ModelError {
                     f,
                     "{name}: {error}: it was not kept; check that the reference names the file itself and not a page about it"
                 )
+            }
+            ModelError::LocalGguf { path, error } => {
+                write!(f, "{}: {error}: copy or fetch it again, or name another file", path.display())
             }
             ModelError::Truncated { name, found, needed } => {
                 write!(

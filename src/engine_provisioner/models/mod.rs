@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use crate::replicas::probing::MODEL_BYTES_PER_MS_MIN;
+use crate::replicas::probing::{MODEL_BYTES_PER_MS_MIN, MODEL_READING_MS_MAX, START_MS_MAX};
 use crate::service::machine::boot_id;
 use crate::settings::{Alias, Exit, Setting, Settings, boolean, number};
 
@@ -59,8 +59,6 @@ const FAILURES_MAX: u32 = 8;
 const PAUSE_FIRST: Duration = Duration::from_millis(500);
 /// Longest silence of a server in the middle of a file.
 const STALL: Duration = Duration::from_secs(30);
-/// What an engine may take to become ready besides reading its model, in milliseconds.
-const START_MS: u64 = 120_000;
 /// Most connections to a server at once: hubs refuse clients that open many.
 const CONNECTIONS_MAX: u64 = 16;
 /// Longest token file, in bytes.
@@ -205,6 +203,10 @@ pub fn cache_directory(settings: &Settings, env: impl Fn(&str) -> Option<OsStrin
         return std::path::absolute(&directory)
             .map_err(|error| Exit::config(format!("--cache-dir: {error}")));
     }
+    // systemd names a directory in CACHE_DIRECTORY.
+    if let Some(given) = env("CACHE_DIRECTORY").map(PathBuf::from).filter(|path| path.is_absolute()) {
+        return Ok(given);
+    }
     let absolute = |name| env(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let cache = absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")));
     cache.map(|cache| cache.join("llama-orch")).ok_or_else(|| {
@@ -256,8 +258,14 @@ impl Model {
     /// time in which a slow disk reads it.
     #[must_use]
     pub fn ready_within_ms(&self) -> u64 {
-        START_MS.saturating_add(self.bytes / MODEL_BYTES_PER_MS_MIN)
+        ready_within_ms(self.bytes)
     }
+}
+
+/// How long an engine may take to become ready with a model of so many bytes, in milliseconds.
+#[must_use]
+pub fn ready_within_ms(bytes: u64) -> u64 {
+    START_MS_MAX + (bytes / MODEL_BYTES_PER_MS_MIN).min(MODEL_READING_MS_MAX)
 }
 
 /// Makes a model ready. Blocks for as long as it takes; `cancel` stops it within a fraction of a
@@ -271,16 +279,15 @@ pub fn resolve(
     cancel: &Arc<AtomicBool>,
     tell: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Model, ModelError> {
-    let store = Store::open(&options.directory)?;
     match &request.reference {
-        Reference::Local(path) => local(&store, request, path, cancel, tell),
-        _ => remote(&store, options, request, cancel, tell),
+        Reference::Local(path) => local(&options.directory, request, path, cancel, tell),
+        _ => remote(&Store::open(&options.directory)?, options, request, cancel, tell),
     }
 }
 
-/// A file or directory outside the cache: checked, and named in the catalogue.
+/// A file or directory outside the cache: checked, and named in the catalogue where there can be one.
 fn local(
-    store: &Store,
+    cache: &Path,
     request: &Request,
     path: &Path,
     cancel: &Arc<AtomicBool>,
@@ -314,7 +321,11 @@ fn local(
             })?;
             let length = file.metadata().map_err(failed)?.len();
             bytes += length;
-            add_header(&mut gguf, header(&file, part, length)?);
+            let told = header(&file, part, length).map_err(|error| match error {
+                ModelError::Gguf { error, .. } => ModelError::LocalGguf { path: part.into(), error },
+                error => error,
+            });
+            add_header(&mut gguf, told?);
             if let Some(expected) = request.digest {
                 let found = hash(&file, Path::new(part), length, cancel, tell)?;
                 if found != expected {
@@ -326,31 +337,38 @@ fn local(
     }
     let now_ms = unix_ms();
     let id = key(&format!("file:{name}"));
-    store.update(|catalogue| {
-        let known = catalogue.models.iter().position(|entry| entry.id == id);
-        let added_ms = known.map_or(now_ms, |at| catalogue.models[at].added_ms);
-        let mut entry = Entry {
-            id: id.clone(),
-            reference: format!("file:{name}"),
-            state: State::Active,
-            path: path.clone(),
-            files: Vec::new(),
-            bytes,
-            added_ms,
-            used_ms: now_ms,
-            architecture: None,
-            context_length: None,
-            quantisation: None,
-            parameters: None,
-            unsynced_boot: None,
-        };
-        gguf.iter().for_each(|gguf| entry.tell(gguf));
-        match known {
-            Some(at) => catalogue.models[at] = entry,
-            None => catalogue.models.push(entry),
-        }
-        Ok(())
-    })?;
+    let store = Store::open(cache);
+    let named = store.and_then(|store| {
+        store.update(|catalogue| {
+            let known = catalogue.models.iter().position(|entry| entry.id == id);
+            let added_ms = known.map_or(now_ms, |at| catalogue.models[at].added_ms);
+            let mut entry = Entry {
+                id: id.clone(),
+                reference: format!("file:{name}"),
+                state: State::Active,
+                path: path.clone(),
+                files: Vec::new(),
+                bytes,
+                added_ms,
+                used_ms: now_ms,
+                architecture: None,
+                context_length: None,
+                quantisation: None,
+                parameters: None,
+                unsynced_boot: None,
+            };
+            gguf.iter().for_each(|gguf| entry.tell(gguf));
+            match known {
+                Some(at) => catalogue.models[at] = entry,
+                None => catalogue.models.push(entry),
+            }
+            Ok(())
+        })
+    });
+    if let Err(error) = named {
+        // It lies where it lies: without a place for the catalogue it is used all the same.
+        tell(Progress::Note(&format!("{name} is not in the catalogue: {error}")));
+    }
     Ok(Model { path, bytes, digest, gguf, fetched: false, lease: Vec::new() })
 }
 

@@ -33,6 +33,7 @@ impl Daemon {
                 let removed = self.core.unregister_callback(&url, pool.as_ref(), now, &mut self.effects);
                 operations::unregistered(&url, removed)
             }
+            Operation::Order(order) => return self.order(client, order, now),
         };
         self.net.respond(client, &response, now.mono);
     }

@@ -1,0 +1,166 @@
+//! How far the preparation of engines has come: what is fetched, built and loaded, for whoever asks.
+//!
+//! Written by the thread that prepares, read by the loop. One list for everything that is under way or was
+//! last; a new preparation of a pool takes the place of its earlier one.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::wire::id::{PoolId, ReplicaKey};
+
+/// Most steps that are remembered: a few for each of the most engines.
+const STEPS_MAX: usize = 1_024;
+/// Longest text of a step, in characters.
+const DETAIL_CHARS_MAX: usize = 1_000;
+
+/// What is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Kind {
+    /// The engine's program is found or built.
+    EngineProvision,
+    /// Its model is fetched.
+    ModelFetch,
+    /// The engine loads.
+    PoolWarmup,
+}
+
+/// How it is with a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Status {
+    Running,
+    Completed,
+    Failed,
+}
+
+/// One step.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Step {
+    kind: Kind,
+    /// The replica that it is for.
+    id: String,
+    #[serde(skip)]
+    pool: PoolId,
+    status: Status,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    detail: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bytes_done: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bytes_total: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pct: Option<u64>,
+}
+
+/// The list, shared.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Steps(Arc<Mutex<Vec<Step>>>);
+
+impl Steps {
+    fn with<T>(&self, change: impl FnOnce(&mut Vec<Step>) -> T) -> T {
+        // Nothing that is done under the lock can leave the list half changed.
+        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Forgets what was done for a pool.
+    pub(super) fn clear(&self, pool: &PoolId) {
+        self.with(|steps| steps.retain(|step| step.pool != *pool));
+    }
+
+    /// A step begins, or goes on with another text.
+    pub(super) fn begin(&self, kind: Kind, key: &ReplicaKey, detail: &str) {
+        let detail: String = detail.chars().take(DETAIL_CHARS_MAX).collect();
+        self.with(|steps| {
+            if let Some(step) = find(steps, kind, key) {
+                (step.status, step.detail) = (Status::Running, detail);
+                return;
+            }
+            if steps.len() >= STEPS_MAX {
+                return;
+            }
+            steps.push(Step {
+                kind,
+                id: key.to_string(),
+                pool: key.pool.clone(),
+                status: Status::Running,
+                detail,
+                bytes_done: None,
+                bytes_total: None,
+                pct: None,
+            });
+        });
+    }
+
+    /// So many bytes of it are there.
+    pub(super) fn bytes(&self, kind: Kind, key: &ReplicaKey, done: u64, total: Option<u64>) {
+        self.with(|steps| {
+            if let Some(step) = find(steps, kind, key) {
+                (step.bytes_done, step.bytes_total) = (Some(done), total);
+                step.pct = total.filter(|total| *total > 0).map(|total| done.saturating_mul(100) / total);
+            }
+        });
+    }
+
+    /// So much of it is done, in percent.
+    pub(super) fn percent(&self, kind: Kind, key: &ReplicaKey, percent: u64) {
+        self.with(|steps| {
+            if let Some(step) = find(steps, kind, key) {
+                step.pct = Some(percent);
+            }
+        });
+    }
+
+    /// It is over.
+    pub(super) fn end(&self, kind: Kind, key: &ReplicaKey, outcome: Result<(), &str>) {
+        self.with(|steps| {
+            let Some(step) = find(steps, kind, key) else { return };
+            match outcome {
+                Ok(()) => (step.status, step.pct) = (Status::Completed, Some(100)),
+                Err(why) => {
+                    step.status = Status::Failed;
+                    step.detail = why.chars().take(DETAIL_CHARS_MAX).collect();
+                }
+            }
+        });
+    }
+
+    /// Those of a pool, as they are shown.
+    pub(super) fn of(&self, pool: &PoolId) -> Value {
+        self.with(|steps| {
+            let of_pool: Vec<&Step> = steps.iter().filter(|step| step.pool == *pool).collect();
+            serde_json::to_value(of_pool).unwrap_or_default()
+        })
+    }
+}
+
+fn find<'a>(steps: &'a mut [Step], kind: Kind, key: &ReplicaKey) -> Option<&'a mut Step> {
+    let id = key.to_string();
+    steps.iter_mut().find(|step| step.kind == kind && step.id == id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::id::ReplicaId;
+
+    #[test]
+    fn a_step_goes_from_running_to_its_end_and_is_seen_under_its_pool() {
+        let pool = |name| PoolId::new(name).expect("an id");
+        let key = ReplicaKey { pool: pool("p"), replica: ReplicaId::new("r0").expect("an id") };
+        let (steps, kind) = (Steps::default(), Kind::ModelFetch);
+        steps.begin(kind, &key, "m.gguf");
+        steps.bytes(kind, &key, 50, Some(200));
+        let told = steps.of(&key.pool);
+        assert_eq!(told[0]["kind"], "model_fetch");
+        assert_eq!((&told[0]["status"], &told[0]["pct"]), (&"running".into(), &25.into()));
+        steps.end(kind, &key, Err("no room"));
+        let told = steps.of(&key.pool);
+        assert_eq!((&told[0]["status"], &told[0]["detail"]), (&"failed".into(), &"no room".into()));
+        assert_eq!(steps.of(&pool("q")), serde_json::json!([]));
+        steps.clear(&key.pool);
+        assert_eq!(steps.of(&key.pool), serde_json::json!([]));
+    }
+}
