@@ -251,7 +251,7 @@ pub fn route(found: Found<'_, To>, request: &Request, core: &Core, facts: &Facts
         },
         To::Explain => explained(part, request, core, facts, now),
         To::PoolHealth => pool_health(core, part),
-        To::CreateTask => match tasks::parse(&request.body, client_of(facts)) {
+        To::CreateTask => match tasks::parse(&request.body, client_of(facts), facts.aliases) {
             Ok(task) => Action::CreateTask(Box::new(task)),
             Err(refusal) => refuse(refusal),
         },

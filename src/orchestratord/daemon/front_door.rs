@@ -9,11 +9,12 @@ use crate::reactor::token::Token;
 use crate::time::Now;
 
 use super::super::affinity::Affinity;
-use super::super::core::{Asked, Input, RequestId};
+use super::super::core::{Input, RequestId};
 use super::super::explain::{self, Received};
 use super::super::openai::Forwarding;
 use super::super::patience::ClientPatience;
 use super::super::sessions;
+use super::super::tasks::NewTask;
 use super::{Daemon, Front, Job, Running, SESSION_FIELD};
 
 impl Job {
@@ -76,21 +77,15 @@ impl Daemon {
 
     /// A task is remembered by its own name, and has its room in the budget: it outlives the request that
     /// created it.
-    pub(super) fn note_task(
-        &mut self,
-        request: RequestId,
-        id: &str,
-        asked: &Asked,
-        creator: Token,
-        now: Now,
-    ) {
+    pub(super) fn note_task(&mut self, request: RequestId, task: &NewTask, creator: Token, now: Now) {
+        let ask = &task.asked.ask;
         let received = Received {
-            id,
+            id: &task.id,
             path: "/v2/tasks",
-            model: asked.ask.model.as_deref(),
-            alias: None,
+            model: ask.model.as_deref(),
+            alias: task.alias.as_deref(),
             stream: true,
-            slots: asked.ask.slots,
+            slots: ask.slots,
             began: self.net.began(creator).unwrap_or(now.mono),
         };
         self.explain.begin(request, &received, now);
