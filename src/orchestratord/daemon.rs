@@ -364,8 +364,11 @@ impl Daemon {
 
     fn serve(&mut self, client: Token, request: Request, peer: SocketAddr, now: Now) {
         let (found, policy, route) = routes::find(api::ROUTES, &request.head, request.head.path());
-        match self.guard.judge(&request.head, policy, route, peer, now.mono) {
-            Admission::Pass(fields) => self.net.add_fields(client, fields),
+        let key = match self.guard.judge(&request.head, policy, route, peer, now.mono) {
+            Admission::Pass { fields, key } => {
+                self.net.add_fields(client, fields);
+                key
+            }
             Admission::Preflight(response) => return self.net.respond(client, &response, now.mono),
             Admission::Barred(barred, delay_ms) => {
                 let response = Refusal::Barred(barred).response(request.head.path().starts_with("/v1/"));
@@ -374,7 +377,7 @@ impl Daemon {
                 }
                 return;
             }
-        }
+        };
         let peer = peer.ip().to_string();
         let facts = api::Facts {
             aliases: &self.config.aliases,
@@ -384,6 +387,7 @@ impl Daemon {
             watch_mode: self.watch.as_ref().map(Watch::mode),
             started: self.started,
             peer: &peer,
+            key,
             resident_bytes: (request.head.path() == "/metrics").then(machine::resident_bytes).flatten(),
             clients: self.net.clients(),
             tasks: self.tasks.len(),

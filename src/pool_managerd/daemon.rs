@@ -425,7 +425,7 @@ impl Daemon {
     fn serve(&mut self, client: Token, request: Request, peer: SocketAddr, now: Now) {
         let (found, policy, route) = routes::find(api::ROUTES, &request.head, api::path_of(&request.head));
         match self.guard.judge(&request.head, policy, route, peer, now.mono) {
-            Admission::Pass(fields) => self.net.add_fields(client, fields),
+            Admission::Pass { fields, .. } => self.net.add_fields(client, fields),
             Admission::Preflight(response) => return self.net.respond(client, &response, now.mono),
             Admission::Barred(barred, delay_ms) => {
                 let response = api::barred(barred);
