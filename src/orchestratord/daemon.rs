@@ -514,13 +514,13 @@ impl Daemon {
             }
             Target::AskNode | Target::Forbidden(_) => return self.undeliverable(request, now),
         };
-        let bearer = match &dispatch.target {
-            Target::Relay { .. } => self.guard.bearer(now.mono),
-            _ => dispatch
-                .auth_file
-                .as_deref()
-                .and_then(|file| probe::read_key(file).ok())
-                .map(|key| format!("Bearer {key}")),
+        let bearer = match (&dispatch.target, dispatch.auth_file.as_deref()) {
+            (Target::Relay { .. }, _) => self.guard.bearer(now.mono),
+            (_, None) => None,
+            (_, Some(file)) => match probe::read_key(file) {
+                Ok(key) => Some(format!("Bearer {key}")),
+                Err(why) => return self.keyless(request, dispatch, &why, now),
+            },
         };
         fields.extend(bearer.map(|bearer| ("Authorization".to_string(), bearer.into_bytes())));
         let sink = match &job.front {

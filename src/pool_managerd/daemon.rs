@@ -45,6 +45,8 @@ mod operations;
 const RELAY_PATIENCE: Patience = Patience { connect_ms: 2_000, first_byte_ms: 900_000, idle_ms: 300_000 };
 /// Calls that wait to be encoded: a control plane is called once at a time.
 const CALLS_MAX: usize = 16;
+/// When a replica may be asked again whose key file cannot be used, in milliseconds.
+const KEYLESS_RETRY_MS: u64 = 2_000;
 /// When a caller that found no free slot should come back.
 const FULL_RETRY_MS: u64 = 1_000;
 
@@ -487,8 +489,19 @@ impl Daemon {
             Err(refused) => return self.net.respond(client, &refusal(key, &refused), now.mono),
         };
         let mut fields = forwardable(&request.head);
-        if let Some(engine_key) = auth_file.as_deref().and_then(|file| probe::read_key(file).ok()) {
-            fields.push(("Authorization".into(), format!("Bearer {engine_key}").into_bytes()));
+        match auth_file.as_deref().map(probe::read_key).transpose() {
+            Ok(engine_key) => {
+                let bearer = engine_key.map(|key| format!("Bearer {key}").into_bytes());
+                fields.extend(bearer.map(|bearer| ("Authorization".into(), bearer)));
+            }
+            // Without it the engine would refuse what the caller may well ask.
+            Err(why) => {
+                log::warn!("{key} cannot be asked: {why}");
+                self.core.handle(Input::Relayed { lease, fault: None }, now, &mut self.effects);
+                let message = format!("{key}: its key file cannot be used");
+                let response = api::error(503, "POOL_UNREADY", &message, Some(KEYLESS_RETRY_MS));
+                return self.net.respond(client, &response, now.mono);
+            }
         }
         let outbound = Outbound {
             to: url,
