@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::http::server::Request;
+use crate::net::relay::BEGUN_FIELD;
 use crate::net::{self, DialRule, FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Sink, forwardable};
 use crate::reactor::kmsg::KernelLog;
 use crate::reactor::offload::Offload;
@@ -558,8 +559,11 @@ impl Daemon {
                             let message = format!("{}: {}", lease.key, fault.reason);
                             let late = matches!(fault.kind, FaultKind::Timeout | FaultKind::Unreached);
                             let status = if late { 504 } else { 502 };
-                            let response =
+                            let mut response =
                                 api::error(status, "POOL_UNAVAILABLE", &message, Some(FULL_RETRY_MS));
+                            if fault.begun {
+                                response = response.with(BEGUN_FIELD, "true");
+                            }
                             self.net.respond(client, &response, now.mono);
                         }
                         fault_of(fault)

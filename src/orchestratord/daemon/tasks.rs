@@ -207,7 +207,7 @@ impl Daemon {
             Ending::Failed { .. } | Ending::NotReady { .. } | Ending::Aborted { .. } => {
                 self.tasks.retried(request, &reason);
             }
-            Ending::NotTried(_) | Ending::Complete | Ending::Withdrawn => {}
+            Ending::BrokenOff(_) | Ending::NotTried(_) | Ending::Complete | Ending::Withdrawn => {}
         }
         ending
     }
