@@ -134,7 +134,11 @@ fn text_of(engine: &Engine, name: &str, slots: u32, model: &str) -> String {
 struct Client(BufReader<TcpStream>);
 
 fn ask_with(port: u16, path: &str, fields: &str, body: &str) -> Client {
-    let mut stream = TcpStream::connect(("127.0.0.1", port)).expect("a control plane");
+    let stream = TcpStream::connect(("127.0.0.1", port)).expect("a control plane");
+    send(stream, path, fields, body)
+}
+
+fn send(mut stream: TcpStream, path: &str, fields: &str, body: &str) -> Client {
     stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
     let length = body.len();
     let head = format!(
@@ -236,6 +240,63 @@ fn a_client_that_leaves_the_queue_never_reaches_an_engine() {
     call.until_closed();
     engine.call().ok();
     assert_eq!(next.answer().status, 200);
+}
+
+/// A chat that shows a token and comes from an address of its own.
+fn chat_as(home: &Home, token: &str, from: [u8; 4], text: &str) -> Client {
+    let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::STREAM, None)
+        .expect("a socket");
+    rustix::net::bind(&socket, &std::net::SocketAddr::from((from, 0))).expect("an address of this machine");
+    rustix::net::connect(&socket, &std::net::SocketAddr::from(([127, 0, 0, 1], home.port)))
+        .expect("a control plane");
+    let body = format!(r#"{{"model":"m","text":"{text}"}}"#);
+    send(TcpStream::from(socket), CHAT, &format!("Authorization: Bearer {token}\r\n"), &body)
+}
+
+#[test]
+fn clients_take_turns_by_key_and_address_and_keys_count_only_where_they_are_checked() {
+    const ONE: [u8; 4] = [127, 0, 0, 1];
+    const OTHER: [u8; 4] = [127, 0, 0, 2];
+    let (new, old) = ("the-current-token-of-all-clients-", "the-previous-token-of-all-clients");
+    let tokens = tempfile::NamedTempFile::new().expect("a file");
+    std::fs::write(tokens.path(), format!("{new}\n{old}\n")).expect("written");
+    let path = tokens.path().to_str().expect("text");
+    let with_tokens = [("LLORCH_CLIENT_TOKEN_FILE", path)];
+    // Who waits, in the order of their coming, and in which order they are served.
+    let waiters = [
+        ("new 1", new, ONE),
+        ("new 2", new, ONE),
+        ("new 3", new, ONE),
+        ("old 1", old, ONE),
+        ("new elsewhere 1", new, OTHER),
+        ("old 2", old, ONE),
+    ];
+    for (env, order) in [
+        (&with_tokens[..], ["new 1", "old 1", "new elsewhere 1", "new 2", "old 2", "new 3"]),
+        (&[], ["new 1", "new elsewhere 1", "new 2", "new 3", "old 1", "old 2"]),
+    ] {
+        let engine = Engine::start();
+        let home = Home::start(env);
+        hand_over(&home.engines(), "a.json", &text_of(&engine, "a", 1, "m"));
+        home.until_routable(1.0);
+        let running = chat_as(&home, new, [127, 0, 0, 3], "runs");
+        let mut call = engine.call();
+        let mut waiting = Vec::new();
+        for (count, (text, token, from)) in waiters.into_iter().enumerate() {
+            waiting.push(chat_as(&home, token, from, text));
+            until_waiting(&home, (count + 1) as f64);
+        }
+        for text in order {
+            call.ok();
+            call = engine.call();
+            assert!(call.body.contains(&format!("\"{text}\"")), "{} in the place of {text}", call.body);
+        }
+        call.ok();
+        for client in waiting.into_iter().chain([running]) {
+            assert_eq!(client.answer().status, 200);
+        }
+        assert!(!metrics(&home).contains("the-current") && !home.daemon.log().contains("the-current"));
+    }
 }
 
 #[test]

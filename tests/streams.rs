@@ -163,6 +163,75 @@ fn an_engine_that_dies_at_any_byte_of_a_stream_never_looks_finished() {
 }
 
 #[test]
+fn a_clean_end_of_the_framing_is_no_end_of_a_text_that_did_not_say_so() {
+    let error = "data: {\"error\":{\"message\":\"Loading model\"}}\n\n";
+    for path in ["/v1/chat/completions", "/v1/completions", "/v1/messages"] {
+        let events = dialect(path);
+        // What it says, and whether that is all.
+        let cases = [
+            (String::new(), false),
+            (": ping\n\n".to_string(), false),
+            (events[..1].concat(), false),
+            (events[..2].concat(), false),
+            (events[..3].concat(), true),
+            (
+                format!(
+                    "{}data: {{\"choices\":[],\"usage\":{{\"completion_tokens\":2}}}}\n\n",
+                    events[..3].concat()
+                ),
+                true,
+            ),
+            (events.concat(), true),
+            (format!("{}{}", events[0], events[3]), true),
+            (format!("{}{error}", events[0]), true),
+        ];
+        for (said, whole) in cases {
+            let whole = whole || path == "/v1/messages";
+            for relays in [1, 2] {
+                let body = if said.is_empty() { Vec::new() } else { chunk(&said) };
+                let answer = [CHUNKED.as_bytes(), &body, b"0\r\n\r\n"].concat();
+                // The end of the framing comes in one piece or in two; none of them may be what counts.
+                for cut in CHUNKED.len()..=answer.len() {
+                    if cut < answer.len().saturating_sub(8).max(CHUNKED.len()) {
+                        continue;
+                    }
+                    let pieces = [answer[..cut].to_vec(), answer[cut..].to_vec()];
+                    let engine = Engine::start(move |line| {
+                        line.request();
+                        line.write(&pieces[0]);
+                        std::thread::sleep(Duration::from_millis(2));
+                        line.write(&pieces[1]);
+                        // The connection stays open, as it does where only the answer is over.
+                        line.request();
+                    });
+                    let agent = Gateway::start(engine.address);
+                    let plane = (relays == 2).then(|| Gateway::start(agent.address));
+                    let mut client = plane.as_ref().unwrap_or(&agent).client();
+                    let received = client.post(path, "{}");
+                    let name =
+                        format!("{path} {said:?}, {relays} relays, cut at {cut}: {:?}", received.text());
+                    assert_eq!((received.status, received.clean), (200, whole), "{name}");
+                    if whole {
+                        assert_eq!(received.text(), said, "{name}");
+                    } else {
+                        assert!(received.text().starts_with(&said), "nothing is lost: {name}");
+                        let told = received.text().contains("without saying that it is complete");
+                        // Nothing fits behind a digit of the last chunk that has passed already.
+                        assert!(told || cut >= answer.len() - 5, "{name}");
+                        assert!(client.is_closed(), "{name}");
+                    }
+                    drop(client);
+                    if let Some(plane) = plane {
+                        plane.settle();
+                    }
+                    agent.settle();
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn a_reset_that_overtakes_the_last_bytes_is_no_end_either() {
     let engine = Engine::start(|line| {
         line.request();

@@ -157,6 +157,26 @@ fn every_way_in_which_engines_answer_becomes_the_same_events() {
 }
 
 #[test]
+fn a_task_may_name_its_model_by_an_alias() {
+    let engine = scripted(|line, _| {
+        line.write(format!("{SSE}data: {{\"choices\":[{{\"text\":\"a\",\"finish_reason\":\"stop\"}}]}}\n\ndata: [DONE]\n\n").as_bytes());
+    });
+    let home =
+        home_with(&[("ORCHESTRATORD_MODEL_ALIASES", "gpt-4o=small,small=m")], &[(engine.address.port(), 1)]);
+    for (id, named) in [("t1", "gpt-4o"), ("t2", "m")] {
+        assert_eq!(create(&home, id, &json!({"model_ref": named})).status, 202);
+        assert_eq!(text(&events(&home, id, "")), "a");
+        let body: Value =
+            serde_json::from_slice(&questions(&engine).pop().expect("a question").body).expect("JSON");
+        assert_eq!(body["model"], "m", "{named}");
+    }
+    let told = get(home.port, "/v2/explain/t1").expect("an answer").json();
+    assert_eq!((&told["model"], &told["alias"]), (&json!("m"), &json!("gpt-4o")), "{told}");
+    let unknown = create(&home, "t3", &json!({"model_ref": "none"}));
+    assert_eq!(unknown.status, 503, "{unknown:?}");
+}
+
+#[test]
 fn broken_answers_end_in_one_error_with_the_code_that_fits() {
     let token = "data: {\"content\":\"a\",\"stop\":false}\n\n";
     // The answer, whether the connection is reset behind it, and the error.

@@ -84,6 +84,22 @@ impl BodyDecoder {
         matches!(self.state, State::Size { line: 0, .. })
     }
 
+    /// Whether the end of a chunked body has been told: no data follows, whatever its framing still owes.
+    #[must_use]
+    pub fn is_ending(&self) -> bool {
+        matches!(self.state, State::SizeLf(0) | State::Trailer { .. } | State::TrailerLf { .. } | State::Done)
+    }
+
+    /// Bytes that the last chunk of data still lacks to be followed by another one: its line end.
+    #[must_use]
+    pub fn chunk_end_owed(&self) -> usize {
+        match self.state {
+            State::DataCr => 2,
+            State::DataLf => 1,
+            _ => 0,
+        }
+    }
+
     /// The peer closed. True if that is where the body may end.
     pub fn close(&mut self) -> bool {
         if self.state == State::UntilClose {

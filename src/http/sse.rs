@@ -23,6 +23,12 @@ pub struct Tail {
 /// that was generated cannot hold this, as its quotes are escaped.
 const FINISHES: [&[u8]; 2] = [b"\"finish_reason\":\"", b"\"finish_reason\": \""];
 
+/// Whether part of a stream in OpenAI's dialect tells a reason to finish.
+#[must_use]
+pub fn holds_finish(data: &[u8]) -> bool {
+    FINISHES.iter().any(|word| memchr::memmem::find(data, word).is_some())
+}
+
 impl Tail {
     /// Enough for `data: [DONE]` with its line ends.
     const LENGTH: usize = 24;
@@ -59,8 +65,7 @@ impl Tail {
         let begins = data.len().min(Self::LENGTH);
         seam[..self.length].copy_from_slice(&self.bytes[..self.length]);
         seam[self.length..self.length + begins].copy_from_slice(&data[..begins]);
-        let holds = |bytes: &[u8]| FINISHES.iter().any(|word| memchr::memmem::find(bytes, word).is_some());
-        self.finished = self.finished || holds(&seam[..self.length + begins]) || holds(data);
+        self.finished = self.finished || holds_finish(&seam[..self.length + begins]) || holds_finish(data);
     }
 
     /// Whether the last event was `[DONE]`, with which OpenAI's dialect ends a stream.

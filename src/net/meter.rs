@@ -1,8 +1,11 @@
-//! How many tokens an answer took, as its engine told: from the end of the answer, pure.
+//! How many tokens an answer took, and whether it is complete, as its engine told: from the end of the
+//! answer, pure.
 //!
 //! Engines of OpenAI's dialect put `usage` into the last event of a stream, or to the end of a JSON body;
 //! llama.cpp adds `timings` also where nobody asked for usage. Only the last [`TAIL_BYTES`] are kept, and
 //! nothing is parsed until the answer is over.
+
+use crate::http::sse::holds_finish;
 
 /// What is kept of an answer's end, in bytes: the last event with its `usage` and `timings`, and `[DONE]`.
 pub const TAIL_BYTES: usize = 2048;
@@ -32,6 +35,13 @@ impl Meter {
             self.tail.drain(..surplus.min(self.tail.len()));
         }
         self.tail.extend_from_slice(data);
+    }
+
+    /// Whether the end of the answer holds a reason to finish, or an error in the place of an event.
+    #[must_use]
+    pub fn told_finish(&self) -> bool {
+        // Text that was generated cannot hold this either.
+        holds_finish(&self.tail) || memchr::memmem::find(&self.tail, b"data: {\"error\"").is_some()
     }
 
     /// What the engine told.

@@ -271,6 +271,9 @@ pub struct Fault {
     pub answered: bool,
     /// Whether a byte of the request may have reached the engine.
     pub sent: bool,
+    /// Whether a byte of an answer came, other than one that was held back for its status: the request must
+    /// not be sent again, even if its client has seen nothing.
+    pub begun: bool,
     /// After how many seconds the peer wants to be asked again, if its status was held back and it said so.
     pub retry_after_s: Option<u64>,
 }

@@ -9,6 +9,8 @@
 //!
 //! A client of OpenAI's takes a stream that ends for the whole answer. An engine that frames its answer
 //! by closing says no more by that than one that was killed; such a stream has ended only if it said so.
+//! Neither does one that ends the framing of its chunks: engines that are told to stop do that in the middle of
+//! a text. The last chunk of such a stream is not passed on, so that it fails for its client.
 
 use crate::http::client::ResponseReader;
 use crate::http::head::{BadMessage, Framing, ResponseHead, Version, is_hop_by_hop};
@@ -59,6 +61,8 @@ pub struct Relay {
     /// Part of a head that has not ended yet.
     held: Vec<u8>,
     head: Option<Answer>,
+    /// An answer that was held back says [`BEGUN_FIELD`].
+    told_begun: bool,
     /// `Retry-After` of an answer that was held back.
     retry_after_s: Option<u64>,
 }
@@ -72,11 +76,27 @@ struct Answer {
     events: Option<Tail>,
     /// The body ends where the connection does, and its dialect tells the end in words too.
     must_say_end: bool,
+    /// The framing's end came and was kept back, because the stream had not said that it is complete.
+    is_mute: bool,
     /// The last piece of the body began with an error event, as a relay puts one behind a broken stream.
     error_told: bool,
     meter: Meter,
 }
 
+impl Answer {
+    /// Whether a stream of events has told its end in the words of its dialect, or an error. What is no such
+    /// stream has nothing to tell.
+    fn has_said_end(&self) -> bool {
+        let Some(tail) = self.events.as_ref().filter(|_| self.status == 200) else { return true };
+        tail.finished() || self.meter.told_finish()
+    }
+}
+
+/// With this field a relay says of its 502 that the engine broke within its answer, so that nobody before it
+/// sends the request once more.
+pub const BEGUN_FIELD: &str = "x-llorch-begun";
+/// Why a stream is broken whose framing ended and whose text did not.
+const MUTE_END: &str = "the engine ended its answer without saying that it is complete";
 /// Paths, below any prefix, whose streams end with `[DONE]`.
 const DONE_PATHS: [&str; 2] = ["/chat/completions", "/v1/completions"];
 /// How the error event of a relay begins.
@@ -96,6 +116,7 @@ impl Relay {
             hold_back,
             held: Vec::new(),
             head: None,
+            told_begun: false,
             retry_after_s: None,
         }
     }
@@ -134,6 +155,12 @@ impl Relay {
     #[must_use]
     pub fn retry_after_s(&self) -> Option<u64> {
         self.retry_after_s
+    }
+
+    /// Whether an answer that was held back says that another one had begun behind it.
+    #[must_use]
+    pub fn told_begun(&self) -> bool {
+        self.told_begun
     }
 
     /// Whether the engine's connection may serve another request after the answer.
@@ -230,7 +257,7 @@ impl Relay {
         let between_chunks = self.reader.body().is_some_and(|body| body.between_chunks());
         let Some(answer) = &self.head else { return false };
         match answer.body {
-            Body::Same if !between_chunks => return false,
+            Body::Same if !between_chunks && !answer.is_mute => return false,
             Body::Same | Body::Rechunked => encode_chunk(out, event),
             Body::Data => out.extend_from_slice(event),
         }
@@ -245,11 +272,13 @@ impl Relay {
             body: Body::Data,
             events: (head.is_event_stream() && !is_encoded(head)).then(Tail::default),
             must_say_end: self.says_done && head.status == 200 && head.framing == Framing::UntilClose,
+            is_mute: false,
             error_told: false,
             meter: Meter::default(),
         };
         if self.hold_back.contains(&head.status) {
             let after = head.fields.get("retry-after");
+            self.told_begun = head.fields.get(BEGUN_FIELD).is_some();
             self.retry_after_s = after.and_then(|seconds| seconds.trim().parse().ok());
             return Ok(Step::HeldBack(head.status));
         }
@@ -270,10 +299,21 @@ impl Relay {
         let (Some(answer), Some(decoder)) = (&mut self.head, self.reader.body()) else {
             return Ok(Step::More);
         };
+        // A task's answer is judged by who reads it.
+        let must_say = self.says_done && self.forward.is_some();
         let mut rest = input;
         while !rest.is_empty() && !decoder.finished() {
+            let (between_chunks, owed) = (decoder.between_chunks(), decoder.chunk_end_owed());
             let piece = decoder.next(rest).map_err(|error| BadMessage { status: 502, ..error })?;
             let data = &rest[piece.data];
+            if data.is_empty() && decoder.is_ending() && must_say && !answer.has_said_end() {
+                // What its last chunk of data lacks of its framing comes at once with the end, or came before.
+                answer.is_mute = between_chunks || owed > 0;
+                if answer.body == Body::Same {
+                    out.extend_from_slice(&rest[..owed]);
+                }
+                return Err(BadMessage { status: 502, reason: MUTE_END });
+            }
             match answer.body {
                 Body::Same => out.extend_from_slice(&rest[..piece.consumed]),
                 Body::Rechunked => encode_chunk(out, data),

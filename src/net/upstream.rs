@@ -632,7 +632,11 @@ impl Net {
         };
         let sent = session.sent > 0 || session.received;
         let retry_after_s = session.relay.retry_after_s();
-        let fault = Fault { kind, reason: reason.to_string(), answered, sent, retry_after_s };
+        let begun = match kind {
+            FaultKind::Status(_) => session.relay.told_begun(),
+            _ => session.received,
+        };
+        let fault = Fault { kind, reason: reason.to_string(), answered, sent, begun, retry_after_s };
         let client = self.upstreams.client_of(exchange);
         self.finish_exchange(exchange, Outcome::Failed(fault), now);
         if answered && let Some(client) = client {

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::http::server::{Request, Response};
 use crate::metrics::{self, Histogram, Scrape};
-use crate::service::auth::Policy;
+use crate::service::auth::{Fingerprint, Policy};
 use crate::service::guard::Guard;
 use crate::service::lag::LoopLag;
 use crate::service::routes::{Found, Route};
@@ -83,6 +83,8 @@ pub struct Facts<'a> {
     pub started: u64,
     /// Where the request came from.
     pub peer: &'a str,
+    /// The token that opened its route, where one was needed.
+    pub key: Option<Fingerprint>,
     /// Resident memory, where known, in bytes.
     pub resident_bytes: Option<u64>,
     /// Connected clients.
@@ -251,7 +253,7 @@ pub fn route(found: Found<'_, To>, request: &Request, core: &Core, facts: &Facts
         },
         To::Explain => explained(part, request, core, facts, now),
         To::PoolHealth => pool_health(core, part),
-        To::CreateTask => match tasks::parse(&request.body, client_of(facts)) {
+        To::CreateTask => match tasks::parse(&request.body, client_of(facts), facts.aliases) {
             Ok(task) => Action::CreateTask(Box::new(task)),
             Err(refusal) => refuse(refusal),
         },
@@ -265,10 +267,14 @@ pub fn route(found: Found<'_, To>, request: &Request, core: &Core, facts: &Facts
     }
 }
 
-/// With whom a request shares a turn in the queue: everybody at one address. The token tells clients apart
-/// no further: all of them have the same.
+/// With whom a request shares a turn in the queue: whoever shows the same token from the same address. A
+/// token alone is none of one client's where all of an installation have the same one; a token that was not
+/// checked counts for nothing, as anybody could make one up for each request.
 fn client_of(facts: &Facts<'_>) -> Arc<str> {
-    Arc::from(facts.peer)
+    match facts.key {
+        Some(key) => Arc::from(format!("{key} {}", facts.peer)),
+        None => Arc::from(facts.peer),
+    }
 }
 
 fn respond(status: u16, body: &impl serde::Serialize) -> Action {

@@ -3,7 +3,8 @@
 //! | what happened | the request | the engine's circuit |
 //! |---|---|---|
 //! | no connection, in time or at all | goes elsewhere | opens |
-//! | reset, cut off, no HTTP | goes elsewhere, if no byte reached its client | opens |
+//! | reset, cut off before any byte of an answer | goes elsewhere | opens |
+//! | the same behind a byte of an answer, no HTTP | ends with 502, or an error event | opens |
 //! | 502, 503, 504 | goes elsewhere | opens |
 //! | 503 with `Retry-After` | goes elsewhere | pauses for that long, no failure |
 //! | 409 of a node's agent: another engine has the name | goes elsewhere | pauses until the node has told |
@@ -34,6 +35,9 @@ pub fn ending(fault: Fault) -> Ending {
         (FaultKind::Status(503), Some(after_s)) => {
             Ending::NotReady { reason, pause_ms: after_s.saturating_mul(1_000) }
         }
+        (FaultKind::Reset | FaultKind::Protocol | FaultKind::Status(_), _) if fault.begun && !answered => {
+            Ending::BrokenOff(reason)
+        }
         (FaultKind::Reset | FaultKind::Protocol | FaultKind::Status(_), _) => failed(false, false),
     }
 }
@@ -45,7 +49,7 @@ mod tests {
     #[test]
     fn every_fault_is_blamed_on_whom_it_concerns() {
         let of = |kind, sent, retry_after_s| {
-            ending(Fault { kind, reason: "r".into(), answered: false, sent, retry_after_s })
+            ending(Fault { kind, reason: "r".into(), answered: false, sent, begun: false, retry_after_s })
         };
         let failed =
             |connect, timeout| Ending::Failed { reason: "r".into(), connect, timeout, answered: false };
@@ -67,6 +71,20 @@ mod tests {
             (FaultKind::Aborted, true, None, Ending::Aborted { answered: false }),
         ] {
             assert_eq!(of(kind, sent, after), expected, "{kind:?} {sent} {after:?}");
+        }
+        for kind in [FaultKind::Reset, FaultKind::Protocol, FaultKind::Status(502)] {
+            let fault = |answered| {
+                ending(Fault {
+                    kind,
+                    reason: "r".into(),
+                    answered,
+                    sent: true,
+                    begun: true,
+                    retry_after_s: None,
+                })
+            };
+            assert_eq!(fault(false), Ending::BrokenOff("r".into()), "{kind:?}");
+            assert!(matches!(fault(true), Ending::Failed { answered: true, .. }), "{kind:?}");
         }
     }
 }

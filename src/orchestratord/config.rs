@@ -4,9 +4,9 @@ use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use crate::net::budget::large_share;
 use crate::replicas::AllowList;
 use crate::service::auth::{self, Scope};
+use crate::service::bodies::{self, BodyLimits};
 use crate::service::credentials::{self, Credentials};
 use crate::service::guard::{self, GuardConfig};
 use crate::service::logging::LogFormat;
@@ -105,22 +105,11 @@ pub static TABLE: &[Setting] = &[
         value: "ALIAS=MODEL,...",
         help: "Other names of models: requests for ALIAS go to engines that serve MODEL, and say so",
     },
-    Setting {
-        flag: "max-body-mib",
-        env: "ORCHESTRATORD_MAX_BODY_MIB",
-        aliases: &[],
-        default: Some("64"),
-        value: "MIB",
-        help: "Largest request body; 1 to 1024",
-    },
-    Setting {
-        flag: "body-budget-mib",
-        env: "ORCHESTRATORD_BODY_BUDGET_MIB",
-        aliases: &[],
-        default: Some("256"),
-        value: "MIB",
-        help: "Memory for all request bodies together, those of waiting requests included; 2 to 65536",
-    },
+    bodies::each_setting("ORCHESTRATORD_MAX_BODY_MIB"),
+    bodies::all_setting(
+        "ORCHESTRATORD_BODY_BUDGET_MIB",
+        "Memory for all request bodies together, those of waiting requests included; 2 to 65536",
+    ),
     Setting {
         flag: "first-byte-timeout-ms",
         env: "ORCHESTRATORD_FIRST_BYTE_TIMEOUT_MS",
@@ -283,10 +272,8 @@ pub struct Config {
     pub admission_timeout_ms: u64,
     /// Other names of models.
     pub aliases: Aliases,
-    /// Largest request body, in bytes.
-    pub body_bytes_max: usize,
-    /// All request bodies together, in bytes.
-    pub bodies_bytes_max: usize,
+    /// Of request bodies.
+    pub bodies: BodyLimits,
     /// From a request to the first byte of its answer.
     pub first_byte_timeout_ms: u64,
     /// Between two bytes of an answer.
@@ -359,7 +346,7 @@ impl Config {
         let pool_managers = settings.get("pool-managerd-url", agents)?.unwrap_or_default();
         note_polls(&pool_managers, cloud, &registry, &mut notes);
         let capacity = settings.need("admission-capacity", number(0, 100_000))?;
-        let (body_bytes_max, bodies_bytes_max) = body_limits(&settings)?;
+        let bodies = BodyLimits::read(&settings, "ORCHESTRATORD_MAX_BODY_MIB")?;
         Ok(Config {
             addr,
             cloud,
@@ -369,8 +356,7 @@ impl Config {
             admission_capacity: usize::try_from(capacity).unwrap_or(usize::MAX),
             admission_timeout_ms: settings.need("admission-timeout-ms", number(0, 3_600_000))?,
             aliases: settings.get("model-alias", Aliases::parse)?.unwrap_or_default(),
-            body_bytes_max,
-            bodies_bytes_max,
+            bodies,
             first_byte_timeout_ms: settings.need("first-byte-timeout-ms", number(100, 86_400_000))?,
             idle_timeout_ms: settings.need("idle-timeout-ms", number(100, 86_400_000))?,
             request_timeout_ms: settings.need("request-timeout-ms", number(0, 86_400_000))?,
@@ -410,26 +396,6 @@ fn zero_or_number(least: u64, most: u64) -> impl Fn(&str) -> Result<u64, String>
         Ok(value) if value == 0 || value >= least => Ok(value),
         _ => Err(format!("allowed is 0 or a number from {least} to {most}")),
     }
-}
-
-/// The largest body and the room for all, in bytes. A body that could never find room would be told to
-/// come again for ever.
-fn body_limits(settings: &Settings) -> Result<(usize, usize), Exit> {
-    let bytes = |mib: u64| usize::try_from(mib << 20).unwrap_or(usize::MAX);
-    let largest = bytes(settings.need("max-body-mib", number(1, 1_024))?);
-    let all = settings.need("body-budget-mib", |text| {
-        let mib = number(2, 65_536)(text)?;
-        let least = largest.div_ceil(1 << 20) as u64 * 4;
-        match large_share(bytes(mib)) >= largest {
-            true => Ok(bytes(mib)),
-            false => Err(format!(
-                "three quarters of it are for large bodies, and one of ORCHESTRATORD_MAX_BODY_MIB={} must fit in; allowed is {} and more",
-                largest >> 20,
-                least.div_ceil(3)
-            )),
-        }
-    })?;
-    Ok((largest, all))
 }
 
 /// Each URL once.
@@ -513,7 +479,7 @@ mod tests {
         let flagged = Config::read(flags, |_| None).expect("aliases").aliases;
         assert_eq!((listed.resolve("b"), &listed), (Some("m"), &flagged));
         let large = [("ORCHESTRATORD_BODY_BUDGET_MIB", "86")];
-        assert_eq!(read(&large).expect("it fits").bodies_bytes_max, 86 << 20);
+        assert_eq!(read(&large).expect("it fits").bodies.all_bytes, 86 << 20);
     }
 
     #[test]

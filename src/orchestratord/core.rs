@@ -654,6 +654,14 @@ impl Core {
                 }
                 return self.serve_waiters(replica, now, effects);
             }
+            Ending::BrokenOff(reason) => {
+                self.counts.failures.add(false, false);
+                self.engine_failed(replica, &reason, false, false, now, changes, effects);
+                self.registry.release(run.grant);
+                let retry_ms = self.retry_ms(&ask, now);
+                self.refuse(id, Refusal::EngineFailed { reason, timeout: false, retry_ms }, effects);
+                return self.serve_waiters(replica, now, effects);
+            }
             Ending::NotReady { reason, pause_ms } => {
                 request.tried.push(replica);
                 self.counts.failures.not_ready += 1;

@@ -133,10 +133,7 @@ impl Daemon {
             log::warn!("{note}");
         }
         let Shell { reactor, registry, waker, signals, mut net, bound, supervisor } =
-            Shell::start_with(config.addr, "ORCHESTRATORD_ADDR", |limits| {
-                limits.body_bytes_max = config.body_bytes_max;
-                limits.bodies_bytes_max = config.bodies_bytes_max;
-            })?;
+            Shell::start_with(config.addr, "ORCHESTRATORD_ADDR", |limits| config.bodies.apply(limits))?;
         shell::note_other_address(config.addr, bound, config.guard.credentials.keys());
         let rules = address_rules(bound);
         net.set_dial_rule(DialRule::new(move |url, ip| rules.check_address(url, ip)));
@@ -363,8 +360,11 @@ impl Daemon {
 
     fn serve(&mut self, client: Token, request: Request, peer: SocketAddr, now: Now) {
         let (found, policy, route) = routes::find(api::ROUTES, &request.head, request.head.path());
-        match self.guard.judge(&request.head, policy, route, peer, now.mono) {
-            Admission::Pass(fields) => self.net.add_fields(client, fields),
+        let key = match self.guard.judge(&request.head, policy, route, peer, now.mono) {
+            Admission::Pass { fields, key } => {
+                self.net.add_fields(client, fields);
+                key
+            }
             Admission::Preflight(response) => return self.net.respond(client, &response, now.mono),
             Admission::Barred(barred, delay_ms) => {
                 let response = Refusal::Barred(barred).response(request.head.path().starts_with("/v1/"));
@@ -373,7 +373,7 @@ impl Daemon {
                 }
                 return;
             }
-        }
+        };
         let peer = peer.ip().to_string();
         let facts = api::Facts {
             aliases: &self.config.aliases,
@@ -383,6 +383,7 @@ impl Daemon {
             watch_mode: self.watch.as_ref().map(Watch::mode),
             started: self.started,
             peer: &peer,
+            key,
             resident_bytes: (request.head.path() == "/metrics").then(machine::resident_bytes).flatten(),
             clients: self.net.clients(),
             tasks: self.tasks.len(),
@@ -512,13 +513,13 @@ impl Daemon {
             }
             Target::AskNode | Target::Forbidden(_) => return self.undeliverable(request, now),
         };
-        let bearer = match &dispatch.target {
-            Target::Relay { .. } => self.guard.bearer(now.mono),
-            _ => dispatch
-                .auth_file
-                .as_deref()
-                .and_then(|file| probe::read_key(file).ok())
-                .map(|key| format!("Bearer {key}")),
+        let bearer = match (&dispatch.target, dispatch.auth_file.as_deref()) {
+            (Target::Relay { .. }, _) => self.guard.bearer(now.mono),
+            (_, None) => None,
+            (_, Some(file)) => match probe::read_key(file) {
+                Ok(key) => Some(format!("Bearer {key}")),
+                Err(why) => return self.keyless(request, dispatch, &why, now),
+            },
         };
         fields.extend(bearer.map(|bearer| ("Authorization".to_string(), bearer.into_bytes())));
         let sink = match &job.front {

@@ -63,6 +63,9 @@ pub enum Ending {
         /// The client has seen a part of the answer.
         answered: bool,
     },
+    /// The engine broke, for this reason, when a byte of its answer had come that its client has not seen. The
+    /// request must not be sent again: it may have had its effect.
+    BrokenOff(String),
     /// The engine said that it is not ready. Nothing of that has reached the client.
     NotReady {
         /// What it said, for people.

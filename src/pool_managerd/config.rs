@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use crate::replicas::AllowList;
 use crate::service::auth::{self, Scope};
+use crate::service::bodies::{self, BodyLimits};
 use crate::service::credentials::{self, Credentials};
 use crate::service::guard::{self, GuardConfig};
 use crate::service::logging::LogFormat;
@@ -161,6 +162,11 @@ pub static TABLE: &[Setting] = &[
         value: "MS",
         help: "How long running requests may take to finish at shutdown; 0 to 3600000",
     },
+    bodies::each_setting("POOL_MANAGERD_MAX_BODY_MIB"),
+    bodies::all_setting(
+        "POOL_MANAGERD_BODY_BUDGET_MIB",
+        "Memory for the bodies of all relayed requests together; 2 to 65536",
+    ),
     Setting {
         flag: "callback-enabled",
         env: "POOL_MANAGERD_CALLBACK_ENABLED",
@@ -250,6 +256,8 @@ pub struct Config {
     pub hang_suspect_ms: u64,
     /// Limit of a graceful shutdown.
     pub drain_timeout_ms: u64,
+    /// Of request bodies.
+    pub bodies: BodyLimits,
     /// Whether callbacks are told.
     pub callback_enabled: bool,
     /// A callback from the start.
@@ -334,6 +342,7 @@ impl Config {
             kmsg: settings.need("kmsg", |text| Ok((!matches!(text, "" | "off")).then(|| text.into())))?,
             hang_suspect_ms: settings.need("hang-suspect-ms", number(1_000, 3_600_000))?,
             drain_timeout_ms: settings.need("drain-timeout-ms", number(0, 3_600_000))?,
+            bodies: BodyLimits::read(&settings, "POOL_MANAGERD_MAX_BODY_MIB")?,
             callback_enabled: settings.need("callback-enabled", boolean)?,
             callback_url: settings.get("orchestratord-callback-url", lenient_url)?,
             guard: GuardConfig::read(&settings, credentials)?,
@@ -445,6 +454,12 @@ mod tests {
             ("POOL_MANAGERD_NODE_ID", "a b", "is not an id"),
             ("POOL_MANAGERD_POOLS", "a,b/c", "is not an id"),
             ("POOL_MANAGERD_AUTO_DELETE_HANDOFF", "perhaps", "true and false"),
+            ("POOL_MANAGERD_MAX_BODY_MIB", "1025", "from 1 to 1024"),
+            (
+                "POOL_MANAGERD_BODY_BUDGET_MIB",
+                "85",
+                "POOL_MANAGERD_MAX_BODY_MIB=64 must fit in; allowed is 86",
+            ),
         ] {
             let cloud = [("POOL_MANAGERD_CLOUD_PROFILE", "true"), ("ORCHESTRATORD_URL", "http://c:1")];
             let exit = read(&[&cloud[..], &[(name, value)]].concat()).expect_err(value);

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::http::server::Request;
+use crate::net::relay::BEGUN_FIELD;
 use crate::net::{self, DialRule, FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Sink, forwardable};
 use crate::reactor::kmsg::KernelLog;
 use crate::reactor::offload::Offload;
@@ -45,6 +46,8 @@ mod operations;
 const RELAY_PATIENCE: Patience = Patience { connect_ms: 2_000, first_byte_ms: 900_000, idle_ms: 300_000 };
 /// Calls that wait to be encoded: a control plane is called once at a time.
 const CALLS_MAX: usize = 16;
+/// When a replica may be asked again whose key file cannot be used, in milliseconds.
+const KEYLESS_RETRY_MS: u64 = 2_000;
 /// When a caller that found no free slot should come back.
 const FULL_RETRY_MS: u64 = 1_000;
 
@@ -98,7 +101,7 @@ impl Daemon {
             log::warn!("{note}");
         }
         let Shell { reactor, registry, waker, signals, mut net, bound, supervisor } =
-            Shell::start(config.addr, "POOL_MANAGERD_ADDR")?;
+            Shell::start_with(config.addr, "POOL_MANAGERD_ADDR", |limits| config.bodies.apply(limits))?;
         shell::note_other_address(config.addr, bound, config.guard.credentials.keys());
         net.set_dial_rule(dial_rule(&config, bound.port()));
         let mut core = make_core(&config, bound.port());
@@ -428,7 +431,7 @@ impl Daemon {
     fn serve(&mut self, client: Token, request: Request, peer: SocketAddr, now: Now) {
         let (found, policy, route) = routes::find(api::ROUTES, &request.head, api::path_of(&request.head));
         match self.guard.judge(&request.head, policy, route, peer, now.mono) {
-            Admission::Pass(fields) => self.net.add_fields(client, fields),
+            Admission::Pass { fields, .. } => self.net.add_fields(client, fields),
             Admission::Preflight(response) => return self.net.respond(client, &response, now.mono),
             Admission::Barred(barred, delay_ms) => {
                 let response = api::barred(barred);
@@ -491,8 +494,19 @@ impl Daemon {
             Err(refused) => return self.net.respond(client, &refusal(key, &refused), now.mono),
         };
         let mut fields = forwardable(&request.head);
-        if let Some(engine_key) = auth_file.as_deref().and_then(|file| probe::read_key(file).ok()) {
-            fields.push(("Authorization".into(), format!("Bearer {engine_key}").into_bytes()));
+        match auth_file.as_deref().map(probe::read_key).transpose() {
+            Ok(engine_key) => {
+                let bearer = engine_key.map(|key| format!("Bearer {key}").into_bytes());
+                fields.extend(bearer.map(|bearer| ("Authorization".into(), bearer)));
+            }
+            // Without it the engine would refuse what the caller may well ask.
+            Err(why) => {
+                log::warn!("{key} cannot be asked: {why}");
+                self.core.handle(Input::Relayed { lease, fault: None }, now, &mut self.effects);
+                let message = format!("{key}: its key file cannot be used");
+                let response = api::error(503, "POOL_UNREADY", &message, Some(KEYLESS_RETRY_MS));
+                return self.net.respond(client, &response, now.mono);
+            }
         }
         let outbound = Outbound {
             to: url,
@@ -549,8 +563,11 @@ impl Daemon {
                             let message = format!("{}: {}", lease.key, fault.reason);
                             let late = matches!(fault.kind, FaultKind::Timeout | FaultKind::Unreached);
                             let status = if late { 504 } else { 502 };
-                            let response =
+                            let mut response =
                                 api::error(status, "POOL_UNAVAILABLE", &message, Some(FULL_RETRY_MS));
+                            if fault.begun {
+                                response = response.with(BEGUN_FIELD, "true");
+                            }
                             self.net.respond(client, &response, now.mono);
                         }
                         fault_of(fault)

@@ -89,7 +89,8 @@ impl Policy {
     }
 }
 
-/// The beginning of a token's SHA-256: tells attempts apart in a log without telling the token.
+/// The beginning of a token's SHA-256: tells attempts apart in a log, and clients in a queue, without
+/// telling the token.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Fingerprint([u8; 3]);
 
@@ -291,13 +292,14 @@ impl Keys {
         &self.0[scope as usize]
     }
 
-    /// Whether a request with these fields may use a route of this policy.
+    /// Whether a request with these fields may use a route of this policy, and the token that opened it,
+    /// where one was needed.
     ///
     /// # Errors
     /// [`Denied`].
-    pub fn check(&self, policy: Policy, fields: &Fields) -> Result<(), Denied> {
+    pub fn check(&self, policy: Policy, fields: &Fields) -> Result<Option<Fingerprint>, Denied> {
         if policy == Policy::Public || self.is_empty() {
-            return Ok(());
+            return Ok(None);
         }
         let shown = Digest::of(presented(fields).ok_or(Denied::Missing)?.as_bytes());
         let opened = Scope::ALL.iter().fold(0, |opened, scope| {
@@ -307,7 +309,7 @@ impl Keys {
         match opened {
             0 => Err(Denied::Bad(shown.fingerprint())),
             bits if bits & policy.bits() == 0 => Err(Denied::Scope),
-            _ => Ok(()),
+            _ => Ok(Some(shown.fingerprint())),
         }
     }
 }
@@ -370,7 +372,7 @@ mod tests {
 
     fn ask(keys: &Keys, policy: Policy, authorization: &str) -> Result<(), Denied> {
         let head = format!("GET / HTTP/1.1\r\nHost: h\r\n{authorization}\r\n");
-        keys.check(policy, &parse_request(head.as_bytes()).expect("a request").fields)
+        keys.check(policy, &parse_request(head.as_bytes()).expect("a request").fields).map(|_| ())
     }
 
     fn shown(keys: &Keys, policy: Policy, token: &str) -> Result<(), Denied> {

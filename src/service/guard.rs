@@ -18,7 +18,7 @@ use crate::settings::{Exit, Setting, Settings};
 use crate::time::{Mono, earliest};
 
 use super::attempts::Attempts;
-use super::auth::{Denied, Policy, Scope};
+use super::auth::{Denied, Fingerprint, Policy, Scope};
 use super::credentials::Credentials;
 use super::hosts::{Hosts, Origins};
 
@@ -95,8 +95,13 @@ impl Barred {
 /// What the guard says.
 #[derive(Clone, Debug)]
 pub enum Admission {
-    /// It may pass; its answer gets these fields.
-    Pass(Vec<(&'static str, String)>),
+    /// It may pass.
+    Pass {
+        /// Its answer gets these fields.
+        fields: Vec<(&'static str, String)>,
+        /// The token that opened its route, where one was needed.
+        key: Option<Fingerprint>,
+    },
     /// It was a browser's question whether it may ask; this is the answer.
     Preflight(Response),
     /// It may not pass; its answer leaves so many milliseconds later.
@@ -191,7 +196,7 @@ impl Guard {
             return Admission::Barred(Barred::Origin, 0);
         }
         match self.credentials.keys().check(policy, fields) {
-            Ok(()) => Admission::Pass(self.origins.answer_fields(fields)),
+            Ok(key) => Admission::Pass { fields: self.origins.answer_fields(fields), key },
             Err(denied) => {
                 Admission::Barred(Barred::Denied(denied), self.note(denied, head, route, peer, now))
             }

@@ -7,6 +7,7 @@
 pub mod activation;
 pub mod attempts;
 pub mod auth;
+pub mod bodies;
 pub mod credentials;
 pub mod durable;
 pub mod events;

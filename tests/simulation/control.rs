@@ -321,7 +321,10 @@ impl World {
                     Ending::Withdrawn => self.totals.count("requests withdrawn"),
                     Ending::Failed { answered: true, .. } => self.totals.count("requests broken"),
                     Ending::Aborted { .. } => self.totals.count("requests called back"),
-                    Ending::Failed { .. } | Ending::NotTried(_) | Ending::NotReady { .. } => {}
+                    Ending::Failed { .. }
+                    | Ending::BrokenOff(_)
+                    | Ending::NotTried(_)
+                    | Ending::NotReady { .. } => {}
                 }
                 Input::Ended(request, ending)
             }

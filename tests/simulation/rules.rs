@@ -148,6 +148,7 @@ impl Ledger {
                 State::Done("broken")
             }
             Ending::Failed { .. }
+            | Ending::BrokenOff(_)
             | Ending::NotTried(_)
             | Ending::NotReady { .. }
             | Ending::Aborted { .. } => State::Pending,
@@ -169,7 +170,7 @@ impl Ledger {
         if self.pending.contains(&request) {
             self.requests.get_mut(&request).expect("it was asked").failed_at.push(replica);
         }
-        if matches!(ending, Ending::Failed { timeout: false, .. }) {
+        if matches!(ending, Ending::Failed { timeout: false, .. } | Ending::BrokenOff(_)) {
             self.failed(replica, now);
         }
     }

@@ -9,12 +9,17 @@ use crate::reactor::token::Token;
 use crate::time::Now;
 
 use super::super::affinity::Affinity;
-use super::super::core::{Asked, Input, RequestId};
+use super::super::core::{Dispatch, Ending, Input, RequestId};
 use super::super::explain::{self, Received};
 use super::super::openai::Forwarding;
 use super::super::patience::ClientPatience;
 use super::super::sessions;
+use super::super::tasks::NewTask;
 use super::{Daemon, Front, Job, Running, SESSION_FIELD};
+
+/// How long a replica is left alone whose key file cannot be used, in milliseconds: whoever writes the file
+/// again is served soon, and the log is not flooded.
+const KEYLESS_PAUSE_MS: u64 = 2_000;
 
 impl Job {
     pub(super) fn new(front: Front, body: Vec<u8>, now: Now) -> Job {
@@ -76,21 +81,15 @@ impl Daemon {
 
     /// A task is remembered by its own name, and has its room in the budget: it outlives the request that
     /// created it.
-    pub(super) fn note_task(
-        &mut self,
-        request: RequestId,
-        id: &str,
-        asked: &Asked,
-        creator: Token,
-        now: Now,
-    ) {
+    pub(super) fn note_task(&mut self, request: RequestId, task: &NewTask, creator: Token, now: Now) {
+        let ask = &task.asked.ask;
         let received = Received {
-            id,
+            id: &task.id,
             path: "/v2/tasks",
-            model: asked.ask.model.as_deref(),
-            alias: None,
+            model: ask.model.as_deref(),
+            alias: task.alias.as_deref(),
             stream: true,
-            slots: asked.ask.slots,
+            slots: ask.slots,
             began: self.net.began(creator).unwrap_or(now.mono),
         };
         self.explain.begin(request, &received, now);
@@ -98,6 +97,17 @@ impl Daemon {
         if let Some(job) = self.jobs.get_mut(&request) {
             job.room = room;
         }
+    }
+
+    /// The engine's own key cannot be had, without which it would refuse what the client may well ask: the
+    /// client must not be told that its own token is bad. The log names the file, the client is not told it.
+    pub(super) fn keyless(&mut self, request: RequestId, dispatch: &Dispatch, why: &str, now: Now) {
+        let (node, key) = (&dispatch.node, &dispatch.key);
+        log::warn!("{node}/{key} gets no requests for {KEYLESS_PAUSE_MS} ms: {why}");
+        let reason = format!("the key file of {node}/{key} cannot be used");
+        self.explain.attempt_ended(request, None, Some(&reason), now.mono);
+        let ending = Ending::NotReady { reason, pause_ms: KEYLESS_PAUSE_MS };
+        self.core.handle(Input::Ended(request, ending), now, &mut self.effects);
     }
 
     /// Notes how an exchange ended, before the core decides what follows from it.

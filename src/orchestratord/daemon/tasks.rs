@@ -49,7 +49,7 @@ impl Daemon {
         }
         let front = Front::Task { creator: Some(client), reader: None, path: task.path };
         let request = self.open_job(front, task.body.clone(), now);
-        self.note_task(request, &task.id, &task.asked, client, now);
+        self.note_task(request, &task, client, now);
         let asked = Box::new(task.asked.clone());
         self.core.handle(Input::Ask { request, asked }, now, &mut self.effects);
         self.limit(request, None, now);
@@ -207,7 +207,7 @@ impl Daemon {
             Ending::Failed { .. } | Ending::NotReady { .. } | Ending::Aborted { .. } => {
                 self.tasks.retried(request, &reason);
             }
-            Ending::NotTried(_) | Ending::Complete | Ending::Withdrawn => {}
+            Ending::BrokenOff(_) | Ending::NotTried(_) | Ending::Complete | Ending::Withdrawn => {}
         }
         ending
     }

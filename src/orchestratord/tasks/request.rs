@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use crate::orchestratord::admission::Priority;
 use crate::orchestratord::affinity::Affinity;
+use crate::orchestratord::aliases::Aliases;
 use crate::orchestratord::core::Asked;
 use crate::orchestratord::placement::Ask;
 use crate::orchestratord::refusal::Refusal;
@@ -58,6 +59,8 @@ pub struct NewTask {
     pub session: Option<Arc<str>>,
     /// What it needs.
     pub asked: Asked,
+    /// The alias by which it asked for its model.
+    pub alias: Option<String>,
     /// Where its engine is asked: a prompt is completed, messages are answered.
     pub path: &'static str,
     /// What its engine is sent there.
@@ -78,11 +81,11 @@ impl fmt::Debug for NewTask {
     }
 }
 
-/// Reads and checks a task.
+/// Reads and checks a task. `client` names whoever shares a turn in the queue.
 ///
 /// # Errors
 /// [`Refusal::Invalid`] that names the field, or [`Refusal::Deadline`].
-pub fn parse(body: &[u8], client: Arc<str>) -> Result<NewTask, Refusal> {
+pub fn parse(body: &[u8], client: Arc<str>, aliases: &Aliases) -> Result<NewTask, Refusal> {
     let invalid = |what: &str| Refusal::Invalid(what.to_string());
     // A list would be read as the fields in order.
     if !body.trim_ascii_start().starts_with(b"{") {
@@ -147,7 +150,9 @@ pub fn parse(body: &[u8], client: Arc<str>) -> Result<NewTask, Refusal> {
         (None, None) => return Err(invalid("prompt is missing")),
         (Some(_), Some(_)) => return Err(invalid("prompt and messages exclude each other")),
     };
-    let model = task.model_ref.filter(|model| !model.is_empty());
+    let named = task.model_ref.filter(|model| !model.is_empty());
+    let target = named.as_deref().and_then(|name| aliases.resolve(name)).map(str::to_string);
+    let (model, alias) = if target.is_some() { (target, named) } else { (named, None) };
     if let Some(model) = &model {
         body["model"] = json!(model);
     }
@@ -175,6 +180,7 @@ pub fn parse(body: &[u8], client: Arc<str>) -> Result<NewTask, Refusal> {
         session: session.map(Arc::from),
         id: task.task_id,
         asked: Asked { ask, priority, client, wait_ms_max, is_deadline: deadline_ms.is_some() },
+        alias,
         path,
         body: body.to_string().into_bytes(),
         tokens_max,
@@ -227,7 +233,7 @@ mod tests {
     use super::*;
 
     fn parse(text: &str) -> Result<NewTask, Refusal> {
-        super::parse(text.as_bytes(), "c".into())
+        super::parse(text.as_bytes(), "c".into(), &Aliases::parse("gpt=org/qwen").expect("aliases"))
     }
 
     #[test]
@@ -268,6 +274,17 @@ mod tests {
                 "{bad}: {}",
                 refusal.message()
             );
+        }
+    }
+
+    #[test]
+    fn an_alias_is_placed_and_sent_as_its_model() {
+        for (named, model, alias) in [("gpt", "org/qwen", Some("gpt")), ("m", "m", None)] {
+            let task = json!({"task_id": "t", "prompt": "gpt", "model_ref": named}).to_string();
+            let task = parse(&task).expect("a good task");
+            assert_eq!((task.asked.ask.model.as_deref(), task.alias.as_deref()), (Some(model), alias));
+            let body: Value = serde_json::from_slice(&task.body).expect("JSON");
+            assert_eq!((body["model"].as_str(), body["prompt"].as_str()), (Some(model), Some("gpt")));
         }
     }
 

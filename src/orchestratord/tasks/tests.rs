@@ -5,10 +5,11 @@ use proptest::prelude::*;
 use super::answer::tests::engine_bytes;
 use super::*;
 use crate::http::sse::Event;
+use crate::orchestratord::aliases::Aliases;
 
 fn new_task(id: &str) -> NewTask {
     let body = format!(r#"{{"task_id":"{id}","prompt":"p","max_tokens":9,"deadline_ms":5000}}"#);
-    parse(body.as_bytes(), "c".into()).expect("a task")
+    parse(body.as_bytes(), "c".into(), &Aliases::default()).expect("a task")
 }
 
 /// The events, each with its name and its data.
