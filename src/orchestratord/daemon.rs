@@ -134,10 +134,7 @@ impl Daemon {
             log::warn!("{note}");
         }
         let Shell { reactor, registry, waker, signals, mut net, bound, supervisor } =
-            Shell::start_with(config.addr, "ORCHESTRATORD_ADDR", |limits| {
-                limits.body_bytes_max = config.body_bytes_max;
-                limits.bodies_bytes_max = config.bodies_bytes_max;
-            })?;
+            Shell::start(config.addr, "ORCHESTRATORD_ADDR", config.adjust(), config.fixed(), config.memory)?;
         auth::note_other_address(config.addr, bound, config.guard.credentials.keys());
         let rules = address_rules(bound);
         net.set_dial_rule(DialRule::new(move |url, ip| rules.check_address(url, ip)));

@@ -10,10 +10,14 @@ use crate::service::credentials::{self, Credentials};
 use crate::service::guard::{self, GuardConfig};
 use crate::service::logging::LogFormat;
 use crate::service::machine;
+use crate::service::memory::{self, Fixed, Given};
 use crate::service::tls::{self, Files};
 use crate::settings::{Alias, Exit, Setting, Settings, boolean, flag, listen_address, number};
 use crate::wire::id::{NodeId, PoolId};
 use crate::wire::url::BaseUrl;
+
+/// Memory of the program, of its replicas and of what it knows of the GPUs, in bytes.
+const FIXED_BYTES: usize = 16 << 20;
 
 /// Every setting, in the order of the help.
 pub static TABLE: &[Setting] = &[
@@ -161,6 +165,7 @@ pub static TABLE: &[Setting] = &[
         value: "MS",
         help: "How long running requests may take to finish at shutdown; 0 to 3600000",
     },
+    memory::setting("POOL_MANAGERD_MEMORY_MAX"),
     Setting {
         flag: "callback-enabled",
         env: "POOL_MANAGERD_CALLBACK_ENABLED",
@@ -250,6 +255,8 @@ pub struct Config {
     pub hang_suspect_ms: u64,
     /// Limit of a graceful shutdown.
     pub drain_timeout_ms: u64,
+    /// All that the process may take.
+    pub memory: Option<Given>,
     /// Whether callbacks are told.
     pub callback_enabled: bool,
     /// A callback from the start.
@@ -334,6 +341,7 @@ impl Config {
             kmsg: settings.need("kmsg", |text| Ok((!matches!(text, "" | "off")).then(|| text.into())))?,
             hang_suspect_ms: settings.need("hang-suspect-ms", number(1_000, 3_600_000))?,
             drain_timeout_ms: settings.need("drain-timeout-ms", number(0, 3_600_000))?,
+            memory: memory::given(&settings)?,
             callback_enabled: settings.need("callback-enabled", boolean)?,
             callback_url: settings.get("orchestratord-callback-url", lenient_url)?,
             guard: GuardConfig::read(&settings, credentials)?,
@@ -346,6 +354,14 @@ impl Config {
             log_format: settings.need("log-format", str::parse)?,
             notes,
         })
+    }
+}
+
+impl Config {
+    /// What it takes of memory beside connections, bodies and exchanges.
+    #[must_use]
+    pub fn fixed(&self) -> Fixed {
+        Fixed { bytes: FIXED_BYTES, tls: self.tls.serves() }
     }
 }
 

@@ -97,7 +97,7 @@ impl Daemon {
             log::warn!("{note}");
         }
         let Shell { reactor, registry, waker, signals, mut net, bound, supervisor } =
-            Shell::start(config.addr, "POOL_MANAGERD_ADDR")?;
+            Shell::start(config.addr, "POOL_MANAGERD_ADDR", |_| (), config.fixed(), config.memory)?;
         auth::note_other_address(config.addr, bound, config.guard.credentials.keys());
         net.set_dial_rule(dial_rule(&config, bound.port()));
         let mut core = make_core(&config, bound.port());
