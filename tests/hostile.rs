@@ -440,3 +440,41 @@ fn a_client_never_gets_an_ambiguous_answer() {
     }
     assert!(wrong.is_empty(), "{} of {}: {wrong:#?}", wrong.len(), vectors.len());
 }
+
+#[test]
+fn a_circle_of_control_planes_is_refused_at_the_second() {
+    for cloud in [false, true] {
+        let plane = Plane::start(cloud, &[]);
+        // It takes itself for an engine, in the CLOUD profile by way of its node's agent. Its own address is
+        // refused by that name, so another stands between: all bytes pass through it unchanged.
+        let through = pipe_to(plane.port);
+        plane.announce("m", &format!("http://127.0.0.1:{through}"), 8);
+        plane.until_routable(1);
+        let answer = harness::post(plane.port, "/v1/completions", JSON);
+        assert_eq!(
+            (answer.status, answer.json()["error"]["code"].as_str()),
+            (508, Some("loop")),
+            "{answer:?}"
+        );
+    }
+}
+
+/// A port whose connections are joined to another's.
+fn pipe_to(port: u16) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let own = listener.local_addr().expect("an address").port();
+    std::thread::spawn(move || {
+        for near in listener.incoming().map_while(Result::ok) {
+            let Ok(far) = TcpStream::connect(("127.0.0.1", port)) else { continue };
+            let copies = [(near.try_clone(), far.try_clone()), (Ok(far), Ok(near))];
+            for (from, to) in copies {
+                let (mut from, mut to) = (from.expect("a descriptor"), to.expect("a descriptor"));
+                std::thread::spawn(move || {
+                    let _ = std::io::copy(&mut from, &mut to);
+                    let _ = to.shutdown(Shutdown::Write);
+                });
+            }
+        }
+    });
+    own
+}
