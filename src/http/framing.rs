@@ -44,13 +44,14 @@ enum State {
     Data(u64),
     DataCr,
     DataLf,
-    /// In a trailer line: bytes of this line, bytes of all trailers.
+    /// In a trailer line: whether nothing of it has come, whether its colon has, bytes of all trailers.
     Trailer {
-        line: u32,
+        is_empty: bool,
+        in_value: bool,
         total: u32,
     },
     TrailerLf {
-        line: u32,
+        is_empty: bool,
         total: u32,
     },
 }
@@ -168,19 +169,29 @@ impl BodyDecoder {
                 }
             }
             (State::Size { .. }, _) => return Err(bad("a chunk size is malformed")),
-            (State::SizeLf(0), b'\n') => State::Trailer { line: 0, total: 0 },
+            (State::SizeLf(0), b'\n') => State::Trailer { is_empty: true, in_value: false, total: 0 },
             (State::SizeLf(size), b'\n') => State::Data(size),
             (State::DataCr, b'\r') => State::DataLf,
             (State::DataLf, b'\n') => State::Size { value: 0, digits: 0, line: 0, in_extension: false },
-            (State::Trailer { line, total }, b'\r') => State::TrailerLf { line, total },
+            (State::Trailer { is_empty, in_value, total }, b'\r') if is_empty || in_value => {
+                State::TrailerLf { is_empty, total }
+            }
             (State::Trailer { total, .. }, _) if total >= TRAILER_BYTES_MAX => {
                 return Err(bad("the trailer is larger than 8 KiB"));
             }
-            (State::Trailer { line, total }, b) if is_text(b) => {
-                State::Trailer { line: line + 1, total: total + 1 }
+            (State::Trailer { is_empty: false, in_value: false, total }, b':') => {
+                State::Trailer { is_empty: false, in_value: true, total: total + 1 }
             }
-            (State::TrailerLf { line: 0, .. }, b'\n') => State::Done,
-            (State::TrailerLf { total, .. }, b'\n') => State::Trailer { line: 0, total },
+            (State::Trailer { in_value, total, .. }, b)
+                if if in_value { is_text(b) } else { is_token(b) } =>
+            {
+                State::Trailer { is_empty: false, in_value, total: total + 1 }
+            }
+            (State::Trailer { .. }, _) => return Err(bad("a trailer field is malformed")),
+            (State::TrailerLf { is_empty: true, .. }, b'\n') => State::Done,
+            (State::TrailerLf { total, .. }, b'\n') => {
+                State::Trailer { is_empty: true, in_value: false, total }
+            }
             _ => return Err(bad("chunked framing is broken")),
         };
         Ok(())
@@ -189,6 +200,11 @@ impl BodyDecoder {
 
 fn run(left: u64, available: usize) -> usize {
     usize::try_from(left).unwrap_or(usize::MAX).min(available)
+}
+
+/// What a field's name consists of.
+fn is_token(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
 }
 
 fn is_text(byte: u8) -> bool {

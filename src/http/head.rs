@@ -192,7 +192,7 @@ impl ResponseHead {
 /// earlier calls looked, so that a head that drips in is not searched from its start every time.
 ///
 /// # Errors
-/// 431 when [`HEAD_BYTES_MAX`] is passed without an end, 400 for a line that ends with a bare LF.
+/// 431 when [`HEAD_BYTES_MAX`] is passed without an end, 400 for a line that ends with a bare LF or CR.
 pub fn head_length(bytes: &[u8], scanned: &mut usize) -> Result<Option<usize>, BadMessage> {
     let from = scanned.saturating_sub(3).min(bytes.len());
     let window = &bytes[from..bytes.len().min(HEAD_BYTES_MAX)];
@@ -200,9 +200,12 @@ pub fn head_length(bytes: &[u8], scanned: &mut usize) -> Result<Option<usize>, B
         *scanned = 0;
         return Ok(Some(from + at + 4));
     }
-    // Without this a client that ends its lines with bare LF would wait for an answer for ever. At the
+    // Without this a client that ends its lines with bare LF or CR would wait for an answer for ever. At the
     // window's start the byte before is known only where the window is the head's start.
-    if memchr_iter(b'\n', window).any(|at| if at == 0 { from == 0 } else { window[at - 1] != b'\r' }) {
+    let lf_alone =
+        memchr_iter(b'\n', window).any(|at| if at == 0 { from == 0 } else { window[at - 1] != b'\r' });
+    let cr_alone = memchr_iter(b'\r', window).any(|at| window.get(at + 1).is_some_and(|next| *next != b'\n'));
+    if lf_alone || cr_alone {
         return Err(bad("lines must end with CR LF"));
     }
     if bytes.len() >= HEAD_BYTES_MAX {

@@ -681,6 +681,8 @@ pub fn forwardable(head: &RequestHead) -> Vec<(String, Vec<u8>)> {
     // `x-conversation-id` makes llama-server go on after its client has left.
     const NOT_FORWARDED: [&str; 7] =
         ["host", "content-length", "expect", "authorization", "x-conversation-id", "forwarded", "x-real-ip"];
+    // Without it a circle of control planes would not be noticed.
+    const HOPS_FIELD: &str = "x-llorch-hops";
     const NOT_FORWARDED_PREFIXES: [&str; 2] = ["x-llorch-", "x-forwarded-"];
     head.fields
         .iter()
@@ -688,9 +690,9 @@ pub fn forwardable(head: &RequestHead) -> Vec<(String, Vec<u8>)> {
             let starts_with =
                 |prefix: &&str| name.get(..prefix.len()).is_some_and(|s| s.eq_ignore_ascii_case(prefix));
             !crate::http::head::is_hop_by_hop(name)
-                && !head.fields.connection_names(name)
+                && (!head.fields.connection_names(name) || name.eq_ignore_ascii_case(HOPS_FIELD))
                 && !NOT_FORWARDED.iter().any(|known| name.eq_ignore_ascii_case(known))
-                && !NOT_FORWARDED_PREFIXES.iter().any(starts_with)
+                && (name.eq_ignore_ascii_case(HOPS_FIELD) || !NOT_FORWARDED_PREFIXES.iter().any(starts_with))
         })
         .map(|(name, value)| (name.to_string(), value.to_vec()))
         .collect()

@@ -3,7 +3,7 @@
 //! A client is always in one of the states of [`ClientNext`], which says who acts next. It is read
 //! while it has no request outstanding; otherwise only as far as needed to notice that it left.
 
-use std::io;
+use std::io::{self, Read, Write};
 use std::net::SocketAddr;
 
 use crate::http::head::{BadMessage, Fields, Framing, RequestHead};
@@ -36,6 +36,11 @@ const RETRY_MS: u64 = 1_000;
 /// The refusal of a body that would fit if others were not there.
 const NO_ROOM: BadMessage =
     BadMessage { status: 503, reason: "too many large requests at once; try again shortly" };
+/// What a connection is told that is one too many.
+const CROWDED: &[u8] =
+    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+/// Bytes of an unread head that count for no budget: most heads are smaller.
+const SMALL_HEAD_BYTES: usize = 4 * 1024;
 /// Longest correlation id taken over from a client.
 const CORRELATION_BYTES_MAX: usize = 128;
 
@@ -73,6 +78,8 @@ pub(super) struct Client {
     to: AnswerTo,
     /// Room for the body of the request that arrives, or is answered.
     pub(super) body: BodyHold,
+    /// Room for what it has sent behind that request.
+    ahead: BodyHold,
     /// A request has begun to arrive, and its deadline runs.
     receiving: bool,
     /// Nothing of a request has come yet.
@@ -251,7 +258,7 @@ impl Net {
 
     fn admit(&mut self, tcp: mio::net::TcpStream, peer: SocketAddr, now: Mono) {
         if self.server.clients.len() >= self.limits.clients_max {
-            return; // Dropped, which closes it: nothing was promised to this connection yet.
+            return self.turn_away(tcp);
         }
         let Ok(session) = self.tls.incoming() else { return };
         let is_secured = session.is_some();
@@ -269,6 +276,7 @@ impl Net {
                 unread: Vec::new(),
                 to: AnswerTo::BROKEN,
                 body: self.server.bodies.hold(),
+                ahead: self.server.bodies.hold(),
                 receiving: false,
                 is_new: true,
                 streams_events: false,
@@ -283,6 +291,15 @@ impl Net {
             }
             self.arm_client(client, self.limits.request_ms, now);
             self.client_ready(client, now);
+        }
+    }
+
+    /// One connection too many: it is told so where that takes neither memory nor time, and closed.
+    fn turn_away(&mut self, mut tcp: mio::net::TcpStream) {
+        if !self.tls.is_served() {
+            // A request that is there already would make the close a reset, which overtakes the answer.
+            let _ = tcp.read(&mut self.scratch);
+            let _ = tcp.write(CROWDED);
         }
     }
 
@@ -360,7 +377,9 @@ impl Net {
                 }
                 match progress {
                     Progress::More => {
-                        if !self.server.bodies.grow(&mut session.body, session.reader.body_bytes()) {
+                        let head_bytes = session.unread.len().saturating_sub(SMALL_HEAD_BYTES);
+                        let bytes = session.reader.body_bytes() + head_bytes;
+                        if !self.server.bodies.grow(&mut session.body, bytes) {
                             self.refuse(client, NO_ROOM, now);
                             return false;
                         }
@@ -429,6 +448,10 @@ impl Net {
     fn read_ahead(&mut self, client: Token, now: Mono) {
         let Some(session) = self.server.clients.get_mut(client) else { return };
         while session.unread.len() < PIPELINED_BYTES_MAX {
+            let bytes = session.unread.len().saturating_sub(SMALL_HEAD_BYTES);
+            if !self.server.bodies.grow(&mut session.ahead, bytes) {
+                return; // It is read once its answer is complete.
+            }
             match session.stream.read(&mut self.scratch) {
                 Ok(ReadResult::Data(length)) => session.unread.extend_from_slice(&self.scratch[..length]),
                 Ok(ReadResult::Empty) => return,
@@ -492,6 +515,7 @@ impl Net {
     fn await_next_request(&mut self, client: Token, now: Mono) {
         let Some(session) = self.server.clients.get_mut(client) else { return };
         session.body = self.server.bodies.hold();
+        session.ahead = self.server.bodies.hold();
         // Most connections rest most of the time: one that does holds no memory but its own.
         if session.unread.is_empty() {
             session.unread = Vec::new();

@@ -114,6 +114,11 @@ impl Tls {
         self.unfinished = self.unfinished.saturating_sub(usize::from(was_handshaking));
     }
 
+    /// Whether clients speak TLS.
+    pub(super) fn is_served(&self) -> bool {
+        self.server.is_some()
+    }
+
     /// Whether so many handshakes wait that no further connection should be accepted.
     pub(super) fn is_behind(&self) -> bool {
         self.handshakes.len() >= BEHIND_AT

@@ -20,6 +20,7 @@ use crate::wire::node::{Heartbeat, RegisterRequest};
 
 use super::aliases::Aliases;
 use super::core::Core;
+use super::envelope::{HOPS_MAX, hops};
 use super::explain::{self, Explain, Survey};
 use super::messages::PoolReady;
 use super::meters;
@@ -203,6 +204,7 @@ pub fn route(found: Found<'_, To>, request: &Request, core: &Core, facts: &Facts
     };
     let part = parts.first().copied().unwrap_or_default();
     match to {
+        To::Engine if hops(&head.fields) >= HOPS_MAX => refuse(Refusal::Loop),
         To::Engine => {
             let patience = ClientPatience::read(&head.fields);
             let read = |own: ClientPatience| {

@@ -10,6 +10,7 @@ use crate::service::bodies::{self, BodyLimits};
 use crate::service::credentials::{self, Credentials};
 use crate::service::guard::{self, GuardConfig};
 use crate::service::logging::LogFormat;
+use crate::service::memory::{self, Fixed, Given};
 use crate::service::tls::{self, Files};
 use crate::settings::{Alias, Exit, Setting, Settings, boolean, flag, listen_address, number};
 use crate::wire::url::BaseUrl;
@@ -18,6 +19,12 @@ use super::aliases::Aliases;
 use super::placement::Strategy;
 use super::poller::POLLED_MAX;
 use super::service_registry::{LEASE_POLLS, Limits};
+
+/// Memory of the program (8 MiB), of a registry of 10,000 replicas (16 MiB) and of what is remembered of the last
+/// requests for explanations (8 MiB), in bytes.
+const FIXED_BYTES: usize = 32 << 20;
+/// Memory of a waiting request beside its body, in bytes: its names, its place in the queue, some of its head.
+const WAITING_BYTES: usize = 2 * 1024;
 
 /// Every setting, in the order of the help.
 pub static TABLE: &[Setting] = &[
@@ -110,6 +117,7 @@ pub static TABLE: &[Setting] = &[
         "ORCHESTRATORD_BODY_BUDGET_MIB",
         "Memory for all request bodies together, those of waiting requests included; 2 to 65536",
     ),
+    memory::setting("ORCHESTRATORD_MEMORY_MAX"),
     Setting {
         flag: "first-byte-timeout-ms",
         env: "ORCHESTRATORD_FIRST_BYTE_TIMEOUT_MS",
@@ -274,6 +282,8 @@ pub struct Config {
     pub aliases: Aliases,
     /// Of request bodies.
     pub bodies: BodyLimits,
+    /// All that the process may take.
+    pub memory: Option<Given>,
     /// From a request to the first byte of its answer.
     pub first_byte_timeout_ms: u64,
     /// Between two bytes of an answer.
@@ -357,6 +367,7 @@ impl Config {
             admission_timeout_ms: settings.need("admission-timeout-ms", number(0, 3_600_000))?,
             aliases: settings.get("model-alias", Aliases::parse)?.unwrap_or_default(),
             bodies,
+            memory: memory::given(&settings)?,
             first_byte_timeout_ms: settings.need("first-byte-timeout-ms", number(100, 86_400_000))?,
             idle_timeout_ms: settings.need("idle-timeout-ms", number(100, 86_400_000))?,
             request_timeout_ms: settings.need("request-timeout-ms", number(0, 86_400_000))?,
@@ -387,6 +398,12 @@ impl Config {
     #[must_use]
     pub fn watches(&self) -> bool {
         !self.cloud && self.pool_managers.is_empty()
+    }
+
+    /// What it takes of memory beside connections, bodies and exchanges.
+    #[must_use]
+    pub fn fixed(&self) -> Fixed {
+        Fixed { bytes: FIXED_BYTES + self.admission_capacity * WAITING_BYTES, tls: self.tls.serves() }
     }
 }
 

@@ -132,8 +132,13 @@ impl Daemon {
         for note in &config.notes {
             log::warn!("{note}");
         }
-        let Shell { reactor, registry, waker, signals, mut net, bound, supervisor } =
-            Shell::start_with(config.addr, "ORCHESTRATORD_ADDR", |limits| config.bodies.apply(limits))?;
+        let Shell { reactor, registry, waker, signals, mut net, bound, supervisor } = Shell::start(
+            config.addr,
+            "ORCHESTRATORD_ADDR",
+            |limits| config.bodies.apply(limits),
+            config.fixed(),
+            config.memory,
+        )?;
         shell::note_other_address(config.addr, bound, config.guard.credentials.keys());
         let rules = address_rules(bound);
         net.set_dial_rule(DialRule::new(move |url, ip| rules.check_address(url, ip)));

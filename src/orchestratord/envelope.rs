@@ -10,6 +10,22 @@ use crate::net::forwardable;
 
 use super::core::Dispatch;
 
+/// The field in which control planes count each other on a request's way. Agents pass it on.
+pub const HOPS_FIELD: &str = "X-LLorch-Hops";
+/// A request that has passed so many control planes is refused: one behind another is somebody's wish, one
+/// more is a circle, in which every request would take all slots there are.
+pub const HOPS_MAX: u32 = 2;
+
+/// How many control planes a request has passed. What is no number, or stands twice, counts as too many.
+#[must_use]
+pub fn hops(fields: &Fields) -> u32 {
+    match (fields.count(HOPS_FIELD), fields.get(HOPS_FIELD)) {
+        (0, _) => 0,
+        (1, Some(value)) => value.parse().unwrap_or(HOPS_MAX),
+        _ => HOPS_MAX,
+    }
+}
+
 /// Fields for an engine. `request_id` and `correlation` are the names under which the request is known
 /// here, whether the client gave them or not.
 #[must_use]
@@ -18,8 +34,12 @@ pub fn to_engine(head: &RequestHead, request_id: &str, correlation: &str) -> Vec
     let trace = has_good_trace(&head.fields);
     fields.retain(|(name, _)| {
         let is = |other: &str| name.eq_ignore_ascii_case(other);
-        !(is("x-request-id") || is("x-correlation-id") || !trace && (is("traceparent") || is("tracestate")))
+        !(is(HOPS_FIELD)
+            || is("x-request-id")
+            || is("x-correlation-id")
+            || !trace && (is("traceparent") || is("tracestate")))
     });
+    fields.push((HOPS_FIELD.into(), hops(&head.fields).saturating_add(1).to_string().into_bytes()));
     fields.push(("X-Request-Id".into(), request_id.as_bytes().to_vec()));
     fields.push(("X-Correlation-Id".into(), correlation.as_bytes().to_vec()));
     fields
@@ -83,7 +103,29 @@ mod tests {
         let fields = sent(
             "X-Request-ID: theirs\r\nx-correlation-id: theirs\r\nX-Llorch-Slots: 99\r\nx-llorch-node: n\r\nAuthorization: Bearer t\r\nX-Custom: kept\r\nUser-Agent: u\r\n",
         );
-        assert_eq!(fields, "X-Custom: kept\nUser-Agent: u\nX-Request-Id: id-1\nX-Correlation-Id: c-1\n");
+        assert_eq!(
+            fields,
+            "X-Custom: kept\nUser-Agent: u\nX-LLorch-Hops: 1\nX-Request-Id: id-1\nX-Correlation-Id: c-1\n"
+        );
+    }
+
+    #[test]
+    fn control_planes_are_counted_and_nonsense_counts_as_too_many() {
+        let count = |fields: &str| {
+            let head = format!("POST / HTTP/1.1\r\nHost: a\r\n{fields}\r\n");
+            hops(&parse_request(head.as_bytes()).expect("a head").fields)
+        };
+        for (fields, expected) in [
+            ("", 0),
+            ("x-llorch-hops: 1\r\n", 1),
+            ("X-LLORCH-HOPS: 7\r\n", 7),
+            ("X-LLorch-Hops: -1\r\n", HOPS_MAX),
+            ("X-LLorch-Hops:\r\n", HOPS_MAX),
+            ("X-LLorch-Hops: 0\r\nX-LLorch-Hops: 0\r\n", HOPS_MAX),
+        ] {
+            assert_eq!(count(fields), expected, "{fields}");
+        }
+        assert!(sent("X-LLorch-Hops: 1\r\n").contains("X-LLorch-Hops: 2\n"));
     }
 
     #[test]

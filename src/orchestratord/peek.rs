@@ -95,22 +95,30 @@ impl std::error::Error for PeekError {}
 /// Reads a body.
 ///
 /// # Errors
-/// [`PeekError`] for the first thing that is wrong with it.
+/// [`PeekError`]: that it is not JSON (or too deep to tell) comes before what is wrong with JSON, and of the
+/// fields that are wrong the first is named.
 pub fn peek(body: &[u8]) -> Result<Peek<'_>, PeekError> {
     let mut scan = Scan { bytes: body, at: 0 };
+    let (mut found, mut wrong) = (Found::default(), None);
     scan.blanks();
-    if scan.next() != Some(b'{') {
-        // Whether it is JSON at all is the better news for whoever sent a broken object.
+    if scan.next() == Some(b'{') {
+        scan.object(|scan, key| match found.take(scan, &key) {
+            // Its value has been passed, so that the rest can be looked at all the same.
+            Err(field @ PeekError::Field { .. }) => {
+                wrong.get_or_insert(field);
+                Ok(())
+            }
+            other => other,
+        })?;
+    } else {
         scan.value(0)?;
-        return Err(PeekError::NotAnObject);
+        wrong = Some(PeekError::NotAnObject);
     }
-    let mut found = Found::default();
-    scan.object(|scan, key| found.take(scan, &key))?;
     scan.blanks();
     if scan.at < body.len() {
         return Err(scan.wants("the end"));
     }
-    Ok(found.into_peek())
+    wrong.map_or_else(|| Ok(found.into_peek()), Err)
 }
 
 /// The fields as they are come upon, before one is preferred to another.

@@ -22,6 +22,8 @@ const KNOWN_NAMED_MAX: usize = 20;
 /// Why a request is not served.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Refusal {
+    /// It has come through too many control planes: it goes round in a circle.
+    Loop,
     /// The request makes no sense; the text says what is wrong.
     Invalid(String),
     /// Nothing is at this path.
@@ -121,6 +123,7 @@ impl Refusal {
         const AWAY: (&str, &str) = ("service_unavailable", "service_unavailable");
         let soon = Some(RETRY_MS_DEFAULT);
         match self {
+            Refusal::Loop => row(508, "LOOP", ("invalid_request_error", "loop"), None, "loop"),
             Refusal::Invalid(_) => row(400, "INVALID_PARAMS", BAD, None, "invalid"),
             Refusal::NoSuchPath => {
                 row(404, "NOT_FOUND", ("invalid_request_error", "unknown_url"), None, "not_found")
@@ -263,6 +266,10 @@ impl Refusal {
             | Refusal::Deadline(what)
             | Refusal::Conflict(what)
             | Refusal::TooMany(what) => what.clone(),
+            Refusal::Loop => {
+                "the request has passed two control planes already: one of them takes the other, or itself, for an engine"
+                    .into()
+            }
             Refusal::NoSuchPath => "there is nothing at this path".into(),
             Refusal::Method(allow) => format!("this path serves {allow}"),
             Refusal::Barred(barred) => barred.message("ORCHESTRATORD"),

@@ -11,10 +11,14 @@ use crate::service::credentials::{self, Credentials};
 use crate::service::guard::{self, GuardConfig};
 use crate::service::logging::LogFormat;
 use crate::service::machine;
+use crate::service::memory::{self, Fixed, Given};
 use crate::service::tls::{self, Files};
 use crate::settings::{Alias, Exit, Setting, Settings, boolean, flag, listen_address, number};
 use crate::wire::id::{NodeId, PoolId};
 use crate::wire::url::BaseUrl;
+
+/// Memory of the program, of its replicas and of what it knows of the GPUs, in bytes.
+const FIXED_BYTES: usize = 16 << 20;
 
 /// Every setting, in the order of the help.
 pub static TABLE: &[Setting] = &[
@@ -167,6 +171,7 @@ pub static TABLE: &[Setting] = &[
         "POOL_MANAGERD_BODY_BUDGET_MIB",
         "Memory for the bodies of all relayed requests together; 2 to 65536",
     ),
+    memory::setting("POOL_MANAGERD_MEMORY_MAX"),
     Setting {
         flag: "callback-enabled",
         env: "POOL_MANAGERD_CALLBACK_ENABLED",
@@ -258,6 +263,8 @@ pub struct Config {
     pub drain_timeout_ms: u64,
     /// Of request bodies.
     pub bodies: BodyLimits,
+    /// All that the process may take.
+    pub memory: Option<Given>,
     /// Whether callbacks are told.
     pub callback_enabled: bool,
     /// A callback from the start.
@@ -343,6 +350,7 @@ impl Config {
             hang_suspect_ms: settings.need("hang-suspect-ms", number(1_000, 3_600_000))?,
             drain_timeout_ms: settings.need("drain-timeout-ms", number(0, 3_600_000))?,
             bodies: BodyLimits::read(&settings, "POOL_MANAGERD_MAX_BODY_MIB")?,
+            memory: memory::given(&settings)?,
             callback_enabled: settings.need("callback-enabled", boolean)?,
             callback_url: settings.get("orchestratord-callback-url", lenient_url)?,
             guard: GuardConfig::read(&settings, credentials)?,
@@ -355,6 +363,14 @@ impl Config {
             log_format: settings.need("log-format", str::parse)?,
             notes,
         })
+    }
+}
+
+impl Config {
+    /// What it takes of memory beside connections, bodies and exchanges.
+    #[must_use]
+    pub fn fixed(&self) -> Fixed {
+        Fixed { bytes: FIXED_BYTES, tls: self.tls.serves() }
     }
 }
 

@@ -100,8 +100,13 @@ impl Daemon {
         for note in &config.notes {
             log::warn!("{note}");
         }
-        let Shell { reactor, registry, waker, signals, mut net, bound, supervisor } =
-            Shell::start_with(config.addr, "POOL_MANAGERD_ADDR", |limits| config.bodies.apply(limits))?;
+        let Shell { reactor, registry, waker, signals, mut net, bound, supervisor } = Shell::start(
+            config.addr,
+            "POOL_MANAGERD_ADDR",
+            |limits| config.bodies.apply(limits),
+            config.fixed(),
+            config.memory,
+        )?;
         shell::note_other_address(config.addr, bound, config.guard.credentials.keys());
         net.set_dial_rule(dial_rule(&config, bound.port()));
         let mut core = make_core(&config, bound.port());

@@ -16,6 +16,7 @@ pub mod hosts;
 pub mod lag;
 pub mod logging;
 pub mod machine;
+pub mod memory;
 pub mod routes;
 pub mod shell;
 pub mod supervisor;

@@ -10,8 +10,9 @@ use crate::reactor::{Reactor, Registry, Waker};
 use crate::settings::Exit;
 
 use super::auth::Keys;
+use super::memory::{Fixed, Given};
 use super::supervisor::Supervisor;
-use super::{activation, machine};
+use super::{activation, machine, memory};
 
 /// The parts of a shell that do not differ between daemons.
 #[derive(Debug)]
@@ -36,20 +37,16 @@ impl Shell {
     /// Takes what the kernel has to give, and listens on `addr`, or on the sockets that the service manager
     /// handed over instead; `variable` is the setting to name where that fails.
     ///
-    /// # Errors
-    /// [`Exit`] that says what could not be had and what to do.
-    pub fn start(addr: SocketAddr, variable: &str) -> Result<Shell, Exit> {
-        Shell::start_with(addr, variable, |_| ())
-    }
-
-    /// As [`Shell::start`], with `adjust` to change the limits of the sockets.
+    /// `adjust` changes the limits of the sockets; together with what is `fixed` they must fit into `memory`.
     ///
     /// # Errors
-    /// As [`Shell::start`].
-    pub fn start_with(
+    /// [`Exit`] that says what could not be had and what to do.
+    pub fn start(
         addr: SocketAddr,
         variable: &str,
         adjust: impl FnOnce(&mut Limits),
+        fixed: Fixed,
+        memory: Option<Given>,
     ) -> Result<Shell, Exit> {
         let kernel = |what: &'static str| {
             move |error: io::Error| Exit::runtime(format!("the kernel gives no {what}: {error}"))
@@ -65,6 +62,9 @@ impl Shell {
         let net_registry = reactor.registry().map_err(kernel("descriptor"))?;
         let mut limits = Limits::within_descriptors(descriptors);
         adjust(&mut limits);
+        if let Some(lowered) = memory::fit(&mut limits, fixed, memory)? {
+            log::warn!("{lowered}");
+        }
         let mut net = Net::new(net_registry, waker.clone(), limits);
         let mut bound = None;
         for listener in handed_over {
