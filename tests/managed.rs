@@ -25,6 +25,9 @@ use server::{Reply, Server};
 
 const LLORCH: &str = env!("CARGO_BIN_EXE_llorch");
 
+/// Token of an operator.
+const OPERATOR: &str = "operator-012345678901234567890123456789012345";
+
 /// A provisioner with an engine that says its model's path as its name, and an agent beside it.
 fn start(root: &Path) -> (Provisioner, Process, u16) {
     fs::write(root.join("a.bin"), "a").expect("written");
@@ -196,17 +199,19 @@ fn the_control_plane_passes_a_reload_on_to_the_nodes_agent() {
         ("POOL_MANAGERD_URL", agent_url.as_str()),
         ("ORCHD_POOL_POLL_INTERVAL_MS", "200"),
         ("LLORCH_NODE_TOKEN_FILE", token.as_str()),
+        ("LLORCH_API_TOKEN", OPERATOR),
     ];
     let _plane = Process::start(daemons::ORCHESTRATORD, &[], &env, &directory);
     let model = root.path().join("b.bin").display().to_string();
+    let call = |method: &str, path: &str, body: &str| daemons::ask(plane, method, path, Some(OPERATOR), body);
     let body = json!({"new_model_ref": model}).to_string();
     until("the plane", || get(plane, "/health"));
     until("the engine through the plane", || {
-        let models = get(plane, "/v1/models")?.json();
+        let models = call("GET", "/v1/models", "")?.json();
         (models["data"][0]["id"] == "a").then_some(())
     });
     let told = until("the node", || {
-        let answer = post(plane, "/v2/pools/pool-0/reload", &body);
+        let answer = call("POST", "/v2/pools/pool-0/reload", &body)?;
         (answer.status != 404).then_some(answer)
     });
     assert_eq!(told.status, 202, "{told:?}");
@@ -214,9 +219,11 @@ fn the_control_plane_passes_a_reload_on_to_the_nodes_agent() {
     assert_eq!((&told["pool_id"], &told["nodes"][0]["status"]), (&json!("pool-0"), &json!(202)), "{told}");
     assert!(told["nodes"][0]["preparation"]["steps"].is_array(), "{told}");
     until("the new model", || {
-        let models = get(plane, "/v1/models")?.json();
+        let models = call("GET", "/v1/models", "")?.json();
         (models["data"][0]["id"] == "b").then_some(())
     });
-    assert_eq!(post(plane, "/v2/pools/nowhere/reload", &body).status, 404);
-    assert_eq!(post(plane, "/v2/pools/pool-0/reload", "{}").status, 400);
+    let status = |path: &str, body: &str| call("POST", path, body).expect("an answer").status;
+    assert_eq!(status("/v2/pools/nowhere/reload", &body), 404);
+    assert_eq!(status("/v2/pools/pool-0/reload", "{}"), 400);
+    assert_eq!(post(plane, "/v2/pools/pool-0/reload", &body).status, 401);
 }
