@@ -480,3 +480,51 @@ fn a_configuration_is_checked_as_the_daemons_would_read_it() {
     assert!(output.status.success() && output.stdout.is_empty());
     assert_eq!(fs::read_dir(directory.path()).expect("listed").count(), 1, "nothing was started");
 }
+
+#[test]
+fn the_process_of_a_container_or_a_unit_is_found_by_who_runs_it() {
+    use std::os::unix::fs::PermissionsExt;
+    let directory = tempfile::tempdir().expect("a directory");
+    let tools = directory.path().join("tools");
+    fs::create_dir(&tools).expect("created");
+    let own = std::process::id();
+    let script = |name: &str, text: String| {
+        fs::write(tools.join(name), format!("#!/bin/sh\n{text}\n")).expect("written");
+        fs::set_permissions(tools.join(name), fs::Permissions::from_mode(0o755)).expect("set");
+    };
+    // What they print of one that runs, of one that does not, and of one that they do not know.
+    script(
+        "docker",
+        format!(
+            "[ \"$1 $2 $3\" = 'inspect --format {{{{.State.Pid}}}}' ] || exit 9\ncase $4 in engine) echo {own};; ended) echo 0;; *) echo \"no such object: $4\" >&2; exit 1;; esac"
+        ),
+    );
+    script(
+        "systemctl",
+        format!("[ \"$1\" = show ] || exit 9\ncase $4 in vllm.service) echo {own};; *) echo 0;; esac"),
+    );
+    let cid = directory.path().join("cid");
+    fs::write(&cid, "engine\n").expect("written");
+    let cid = format!("--container={}", cid.display());
+    let path = format!("{}:/usr/bin:/bin", tools.display());
+    let adopt = |flags: &[&str]| {
+        let args = [&["adopt", "http://127.0.0.1:1", "--dry-run"], flags].concat();
+        llorch(&args, &[("PATH", &path)], directory.path())
+    };
+    for flag in ["--container=engine", &cid, "--unit=vllm.service"] {
+        let written = json(&adopt(&[flag]));
+        assert_eq!(written["pid"], own, "{flag}");
+        assert!(written["pid_start"].is_u64() && written["boot_id"].is_string(), "{flag}: {written}");
+    }
+    for (flags, code, why) in [
+        (&["--container=ended"][..], 3, "docker start ended"),
+        (&["--container=other"], 3, "no such object: other"),
+        (&["--unit=none.service"], 3, "systemctl start none.service"),
+        (&["--container=--all"], 2, "no name"),
+        (&["--container=engine", "--pid=1"], 2, "give one of"),
+    ] {
+        let refused = adopt(flags);
+        assert_eq!(refused.status.code(), Some(code), "{flags:?}: {}", stderr(&refused));
+        assert!(stderr(&refused).contains(why), "{flags:?}: {}", stderr(&refused));
+    }
+}

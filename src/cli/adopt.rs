@@ -20,6 +20,7 @@ use crate::wire::handoff::{self, Handoff, HandoffFile, SLOTS_MAX};
 use crate::wire::id::{PoolId, ReplicaId, ReplicaKey};
 use crate::wire::url::BaseUrl;
 
+use super::adopt_process;
 use super::remote::{EXIT_NOT_FOUND, EXIT_REFUSED, EXIT_UNREACHABLE, Remote};
 use super::terminal::{Screen, Tone, clean};
 
@@ -58,6 +59,13 @@ pub(super) static ADOPT_TABLE: &[Setting] = &[
     flag("engine", None, "KIND", "llamacpp, vllm, sglang, tgi or another; asked from the engine otherwise"),
     flag("gpu", None, "MASK", "GPUs that it uses, as 0,1 or a UUID"),
     flag("pid", None, "PID", "Its process on this machine: when that ends, so does the replica"),
+    flag(
+        "container",
+        None,
+        "NAME",
+        "The same by docker's name or id of its container, or by the path of its --cidfile",
+    ),
+    flag("unit", None, "UNIT", "The same by the systemd unit that runs it"),
     flag("health-path", Some("/health"), "PATH", "What is probed until it answers 200"),
     flag("auth-file", None, "FILE", "File with the engine's own API key, an absolute path"),
     ALLOW,
@@ -135,6 +143,13 @@ pub(super) fn run_adopt(args: Vec<OsString>) -> Result<(), Exit> {
 fn given(settings: &Settings, url: BaseUrl) -> Result<Handoff, Exit> {
     let slots = settings.get("slots", number(1, SLOTS_MAX.into()))?.and_then(|n| u32::try_from(n).ok());
     let pid = settings.get("pid", number(1, u64::from(u32::MAX >> 1)))?.and_then(|n| u32::try_from(n).ok());
+    let text = |text: &str| Ok(text.to_string());
+    let pid = match (pid, settings.get("container", text)?, settings.get("unit", text)?) {
+        (pid, None, None) => pid,
+        (None, Some(container), None) => Some(adopt_process::of_container(&container)?),
+        (None, None, Some(unit)) => Some(adopt_process::of_unit(&unit)?),
+        _ => return Err(Exit::usage("give one of --pid, --container and --unit")),
+    };
     let start = match pid.map(machine::process) {
         Some(Some((false, start))) => Some(start),
         Some(_) => {

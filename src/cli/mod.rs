@@ -13,6 +13,7 @@ use std::ffi::{OsStr, OsString};
 use crate::settings::{Exit, Setting, Words, command};
 
 mod adopt;
+mod adopt_process;
 mod check;
 pub mod demo_engine;
 mod drain;

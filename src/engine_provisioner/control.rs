@@ -177,12 +177,16 @@ impl Control {
     /// What the kernel says; a path that is too long for a socket is one of them.
     pub(super) fn listen(handoff_dir: &Path, book: Book, waker: Waker) -> io::Result<Control> {
         let directory = handoff_dir.join(PROVISIONER_DIRECTORY);
-        DirBuilder::new().recursive(true).mode(0o700).create(&directory)?;
-        fs::set_permissions(&directory, fs::Permissions::from_mode(0o700))?;
         let path = directory.join(format!("{}.sock", std::process::id()));
-        // Of an earlier process with this number.
-        let _ = fs::remove_file(&path);
-        let listener = UnixListener::bind(&path)?;
+        let bind = || {
+            DirBuilder::new().recursive(true).mode(0o700).create(&directory)?;
+            fs::set_permissions(&directory, fs::Permissions::from_mode(0o700))?;
+            // Of an earlier process with this number.
+            let _ = fs::remove_file(&path);
+            UnixListener::bind(&path)
+        };
+        // Another provisioner that ends may just have taken the directory away.
+        let listener = bind().or_else(|_| bind())?;
         let (sender, orders) = sync_channel(ENGINES_MAX);
         std::thread::Builder::new().name("control".into()).spawn(move || {
             for stream in listener.incoming().flatten() {
@@ -203,6 +207,8 @@ impl Control {
 impl Drop for Control {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.path);
+        // Only the last one finds it empty.
+        let _ = self.path.parent().map(fs::remove_dir);
     }
 }
 

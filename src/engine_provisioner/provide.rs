@@ -151,7 +151,7 @@ impl Provider {
         };
         let resolved = models::resolve(&options, &request, cancel, &mut tell);
         let outcome = resolved.as_ref().map(|_| ()).map_err(ToString::to_string);
-        steps.end(kind, &key, outcome.as_ref().map(|()| ()).map_err(String::as_str));
+        steps.end(kind, &key, outcome.as_ref().copied().map_err(String::as_str));
         let model = match resolved {
             Err(ModelError::Offline(_)) if effort == Effort::Look && !is_offline => return Ok(()),
             resolved => resolved?,

@@ -53,6 +53,8 @@ pub enum Action {
     Deregister(NodeId, Option<u64>),
     /// Hand a notice about a pool to the core.
     PoolReady(PoolReady),
+    /// Pass the order to reload a pool on to its nodes.
+    Reload(PoolId),
     /// Place the request and relay it to an engine.
     Engine(Box<Forwarding>),
     /// Admit a task.
@@ -139,6 +141,8 @@ pub enum To {
     Pools,
     /// One pool's health.
     PoolHealth,
+    /// Another model for a pool.
+    Reload,
     /// Why requests went where they went.
     Explain,
     /// A new task.
@@ -186,6 +190,7 @@ pub static ROUTES: &[Route<To>] = &[
     route_to("GET", "/v2/pools", Policy::Admin, To::Pools),
     route_to("GET", "/v2/pools/{pool}/health", Policy::Admin, To::PoolHealth),
     route_to("GET", "/control/pools/{pool}/health", Policy::Admin, To::PoolHealth),
+    route_to("POST", "/v2/pools/{pool}/reload", Policy::Admin, To::Reload),
     route_to("GET", "/v2/handoffs", Policy::Admin, To::Handoffs),
     route_to("GET", "/v2/events", Policy::Admin, To::Events),
     route_to("GET", "/v2/explain/{request...}", Policy::Admin, To::Explain),
@@ -255,6 +260,11 @@ pub fn route(found: Found<'_, To>, request: &Request, core: &Core, facts: &Facts
         },
         To::Explain => explained(part, request, core, facts, now),
         To::PoolHealth => pool_health(core, part),
+        To::Reload => match PoolId::new(part) {
+            Ok(pool) if request.body.len() <= NOTICE_BYTES_MAX => Action::Reload(pool),
+            Ok(_) => refuse(Refusal::Invalid(format!("the body is larger than {NOTICE_BYTES_MAX} bytes"))),
+            Err(why) => refuse(Refusal::Invalid(why.to_string())),
+        },
         To::CreateTask => match tasks::parse(&request.body, client_of(facts), facts.aliases) {
             Ok(task) => Action::CreateTask(Box::new(task)),
             Err(refusal) => refuse(refusal),

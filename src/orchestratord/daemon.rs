@@ -39,6 +39,7 @@ use super::tasks::Tasks;
 mod agents;
 mod certificates;
 mod front_door;
+mod reload;
 mod state;
 mod tasks;
 
@@ -76,6 +77,8 @@ pub struct Daemon {
     jobs: BTreeMap<RequestId, Job>,
     by_client: BTreeMap<Token, RequestId>,
     exchanges: BTreeMap<Token, Running>,
+    reloads: BTreeMap<u64, reload::Reloading>,
+    reload_serial: u64,
     explain: Explain,
     lag: LoopLag,
     supervisor: Supervisor,
@@ -121,6 +124,7 @@ enum Running {
     Agent(NodeId, PoolId),
     Poll(PollId),
     Request(RequestId),
+    Reload(u64, NodeId),
 }
 
 impl Daemon {
@@ -175,6 +179,8 @@ impl Daemon {
             jobs: BTreeMap::new(),
             by_client: BTreeMap::new(),
             exchanges: BTreeMap::new(),
+            reloads: BTreeMap::new(),
+            reload_serial: 0,
             explain: Explain::default(),
             lag: LoopLag::default(),
             supervisor,
@@ -424,6 +430,7 @@ impl Daemon {
                 let reply = self.open_job(Front::Call(client), Vec::new(), now);
                 self.core.handle(Input::PoolReady { reply, notice }, now, &mut self.effects);
             }
+            Action::Reload(pool) => self.reload(client, pool, request.body.to_vec(), now),
             Action::Engine(forwarding) => self.forward(client, request, *forwarding, now),
             Action::CreateTask(task) => self.create_task(client, *task, now),
             Action::TaskEvents(id, verbose) => self.open_task(client, &id, verbose, now),
@@ -623,6 +630,7 @@ impl Daemon {
                 self.agent_answered(node, pool, outcome, now);
             }
             Some(Running::Poll(id)) => self.poll_ended(id, outcome, now),
+            Some(Running::Reload(serial, node)) => self.reload_answered(serial, node, outcome, now),
             Some(Running::Request(request)) => self.request_ended(request, outcome, now),
             None => {}
         }

@@ -127,7 +127,9 @@ impl Provisioner {
     /// Everything in the handoff directory, temporary files included.
     pub(crate) fn files(&self) -> Vec<String> {
         let entries = fs::read_dir(&self.handoff_dir).into_iter().flatten().flatten();
-        entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+        let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        // Where it listens for orders stays.
+        names.filter(|name| name != ".provisioners").collect()
     }
 
     /// Sends the provisioner a signal.

@@ -7,7 +7,7 @@
 //! that want the same thing fetch it once.
 //!
 //! [`resolve`] blocks, and is meant for a helper thread; it tells how it goes through a callback and
-//! stops when its flag is set. Pure: [`reference`], [`gguf`], [`ranges`], [`answer`], [`hub`]. The
+//! stops when its flag is set. Pure: [`mod@reference`], [`gguf`], [`ranges`], [`answer`], [`hub`]. The
 //! others touch files ([`store`], `part`, [`digest`]), the network (`client`, `fetch`) or the terminal
 //! ([`progress`], [`command`]).
 

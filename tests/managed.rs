@@ -1,0 +1,229 @@
+//! Managed pools: another model or a prepared engine is ordered over HTTP, and what serves meanwhile goes on.
+
+#[path = "models/server.rs"]
+#[allow(dead_code, reason = "shared with another test, which uses other parts")]
+mod server;
+
+#[path = "provisioner/harness.rs"]
+#[allow(dead_code, reason = "shared with other tests, which use other parts")]
+mod provisioner;
+
+#[path = "daemons/harness.rs"]
+#[allow(dead_code, reason = "shared with other tests, which use other parts")]
+mod daemons;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::time::Duration;
+
+use daemons::{POOL_MANAGERD, Process, free_port, get, post, until};
+use provisioner::Provisioner;
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use server::{Reply, Server};
+
+const LLORCH: &str = env!("CARGO_BIN_EXE_llorch");
+
+/// Token of an operator.
+const OPERATOR: &str = "operator-012345678901234567890123456789012345";
+
+/// A provisioner with an engine that says its model's path as its name, and an agent beside it.
+fn start(root: &Path) -> (Provisioner, Process, u16) {
+    fs::write(root.join("a.bin"), "a").expect("written");
+    fs::write(root.join("b.bin"), "b").expect("written");
+    let flag = format!("--model={}", root.join("a.bin").display());
+    let command = [LLORCH, "demo-engine", "--port", "{port}", "--model", "{model}"];
+    let mut one = Provisioner::start(root, &["--restart=always", &flag], &command);
+    for event in ["spawned", "healthy", "handoff_written"] {
+        one.event(event);
+    }
+    let port = free_port();
+    let (addr, engines) = (format!("127.0.0.1:{port}"), root.join("engines").display().to_string());
+    let env = [("POOL_MANAGERD_ADDR", addr.as_str()), ("POOL_MANAGERD_RUNTIME_DIR", &engines)];
+    let agent = Process::start(POOL_MANAGERD, &[], &env, root);
+    until("the replica", || ready(port, "a"));
+    (one, agent, port)
+}
+
+fn status(port: u16) -> Option<Value> {
+    get(port, "/v2/pools/pool-0/status").filter(|answer| answer.status == 200).map(|answer| answer.json())
+}
+
+/// The status, once a replica with the model is ready.
+fn ready(port: u16, model: &str) -> Option<Value> {
+    status(port).filter(|status| status["ready"] == true && status["models_available"] == json!([model]))
+}
+
+/// The status, once the last order has ended.
+fn ended(port: u16) -> Value {
+    until("the end of the order", || status(port).filter(|status| status["reload"]["state"] == "ended"))
+}
+
+fn reload(port: u16, model: &str) -> (u16, Value) {
+    let answer = post(port, "/v2/pools/pool-0/reload", &json!({"new_model_ref": model}).to_string());
+    (answer.status, answer.json())
+}
+
+#[test]
+fn a_pool_gets_another_model_and_keeps_the_old_one_where_that_fails() {
+    let root = tempfile::tempdir().expect("a directory");
+    let (one, agent, port) = start(root.path());
+    let pid = one.handoff().and_then(|handoff| handoff.pid);
+    let (code, told) = reload(port, "/no/such.gguf");
+    assert_eq!((code, &told["pool_id"]), (202, &json!("pool-0")), "{told}");
+    let told = ended(port);
+    assert_eq!(told["reload"]["outcome"]["success"], false, "{told}");
+    assert_eq!(told["reload"]["outcome"]["rolled_back"], true, "{told}");
+    assert_eq!(told["preparation"]["steps"][0]["status"], "failed", "{told}");
+    assert!(told["reload"]["outcome"]["reason"].as_str().is_some_and(|why| why.contains("/no/such.gguf")));
+    assert_eq!(told["ready"], true, "{told}");
+    assert_eq!(one.handoff().and_then(|handoff| handoff.pid), pid, "the old engine goes on");
+
+    let (code, _) = reload(port, &root.path().join("b.bin").display().to_string());
+    assert_eq!(code, 202);
+    let told = ended(port);
+    assert_eq!(told["reload"]["outcome"]["success"], true, "{told}\n{}", agent.log());
+    let steps = told["preparation"]["steps"].as_array().expect("steps");
+    for kind in ["model_fetch", "pool_warmup"] {
+        let step = steps.iter().find(|step| step["kind"] == kind).expect(kind);
+        assert_eq!(step["status"], "completed", "{told}");
+    }
+    until("the new model", || ready(port, "b"));
+    // A replacement of the same is none.
+    let pid = one.handoff().and_then(|handoff| handoff.pid);
+    assert_eq!(reload(port, &root.path().join("b.bin").display().to_string()).0, 202);
+    assert_eq!(ended(port)["reload"]["outcome"]["success"], true);
+    assert_eq!(one.handoff().and_then(|handoff| handoff.pid), pid);
+}
+
+#[test]
+fn a_fetch_of_minutes_holds_nobody_up_and_shows_how_far_it_is() {
+    let root = tempfile::tempdir().expect("a directory");
+    let (mut one, _agent, port) = start(root.path());
+    let content = vec![7; 64 << 20];
+    let slow = Server::start(move |ask, _| {
+        Reply::of(&content, "\"v1\"", ask).slow(64 << 10, Duration::from_millis(100))
+    });
+    assert_eq!(reload(port, &slow.url("/m.bin")).0, 202);
+    let told = until("progress", || {
+        status(port).filter(|told| told["preparation"]["steps"][0]["bytes_done"].as_u64() > Some(0))
+    });
+    let step = &told["preparation"]["steps"][0];
+    assert_eq!((&step["kind"], &step["status"]), (&json!("model_fetch"), &json!("running")), "{told}");
+    assert_eq!(step["bytes_total"], 64 << 20, "{told}");
+    assert_eq!((&told["reload"]["state"], &told["ready"]), (&json!("running"), &json!(true)), "{told}");
+    let (code, told) = reload(port, "/another.gguf");
+    assert_eq!((code, &told["code"]), (409, &json!("CONFLICT")), "{told}");
+    one.signal(Signal::TERM);
+    assert_eq!(one.end().0, 0);
+}
+
+#[test]
+fn a_prepared_engine_joins_a_pool_and_a_bad_one_leaves_nothing_behind() {
+    let root = tempfile::tempdir().expect("a directory");
+    let (one, _agent, port) = start(root.path());
+    let engine = root.path().join("engine");
+    fs::write(&engine, format!("#!/bin/sh\nexec '{LLORCH}' demo-engine \"$@\"\n")).expect("written");
+    fs::set_permissions(&engine, fs::Permissions::from_mode(0o755)).expect("set");
+    let preload = |binary: &str, replica: &str| {
+        let prepared = json!({
+            "binary_path": binary, "flags": ["--slots", "2"], "host": "127.0.0.1", "engine_version": "v9",
+            "replica_id": replica, "model_path": root.path().join("b.bin"),
+        });
+        let body = json!({"prepared": prepared}).to_string();
+        post(port, "/pools/pool-0/preload", &body).status
+    };
+    assert_eq!(preload("/bin/false", "bad"), 202);
+    let told = ended(port);
+    let why = told["reload"]["outcome"]["reason"].as_str().expect("a reason").to_string();
+    assert!(why.contains("preload failed") && why.contains("health check failed"), "{told}");
+    assert_eq!(preload(&engine.display().to_string(), "r1"), 202);
+    let told = ended(port);
+    assert_eq!(told["reload"]["outcome"]["success"], true, "{told}");
+    until("the replica", || {
+        let answer = get(port, "/v2/pools/pool-0/replicas/r1/status")?;
+        (answer.status == 200).then(|| answer.json()).filter(|replica| replica["ready"] == true)
+    });
+    assert_eq!(one.files().iter().filter(|name| name.ends_with(".json")).count(), 2, "{:?}", one.files());
+}
+
+#[test]
+fn what_cannot_be_ordered_is_refused() {
+    let root = tempfile::tempdir().expect("a directory");
+    let (mut one, _agent, port) = start(root.path());
+    for (path, body, code) in [
+        ("/v2/pools/other/reload", r#"{"new_model_ref":"m"}"#, 404),
+        ("/v2/pools/pool-0/reload", r#"{"model":"m"}"#, 400),
+        ("/v2/pools/pool-0/reload", "", 400),
+        ("/v2/pools/pool-0/reload", r#"{"new_model_ref":"a\nb"}"#, 400),
+        ("/v2/pools/pool-0/preload", r#"{"prepared":{"binary_path":"/b","pool_id":"other"}}"#, 400),
+        ("/v2/pools/pool-0/preload", r#"{"prepared":{}}"#, 400),
+    ] {
+        let answer = post(port, path, body);
+        assert_eq!(answer.status, code, "{path} {body}: {answer:?}");
+    }
+    let directory = root.path().join("engines/.provisioners");
+    let mode = fs::metadata(&directory).expect("it is there").permissions().mode() & 0o777;
+    assert_eq!(mode, 0o700, "others could order");
+    one.signal(Signal::TERM);
+    one.event("stopped");
+    assert_eq!(one.end().0, 0);
+    assert!(!directory.exists(), "a socket was left");
+    let answer = post(port, "/v2/pools/pool-0/reload", r#"{"new_model_ref":"m"}"#);
+    assert_eq!(answer.status, 404, "{answer:?}");
+}
+
+#[test]
+fn the_control_plane_passes_a_reload_on_to_the_nodes_agent() {
+    let root = tempfile::tempdir().expect("a directory");
+    let (_one, agent, port) = start(root.path());
+    let plane = free_port();
+    let (addr, agent_url) = (format!("127.0.0.1:{plane}"), format!("http://127.0.0.1:{port}"));
+    let directory = root.path().join("plane");
+    fs::create_dir(&directory).expect("created");
+    let token = directory.join("node");
+    fs::write(&token, "node-token-0123456789012345678901234567890123\n").expect("written");
+    drop(agent);
+    // With a token of its own for nodes, which is all that a control plane shows.
+    let (token, engines) = (token.display().to_string(), root.path().join("engines").display().to_string());
+    let agent_addr = format!("127.0.0.1:{port}");
+    let env = [
+        ("POOL_MANAGERD_ADDR", agent_addr.as_str()),
+        ("POOL_MANAGERD_RUNTIME_DIR", &engines),
+        ("LLORCH_NODE_TOKEN_FILE", &token),
+    ];
+    let _agent = Process::start(POOL_MANAGERD, &[], &env, root.path());
+    let env = [
+        ("ORCHESTRATORD_ADDR", addr.as_str()),
+        ("POOL_MANAGERD_URL", agent_url.as_str()),
+        ("ORCHD_POOL_POLL_INTERVAL_MS", "200"),
+        ("LLORCH_NODE_TOKEN_FILE", token.as_str()),
+        ("LLORCH_API_TOKEN", OPERATOR),
+    ];
+    let _plane = Process::start(daemons::ORCHESTRATORD, &[], &env, &directory);
+    let model = root.path().join("b.bin").display().to_string();
+    let call = |method: &str, path: &str, body: &str| daemons::ask(plane, method, path, Some(OPERATOR), body);
+    let body = json!({"new_model_ref": model}).to_string();
+    until("the plane", || get(plane, "/health"));
+    until("the engine through the plane", || {
+        let models = call("GET", "/v1/models", "")?.json();
+        (models["data"][0]["id"] == "a").then_some(())
+    });
+    let told = until("the node", || {
+        let answer = call("POST", "/v2/pools/pool-0/reload", &body)?;
+        (answer.status != 404).then_some(answer)
+    });
+    assert_eq!(told.status, 202, "{told:?}");
+    let told = told.json();
+    assert_eq!((&told["pool_id"], &told["nodes"][0]["status"]), (&json!("pool-0"), &json!(202)), "{told}");
+    assert!(told["nodes"][0]["preparation"]["steps"].is_array(), "{told}");
+    until("the new model", || {
+        let models = call("GET", "/v1/models", "")?.json();
+        (models["data"][0]["id"] == "b").then_some(())
+    });
+    let status = |path: &str, body: &str| call("POST", path, body).expect("an answer").status;
+    assert_eq!(status("/v2/pools/nowhere/reload", &body), 404);
+    assert_eq!(status("/v2/pools/pool-0/reload", "{}"), 400);
+    assert_eq!(post(plane, "/v2/pools/pool-0/reload", &body).status, 401);
+}
