@@ -100,5 +100,9 @@ fn a_wish_for_a_long_context_is_granted_where_there_is_room_and_never_refuses() 
     assert!(there < longest.len(), "and then the others: {longest:?}");
     assert_eq!(ask(&mut core, total + 1, wish(5_000), NOW), "waits");
     handle(&mut core, Input::Ended(total, Ending::Complete), NOW);
-    assert_eq!(ask(&mut core, total + 2, wish(1_000_000), NOW), "waits", "behind who came first, not refused");
+    assert_eq!(
+        ask(&mut core, total + 2, wish(1_000_000), NOW),
+        "waits",
+        "behind who came first, not refused"
+    );
 }
