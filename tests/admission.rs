@@ -473,3 +473,84 @@ fn streams_are_measured_where_they_pass() {
     let first = metric(home.port, "orchestratord_first_byte_seconds_count").expect("first bytes");
     assert_eq!(first, 1.0);
 }
+
+#[test]
+fn every_measure_of_the_data_plane_follows_what_it_measures() {
+    let (a, b) = (Engine::start(), Engine::start());
+    let home = home(&[], &[(&a, 1, "m"), (&b, 1, "m")]);
+    let value = |name: &str| {
+        let page = metrics(&home);
+        let line = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.and_then(|text| text.parse::<f64>().ok()).unwrap_or_else(|| panic!("{name} is not in:\n{page}"))
+    };
+    let measures = [
+        "orchestratord_inter_token_seconds_count",
+        "orchestratord_time_to_first_token_seconds_count",
+        "orchestratord_retries_total",
+        "orchestratord_engine_failures_total{kind=\"broken\"}",
+        "orchestratord_queue_depth{priority=\"interactive\"}",
+        "orchestratord_queue_depth{priority=\"batch\"}",
+        "orchestratord_circuits{state=\"open\"}",
+        "orchestratord_circuits{state=\"half_open\"}",
+        "orchestratord_requests_in_flight",
+        "orchestratord_wait_seconds_count",
+    ];
+    for name in measures {
+        assert_eq!(value(name), 0.0, "{name} before anything has happened");
+    }
+    assert_eq!(value("orchestratord_circuits{state=\"closed\"}"), 2.0);
+
+    // An engine breaks: retried, its circuit opens, and is half open some time later.
+    let client = chat(&home, "m", "breaks");
+    a.call().reset();
+    let mut stream = b.call();
+    assert_eq!(value("orchestratord_retries_total"), 1.0);
+    assert_eq!(value("orchestratord_engine_failures_total{kind=\"broken\"}"), 1.0);
+    let (open, half_open) =
+        ("orchestratord_circuits{state=\"open\"}", "orchestratord_circuits{state=\"half_open\"}");
+    assert_eq!(value(open) + value(half_open) + value("orchestratord_circuits{state=\"closed\"}"), 2.0);
+    until_metric(&home, "orchestratord_circuits{state=\"half_open\"} 1");
+    assert_eq!(value(open), 0.0);
+
+    // The trial takes the other slot, so that others wait, each in its class.
+    let trial = chat(&home, "m", "trial");
+    let trial_call = a.call();
+    let waiting = chat(&home, "m", "waits");
+    let task = r#"{"task_id":"t","prompt":"p","model_ref":"m","priority":"batch"}"#;
+    assert_eq!(post(home.port, "/v2/tasks", task).status, 202);
+    until_waiting(&home, 2.0);
+    assert_eq!(value("orchestratord_queue_depth{priority=\"interactive\"}"), 1.0);
+    assert_eq!(value("orchestratord_queue_depth{priority=\"batch\"}"), 1.0);
+    assert_eq!(value("orchestratord_requests_in_flight"), 2.0);
+    assert_eq!(ask(home.port, "POST", "/v2/tasks/t/cancel", None, "").expect("an answer").status, 204);
+    until_metric(&home, "orchestratord_queue_depth{priority=\"batch\"} 0");
+
+    // The stream: three gaps between four events, and what the engine counted.
+    stream.begin_stream();
+    for n in 0..3 {
+        stream.event(&format!("{{\"n\":{n}}}"));
+        // A piece is what arrives at once: the next one must not catch up.
+        until_metric(&home, &format!("orchestratord_inter_token_seconds_count {n}"));
+    }
+    stream.event("{\"usage\":{\"prompt_tokens\":7,\"completion_tokens\":9}}");
+    stream.event("[DONE]");
+    stream.stream.write_all(b"0\r\n\r\n").expect("sent");
+    drop(stream);
+    assert!(client.answer().body.contains("[DONE]"));
+    until_metric(&home, "orchestratord_time_to_first_token_seconds_count 1");
+    assert!(value("orchestratord_inter_token_seconds_count") >= 3.0);
+    assert_eq!(value("orchestratord_prompt_tokens_total{model=\"m\"}"), 7.0);
+    assert_eq!(value("orchestratord_completion_tokens_total{model=\"m\"}"), 9.0);
+
+    // The trial was good: closed again; the waiter was served, and its wait was measured.
+    trial_call.ok();
+    assert_eq!(trial.answer().status, 200);
+    b.call().ok();
+    assert_eq!(waiting.answer().status, 200);
+    until_metric(&home, "orchestratord_circuits{state=\"closed\"} 2");
+    until_metric(&home, "orchestratord_queue_depth{priority=\"interactive\"} 0");
+    until_metric(&home, "orchestratord_requests_in_flight 0");
+    assert_eq!(value("orchestratord_wait_seconds_count"), 3.0);
+    assert_eq!(value("orchestratord_completion_tokens_total{model=\"m\"}"), 9.0 + 5.0 + 5.0);
+    assert_eq!(value("orchestratord_retries_total"), 1.0);
+}

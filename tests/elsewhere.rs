@@ -169,6 +169,65 @@ fn a_key_file_that_cannot_be_used_holds_its_replica_out_and_blames_no_client() {
     }
 }
 
+#[test]
+fn a_long_context_is_looked_for_and_only_a_task_that_says_so_is_refused_without_one() {
+    let home = harness::Home::start(&[]);
+    let directory = home.directory.path();
+    let mut engines = Vec::new();
+    for (pool, context) in [("short", "512"), ("long", "8192")] {
+        let port = free_port();
+        let flags = [
+            "--dialect",
+            "vllm",
+            "--model",
+            "m",
+            "--ctx",
+            context,
+            "--prefill-ms",
+            "0",
+            "--tokens-per-second",
+            "0",
+        ];
+        engines.push(harness::demo_engine(port, &flags, directory));
+        let text = json!({"pool_id": pool, "replica_id": "r0", "engine": "vllm", "slots": 8,
+            "url": format!("http://127.0.0.1:{port}")});
+        hand_over(&home.engines(), &format!("{pool}.json"), &text.to_string());
+    }
+    home.until_routable(2.0);
+    let chat = |n: usize, tokens: u64| {
+        let messages = json!([{"role": "user", "content": format!("conversation {n}")}]);
+        let body = json!({"model": "m", "messages": messages, "max_tokens": tokens}).to_string();
+        let answer = post(home.port, "/v1/chat/completions", &body);
+        answer.field("x-llorch-pool").unwrap_or_else(|| panic!("nobody was asked: {answer:?}")).to_string()
+    };
+    let create = |id: &str, context: u64| {
+        let body = json!({"task_id": id, "prompt": "p", "model_ref": "m", "max_tokens": 2, "ctx": context});
+        post(home.port, "/v2/tasks", &body.to_string())
+    };
+    let pool_of = |id: &str| {
+        let events = get(home.port, &format!("/v2/tasks/{id}/events?verbose=true")).expect("events").body;
+        events.split("\"pool_id\":\"").nth(1).and_then(|rest| rest.split('"').next()).map(str::to_string)
+    };
+    for n in 0..12 {
+        assert_eq!(chat(n, 1_000), "long");
+        let id = format!("long-{n}");
+        assert_eq!((create(&id, 4_096).status, pool_of(&id).as_deref()), (202, Some("long")));
+    }
+    assert!((0..40).any(|n| chat(n, 5) == "short"), "where a short one does, it is used");
+    let refused = create("too-long", 100_000);
+    assert_eq!(
+        (refused.status, refused.json()["code"].as_str()),
+        (400, Some("INVALID_PARAMS")),
+        "{refused:?}"
+    );
+    assert!(refused.body.contains("8192"), "{refused:?}");
+
+    fs::remove_file(home.engines().join("long.json")).expect("removed");
+    until("one replica", || metric(home.port, "orchestratord_slots").filter(|slots| *slots <= 8.0));
+    assert_eq!(chat(0, 1_000), "short", "what it makes of that is the engine's to say");
+    assert_eq!(create("now-too-long", 4_096).status, 400);
+}
+
 /// A second node, with an agent and a directory of its own.
 fn second_node(plane: &Plane) -> (Process, std::path::PathBuf) {
     let directory = plane.directory.path().join("second");

@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
-use harness::{Process, ask, demo_engine, free_port, get, metric, open, post, until};
+use harness::{Process, ask, demo_engine, free_port, get, metric, post, until};
 use llama_orch::service::machine::raise_descriptor_limit;
 use plane::Plane;
 use relay_support::{Client, Engine, Line, Recorded, find, reset_on_close};
@@ -619,21 +619,29 @@ fn a_post_is_sent_once_when_its_answer_has_begun_and_never_beside_another() {
 }
 
 #[test]
-fn one_stream_open_at_a_killed_node_is_cut_and_the_next_request_goes_elsewhere() {
-    let mut plane = Plane::start(true, &[]);
-    let engine_port = free_port();
-    let _engine = demo_engine(engine_port, &["--tokens-per-second", "50"], plane.directory.path());
-    plane.announce("m", &format!("http://127.0.0.1:{engine_port}"), 4);
-    plane.until_routable(1);
-    let body = json!({"model": "m", "prompt": "p", "max_tokens": 2000, "stream": true}).to_string();
-    let mut running = open(plane.port, "POST", STREAM, None, &body).expect("an answer");
-    running.event().expect("a first event");
-    plane.agent.as_mut().expect("CLOUD").kill();
-    let rest: Vec<String> = std::iter::from_fn(|| running.event()).collect();
-    assert!(rest.iter().all(|event| event != "[DONE]"), "{rest:?}");
-    let told = rest.last().is_some_and(|event| event.contains("\"upstream_error\""));
-    assert!(told, "it stood between two events: {rest:?}");
-    until("the node's failure to be known", || {
-        metric(plane.port, "orchestratord_replicas_routable").filter(|count| *count == 0.0)
-    });
+fn an_agent_holds_bodies_up_to_its_own_limits() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let port = free_port();
+    let addr = format!("127.0.0.1:{port}");
+    let env = [("POOL_MANAGERD_ADDR", addr.as_str()), ("POOL_MANAGERD_BODY_BUDGET_MIB", "4")];
+    let agent = Process::start(harness::POOL_MANAGERD, &["--max-body-mib", "2"], &env, directory.path());
+    until("the agent", || get(port, "/health").filter(|answer| answer.status == 200));
+    let path = "/v2/pools/p/replicas/r0/engine/v1/completions";
+    // Nobody is there to take it; what is too large is not even read.
+    let body = "x".repeat(2 << 20);
+    assert_eq!(ask(port, "POST", path, None, &body).map(|answer| answer.status), Some(404));
+    let mut large = client(port);
+    large.send(format!(
+        "POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n",
+        (2 << 20) + 1
+    ));
+    assert_eq!(large.receive().status, 413);
+    // A body that could never find room is a configuration that cannot be meant.
+    let refused = std::process::Command::new(harness::POOL_MANAGERD)
+        .args(["--max-body-mib", "2", "--body-budget-mib", "2"])
+        .output()
+        .expect("it ran");
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(refused.status.code() == Some(78) && said.contains("POOL_MANAGERD_MAX_BODY_MIB=2"), "{said}");
+    drop(agent);
 }

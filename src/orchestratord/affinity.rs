@@ -56,8 +56,28 @@ impl Affinity {
 }
 
 /// Chooses a replica as [`placement::choose`] does, but by the ask's affinity where it has one. Rings
-/// are there only if the registry was told to keep them.
+/// are there only if the registry was told to keep them. Where none with the context that the ask wishes has
+/// room, any will do.
 pub fn choose(
+    registry: &ServiceRegistry,
+    ask: &Ask,
+    excluded: &[ReplicaRef],
+    strategy: Strategy,
+    state: &mut StrategyState,
+    sessions: &ServedSessions,
+    now: Mono,
+) -> Placement {
+    let found = choose_as_asked(registry, ask, excluded, strategy, state, sessions, now);
+    if matches!(found.choice, Choice::Replica { .. }) {
+        return found;
+    }
+    match ask.without_wish() {
+        Some(ask) => choose_as_asked(registry, &ask, excluded, strategy, state, sessions, now),
+        None => found,
+    }
+}
+
+fn choose_as_asked(
     registry: &ServiceRegistry,
     ask: &Ask,
     excluded: &[ReplicaRef],

@@ -505,7 +505,7 @@ impl Core {
             // Nobody else could: one that failed is as good as any once its circuit allows it.
             _ if tried => {
                 let (strategy, state) = (self.strategy, &mut self.strategy_state);
-                match choose(&self.registry, &request.asked.ask, &[], strategy, state).choice {
+                match choose(&self.registry, &request.wanted().ask, &[], strategy, state).choice {
                     Choice::Replica { replica, slots } => self.dispatch(id, replica, slots, now, effects),
                     Choice::NotReady { reason } => self.wait(id, Some(reason), now, effects),
                     _ => self.wait(id, None, now, effects),

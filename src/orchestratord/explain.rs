@@ -515,7 +515,9 @@ fn elsewhere(replica: &Replica, ask: &Ask) -> Option<&'static str> {
         .is_some_and(|model| !replica.models.is_empty() && !replica.models.iter().any(|name| name == model))
     {
         Some("other_model")
-    } else if replica.context_length.is_some_and(|longest| ask.context_tokens.unwrap_or(0) > longest) {
+    } else if !ask.context_is_wish
+        && replica.context_length.is_some_and(|longest| ask.context_tokens.unwrap_or(0) > longest)
+    {
         Some("shorter_context")
     } else {
         None

@@ -33,6 +33,11 @@ pub const ENGINE_PATHS: [&str; 6] = [
 /// Of these, the ones whose engines keep nothing of a prompt that a later request could use.
 const PREFIXLESS_PATHS: [&str; 2] = ["/v1/embeddings", "/v1/rerank"];
 
+/// Bytes of a body for each token of its prompt, roughly: four letters of English. What a prompt really takes
+/// only its engine knows (a picture is some hundred tokens in a megabyte), and an answer that is asked too long
+/// is refused by one engine and cut by another; so a long context is looked for, and none is refused.
+const BYTES_PER_TOKEN: u64 = 4;
+
 /// A request for an engine.
 #[derive(Debug)]
 pub struct Forwarding {
@@ -63,11 +68,15 @@ pub fn forwarding(
     let target = named.and_then(|name| aliases.resolve(name));
     let rewrite = read.model_span.zip(target).map(|(span, text)| Rewrite { span, text: text.to_string() });
     let model = target.or(named).map(str::to_string);
+    let tokens_max = read.tokens_max.unwrap_or(0);
+    let context_tokens = (body.len() as u64 / BYTES_PER_TOKEN).saturating_add(tokens_max);
     let ask = Ask {
         model,
         slots: read.n.unwrap_or(1),
         tokens_max: read.tokens_max.map(|tokens| u32::try_from(tokens).unwrap_or(u32::MAX)),
         affinity: session.or(prefix_hash.map(Affinity::Prefix)),
+        context_tokens: Some(context_tokens),
+        context_is_wish: true,
         ..Ask::default()
     };
     let priority = Priority::Interactive;
@@ -172,6 +181,8 @@ mod tests {
         let found = read(CHAT, chat, "").expect("a usable body");
         assert!(matches!(found.asked.ask.affinity, Some(Affinity::Prefix(_))), "{:?}", found.asked.ask);
         assert_eq!(found.asked.ask.tokens_max, Some(7));
+        let wished = (found.asked.ask.context_tokens, found.asked.ask.context_is_wish);
+        assert_eq!(wished, (Some(chat.len() as u64 / 4 + 7), true));
         let found = read(CHAT, r#"{"model":null}"#, "").expect("a usable body");
         assert_eq!((found.asked.ask.model, found.asked.ask.slots), (None, 1));
         let found = read("/v1/embeddings", r#"{"input":"x"}"#, "").expect("a usable body");

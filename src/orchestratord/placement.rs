@@ -1,7 +1,8 @@
 //! Where a request goes.
 //!
 //! A replica fits if it passes the request's pins (node, pool, devices), serves its model, has a context
-//! as long as the request needs (one of unknown length may) and takes work with enough free slots. Which
+//! as long as the request needs (one of unknown length may; a task says what it needs, of other requests it is
+//! guessed and only wished) and takes work with enough free slots. Which
 //! of the fitting ones is best, the [`Strategy`] says; ties end with the first by (node, pool, replica),
 //! so the same registry and the same ask give the same answer.
 //!
@@ -63,8 +64,19 @@ pub struct Ask {
     pub tokens_max: Option<u32>,
     /// Longest prompt and answer together, in tokens, where known.
     pub context_tokens: Option<u64>,
+    /// That is a guess: a replica with a shorter context will do where no other has room. Engines know what a
+    /// prompt takes, and some cut an answer that is asked too long.
+    pub context_is_wish: bool,
     /// What it has in common with others that should meet the same cache.
     pub affinity: Option<Affinity>,
+}
+
+impl Ask {
+    /// What is left of it without a mere wish for a long context; `None` where it has none.
+    #[must_use]
+    pub fn without_wish(&self) -> Option<Ask> {
+        self.context_is_wish.then(|| Ask { context_tokens: None, context_is_wish: false, ..self.clone() })
+    }
 }
 
 /// How the best of several fitting replicas is found.
@@ -194,7 +206,7 @@ pub struct Placement {
     pub with_room: u32,
 }
 
-/// Chooses a replica by strategy. `excluded` are those that this request has tried in vain.
+/// Chooses a replica by strategy, of those with a context as long as the ask wishes only. `excluded` are those that this request has tried in vain.
 pub fn choose(
     registry: &ServiceRegistry,
     ask: &Ask,
@@ -265,6 +277,8 @@ impl Search<'_> {
             Found::Nobody => self
                 .refusal(index.tally(groups), groups, too_short)
                 .unwrap_or_else(|| self.pass(state, narrow, true)),
+            // Nobody asks why none has what was only wished for.
+            Found::GaveUp if self.ask.context_is_wish => self.counted(Choice::Busy, index.tally(groups)),
             Found::GaveUp => self.pass(state, narrow, false),
         }
     }
@@ -367,7 +381,7 @@ impl Search<'_> {
     /// were left out for theirs.
     fn refusal(&self, tally: Tally, groups: &[GroupId], too_short: Option<u32>) -> Option<Placement> {
         // Nobody asks why there is no preferred one.
-        if self.preferred_only {
+        if self.preferred_only || self.ask.context_is_wish {
             return Some(self.counted(Choice::Busy, tally));
         }
         // Wildcards are in one group whatever their context.

@@ -78,3 +78,31 @@ fn a_request_for_a_longer_context_than_there_is_is_refused_at_once() {
     join(&mut core, "n9x", 8192);
     assert_eq!(ask(&mut core, 2, long, NOW), "n9x");
 }
+
+#[test]
+fn a_wish_for_a_long_context_is_granted_where_there_is_room_and_never_refuses() {
+    let mut core = core();
+    join(&mut core, "n9x", 8192);
+    let wish = |context_tokens| Ask {
+        context_tokens: Some(context_tokens),
+        context_is_wish: true,
+        affinity: None,
+        ..of_session("s")
+    };
+    let total = 11 * 2;
+    let mut longest = Vec::new();
+    for id in 1..=total {
+        let node = ask(&mut core, id, wish(5_000), NOW);
+        longest.push(node == "n9x");
+    }
+    let there = longest.iter().filter(|there| **there).count();
+    assert!(there > 0 && longest[..there].iter().all(|there| *there), "it is filled first: {longest:?}");
+    assert!(there < longest.len(), "and then the others: {longest:?}");
+    assert_eq!(ask(&mut core, total + 1, wish(5_000), NOW), "waits");
+    handle(&mut core, Input::Ended(total, Ending::Complete), NOW);
+    assert_eq!(
+        ask(&mut core, total + 2, wish(1_000_000), NOW),
+        "waits",
+        "behind who came first, not refused"
+    );
+}

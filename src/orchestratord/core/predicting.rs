@@ -34,7 +34,9 @@ impl Core {
 
     /// When a request that waits may start, in milliseconds from now.
     pub(super) fn predicted_ms(&self, request: RequestId, now: Now) -> Option<u64> {
-        let ask = &self.requests.get(&request)?.asked.ask;
+        let request_ask = &self.requests.get(&request)?.asked.ask;
+        let relaxed = request_ask.without_wish();
+        let ask = relaxed.as_ref().unwrap_or(request_ask);
         let before = self.admission.in_order().take_while(|waiter| waiter.id != request);
         self.start_behind(before, ask, now)
     }

@@ -164,8 +164,10 @@ impl Core {
 
 impl Request {
     pub(super) fn wanted(&self) -> Wanted {
-        // How long the answer may be says nothing about where it can come from.
-        let ask = Ask { tokens_max: None, affinity: None, ..self.asked.ask.clone() };
+        // How long the answer may be says nothing about where it can come from; and whoever waits takes what
+        // comes.
+        let ask = self.asked.ask.without_wish().unwrap_or_else(|| self.asked.ask.clone());
+        let ask = Ask { tokens_max: None, affinity: None, ..ask };
         Wanted { ask, tried: self.tried.clone() }
     }
 }

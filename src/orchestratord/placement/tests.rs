@@ -334,6 +334,7 @@ fn any_ask() -> impl Generator<Value = (Ask, Vec<usize>)> {
             prefer_pools: prefer.into_iter().map(named).collect(),
             avoid_pools: avoid.into_iter().map(named).collect(),
             context_tokens: context.map(|n| [500, 1_500, 2_500][n]),
+            context_is_wish: false,
             affinity: None,
             tokens_max: None,
         };

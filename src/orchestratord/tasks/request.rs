@@ -173,7 +173,9 @@ pub fn parse(body: &[u8], client: Arc<str>, aliases: &Aliases) -> Result<NewTask
         avoid_pools: wishes.avoid_pools.unwrap_or_default(),
         tokens_max: Some(tokens_max),
         affinity: session.and_then(Affinity::session),
-        context_tokens: None,
+        // It knows what it needs, and an engine with less would cut it short.
+        context_tokens: task.ctx.and_then(|ctx| u64::try_from(ctx).ok()).filter(|tokens| *tokens > 0),
+        context_is_wish: false,
     };
     let wait_ms_max = deadline_ms.unwrap_or(u64::MAX);
     Ok(NewTask {
@@ -245,6 +247,7 @@ mod tests {
         )
         .expect("a good task");
         assert_eq!((good.asked.priority, good.asked.wait_ms_max), (Priority::Batch, 1000));
+        assert_eq!((good.asked.ask.context_tokens, good.asked.ask.context_is_wish), (Some(10), false));
         assert_eq!(good.asked.ask.pool.as_ref().map(PoolId::as_str), Some("p0"));
         assert_eq!((good.tokens_max, good.deadline_ms, good.session.as_deref()), (5, Some(1000), Some("s")));
         let body: Value = serde_json::from_slice(&good.body).expect("JSON");
