@@ -61,7 +61,8 @@ fn families(scrape: &str) -> BTreeMap<String, Family> {
     for line in scrape.lines() {
         if let Some((name, help)) = line.strip_prefix("# HELP ").and_then(|rest| rest.split_once(' ')) {
             found.entry(name.into()).or_default().help = help.into();
-        } else if let Some((name, kind)) = line.strip_prefix("# TYPE ").and_then(|rest| rest.split_once(' ')) {
+        } else if let Some((name, kind)) = line.strip_prefix("# TYPE ").and_then(|rest| rest.split_once(' '))
+        {
             found.entry(name.into()).or_default().kind = kind.into();
         } else if let Some((name, rest)) = line.split_once('{') {
             let Some(family) = found.get_mut(name) else { continue };
@@ -170,7 +171,11 @@ fn every_metric_is_in_the_table_and_no_other() {
     }
     let rows = rows();
     let of = |families: &BTreeMap<String, Family>| families.keys().cloned().collect::<BTreeSet<_>>();
-    assert_eq!(of(&rows), of(&shown), "packaging/METRICS.md (left) has other metrics than the daemons (right)");
+    assert_eq!(
+        of(&rows),
+        of(&shown),
+        "packaging/METRICS.md (left) has other metrics than the daemons (right)"
+    );
     for (name, shown) in shown {
         let row = &rows[&name];
         assert_eq!(row.kind, shown.kind, "{name}");
@@ -233,7 +238,8 @@ fn promtool_finds_nothing_to_say() {
             .expect("promtool starts");
         promtool.stdin.take().expect("a pipe").write_all(metrics.as_bytes()).expect("written");
         let output = promtool.wait_with_output().expect("promtool ends");
-        let said = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
+        let said =
+            String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
         assert!(output.status.success() && said.trim().is_empty(), "{said}");
     }
     for words in [
