@@ -87,6 +87,7 @@ impl Root {
 }
 
 #[test]
+#[allow(clippy::print_stdout, reason = "a test that is skipped says so")]
 fn packages_install_start_upgrade_and_go() {
     if std::env::var("REQUIRE_PACKAGES").is_err() {
         println!("skipped: packages are built and installed with REQUIRE_PACKAGES=1");
