@@ -34,12 +34,13 @@ fn text(path: &str) -> String {
 }
 
 /// A program, if it is there. Fails where it must be.
+#[allow(clippy::print_stdout, reason = "a test that is skipped says so")]
 fn program(name: &str) -> Option<Command> {
     let is_there = Command::new(name).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
     if is_there.is_ok_and(|status| status.success()) {
         return Some(Command::new(name));
     }
-    assert!(env::var("REQUIRE_PROMTOOL").is_err_and(|_| true), "{name} is missing");
+    assert!(env::var("REQUIRE_PROMTOOL").is_err(), "{name} is missing");
     println!("skipped: there is no {name}");
     None
 }
