@@ -103,10 +103,13 @@ fn named(name: &str) -> Vec<u8> {
     }
 }
 
+/// The bytes of one connection.
+type Record = Arc<Mutex<Vec<u8>>>;
+
 /// An engine that keeps every byte of every connection on which something else than a probe came.
 struct Recorder {
     url: String,
-    connections: Arc<Mutex<Vec<Arc<Mutex<Vec<u8>>>>>>,
+    connections: Arc<Mutex<Vec<Record>>>,
 }
 
 impl Recorder {
