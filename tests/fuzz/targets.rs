@@ -14,8 +14,11 @@ use llama_orch::wire::node::Heartbeat;
 /// Body limit of the reader of requests, in bytes: small, so that it is reached.
 const BODY_BYTES_MAX: usize = 4096;
 
+/// Fails where something does not hold of these bytes.
+type Check = fn(&[u8]);
+
 /// Name and check of each.
-pub(crate) const TARGETS: [(&str, fn(&[u8])); 7] = [
+pub(crate) const TARGETS: [(&str, Check); 7] = [
     ("request", request),
     ("response", response),
     ("handoff", handoff),
