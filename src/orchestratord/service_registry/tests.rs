@@ -499,6 +499,17 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
+#[test]
+fn what_a_node_says_of_one_pool_between_heartbeats_is_saved() {
+    let mut world = World::new();
+    world.register(0, Some(1), Some("boot")).expect("registered");
+    let before = world.registry.revision();
+    let mut pool = beat(None, None, &[]).pools.remove(0);
+    pool.replicas = None;
+    world.registry.update_pool(&id(0), &pool, world.now, &mut world.changes).expect("a known node");
+    assert!(world.registry.revision() > before);
+}
+
 /// The best by the documented order, found the slow way.
 fn best_by_hand(registry: &ServiceRegistry, ask: &Ask) -> Option<ReplicaRef> {
     let fitting = registry.replicas().filter(|(r, _)| fits(registry, *r, ask));
