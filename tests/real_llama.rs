@@ -13,6 +13,7 @@ mod harness;
 mod daemons;
 
 use std::io::{BufRead, BufReader};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use harness::{Provisioner, client, group, until_group_is_gone};
@@ -21,6 +22,8 @@ use serde_json::{Value, json};
 
 /// The first start downloads some 30 MB and generates the model.
 const FIRST_START: Duration = Duration::from_secs(170);
+/// The first start installs what the second one uses.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 /// Tokens of the answer. The model never ends by itself.
 const TOKENS: usize = 24;
 
@@ -31,6 +34,7 @@ fn a_real_llama_cpp_is_handed_over_streams_and_is_stopped() {
         eprintln!("skipped: set REQUIRE_REAL_LLAMA=1 to fetch llama.cpp and test with it");
         return;
     }
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let root = tempfile::tempdir().expect("a temporary directory");
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/real_llama/engine.sh");
     let flags = ["--slots=2", "--model=tiny-random", "--health-timeout-ms=165000"];
@@ -126,6 +130,7 @@ fn the_same_seed_gives_the_same_tokens_byte_for_byte() {
         eprintln!("skipped: set REQUIRE_REAL_LLAMA=1 to fetch llama.cpp and test with it");
         return;
     }
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let root = tempfile::tempdir().expect("a temporary directory");
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/real_llama/engine.sh");
     let flags = ["--slots=1", "--model=tiny-random", "--health-timeout-ms=165000"];
