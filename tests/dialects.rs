@@ -198,8 +198,11 @@ fn an_engine_whose_health_is_open_is_ready_without_its_key_and_the_log_says_what
     }));
     let replica = agent.until_ready("p");
     assert_eq!((&replica["slots_total"], &replica["context_length"]), (&json!(1), &Value::Null));
-    let log = agent.process.log();
-    let said = log.lines().find(|line| line.contains("/props is not answered")).expect("it is said");
+    // Readiness waits for nothing else.
+    let said = until("the log to say it", || {
+        let log = agent.process.log();
+        log.lines().find(|line| line.contains("/props is not answered")).map(str::to_string)
+    });
     assert!(said.contains("does not accept the key in") && said.contains(&wrong), "{said}");
     assert_eq!(post(agent.port, &relay("p", CHAT), SHORT).status, 401);
     write_key(directory, "agents-key", KEY);
