@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::thread;
 
 use harness::*;
+use llama_orch::http::fields::FieldLines;
 use llama_orch::http::head::parse_request;
 use llama_orch::http::server::Request;
 use llama_orch::net::{Outbound, Patience, Sink};
@@ -338,7 +339,7 @@ fn nothing_that_prints_itself_prints_a_secret() {
         to: BaseUrl::new("http://127.0.0.1:1").expect("a URL"),
         method: "POST".into(),
         target: "/".into(),
-        fields: vec![("Authorization".into(), KEY.into())],
+        fields: FieldLines::new().with("Authorization", KEY),
         body: Arc::new(PROMPT.into()),
         sink: Sink::Owner { hold_back: &[] },
         patience: Patience { connect_ms: 1, first_byte_ms: 1, idle_ms: 1 },

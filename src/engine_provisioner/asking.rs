@@ -7,6 +7,7 @@
 use serde_json::Value;
 
 use super::supervision::Seen;
+use crate::http::fields::FieldLines;
 use crate::net::{Outbound, Patience, Sink};
 use crate::replicas::profile::Engine;
 use crate::replicas::{Facts, ProbeKind, ProbeOrder, ProbeOutcome};
@@ -88,9 +89,9 @@ pub fn learn(handoff: &mut Handoff, slots_wanted: Option<u32>, facts: Facts) -> 
 /// Asks pool-managerd about a pool.
 #[must_use]
 pub fn about_pool(agent: &BaseUrl, key: &ReplicaKey, token: Option<&str>) -> Outbound {
-    let mut fields = vec![("Connection".to_string(), b"close".to_vec())];
+    let mut fields = FieldLines::new().with("Connection", "close");
     if let Some(token) = token {
-        fields.push(("Authorization".to_string(), format!("Bearer {token}").into_bytes()));
+        fields.push("Authorization", format!("Bearer {token}"));
     }
     Outbound {
         to: agent.clone(),

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use serde_json::json;
 
 use super::supervision::restarts::{BACKOFF_MS_MAX, BACKOFF_MS_MIN};
+use crate::http::fields::FieldLines;
 use crate::net::{Outbound, Patience, Sink};
 use crate::time::Mono;
 use crate::wire::handoff::Handoff;
@@ -142,12 +143,12 @@ fn request(place: &BaseUrl, pending: &Pending, token: Option<&str>) -> Outbound 
         ("" | "/", false) => ("DELETE", format!("/v2/pools/{}/replicas/{}", key.pool, key.replica), vec![]),
         _ => ("POST", String::new(), body()),
     };
-    let mut fields = vec![("Connection".to_string(), b"close".to_vec())];
+    let mut fields = FieldLines::new().with("Connection", "close");
     if !body.is_empty() {
-        fields.push(("Content-Type".to_string(), b"application/json".to_vec()));
+        fields.push("Content-Type", "application/json");
     }
     if let Some(token) = token {
-        fields.push(("Authorization".to_string(), format!("Bearer {token}").into_bytes()));
+        fields.push("Authorization", format!("Bearer {token}"));
     }
     Outbound {
         to: place.clone(),
@@ -199,7 +200,7 @@ mod tests {
         let sent = notices.due(Some("secret"), now);
         assert_eq!(sent[0].1.target, "/v2/pools/p/ready");
         assert_eq!((sent[1].1.method.as_str(), sent[1].1.target.as_str()), ("POST", ""));
-        assert!(sent.iter().all(|(_, out)| out.fields.iter().any(|(name, _)| name == "Authorization")));
+        assert!(sent.iter().all(|(_, out)| out.fields.holds(b"Authorization")));
         assert!(notices.due(None, now).is_empty(), "one at a time");
         // One takes it; the other is away, and by the time it is back the replica is gone.
         assert_eq!(notices.ended(&sent[1].0, Ok((200, b"")), now), None);

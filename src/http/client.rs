@@ -1,32 +1,33 @@
 //! The client's half of a connection: an encoded request out, a response's head and body pieces in.
 
+use super::fields::{FieldLines, push_field, push_number_field};
 use super::framing::BodyDecoder;
 use super::head::{self, BadMessage, ResponseHead};
-use super::server::push_field;
 
 /// Interim (1xx) responses that are skipped before the peer is called broken.
 const INTERIM_MAX: u8 = 8;
 
-/// Writes the head of a request with a body of `body_length` bytes. `Host` and `Content-Length` are
-/// written here; `fields` must not hold them, nor anything hop by hop.
-pub fn encode_request_head<'a>(
+/// Writes the head of a request with a body of `body_length` bytes. Its target comes in two parts: a base
+/// path, and what is below it. `Host` and `Content-Length` are written here; `fields` must not hold them, nor
+/// anything hop by hop.
+pub fn encode_request_head(
     out: &mut Vec<u8>,
     method: &str,
-    target: &str,
+    target: [&str; 2],
     host: &str,
-    fields: impl IntoIterator<Item = (&'a str, &'a [u8])>,
+    fields: &FieldLines,
     body_length: usize,
 ) {
     out.extend_from_slice(method.as_bytes());
     out.push(b' ');
-    out.extend_from_slice(target.as_bytes());
-    out.extend_from_slice(b" HTTP/1.1\r\n");
-    push_field(out, "Host", host.as_bytes());
-    for (name, value) in fields {
-        push_field(out, name, value);
+    for part in target {
+        out.extend_from_slice(part.as_bytes());
     }
+    out.extend_from_slice(b" HTTP/1.1\r\n");
+    push_field(out, "Host", host);
+    out.extend_from_slice(fields.as_bytes());
     if body_length > 0 || matches!(method, "POST" | "PUT" | "PATCH") {
-        push_field(out, "Content-Length", body_length.to_string().as_bytes());
+        push_number_field(out, "Content-Length", body_length as u64);
     }
     out.extend_from_slice(b"\r\n");
 }

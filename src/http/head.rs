@@ -7,6 +7,7 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::sync::LazyLock;
 
 use memchr::{memchr_iter, memmem};
 
@@ -14,6 +15,9 @@ use memchr::{memchr_iter, memmem};
 pub const HEAD_BYTES_MAX: usize = 32 * 1024;
 /// Most fields in a head.
 pub const FIELDS_MAX: usize = 96;
+
+/// Finds the empty line behind the fields; made once, because making it costs more than most searches.
+static HEAD_END: LazyLock<memmem::Finder<'static>> = LazyLock::new(|| memmem::Finder::new(b"\r\n\r\n"));
 
 /// How a body is delimited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +65,8 @@ const fn bad(reason: &'static str) -> BadMessage {
 pub struct Fields {
     bytes: Vec<u8>,
     ranges: Vec<[u32; 4]>,
+    /// A `Connection` field says more than that the connection is kept or closed.
+    connection_names_some: bool,
 }
 
 impl Fields {
@@ -69,38 +75,50 @@ impl Fields {
         self.ranges.iter().map(|range| (self.name_at(*range), self.value_at(*range)))
     }
 
+    /// The same with names as they are in memory, for whoever only compares and copies them.
+    pub fn raw(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
+        self.ranges.iter().map(|range| (self.slice(range[0], range[1]), self.value_at(*range)))
+    }
+
     /// The first field of this name (any case), if its value is text.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&str> {
-        self.iter()
-            .find(|(n, _)| n.eq_ignore_ascii_case(name))
-            .and_then(|(_, value)| std::str::from_utf8(value).ok())
+        self.of(name).next().and_then(|value| std::str::from_utf8(value).ok())
     }
 
     /// Whether a `Connection` field (there may be several) says that fields of this name concern one
     /// connection only. No field can take the message's length away like that.
     #[must_use]
-    pub fn connection_names(&self, name: &str) -> bool {
-        !name.eq_ignore_ascii_case("content-length")
-            && self.iter().filter(|(n, _)| n.eq_ignore_ascii_case("connection")).any(|(_, list)| {
-                list.split(|b| *b == b',')
-                    .any(|token| token.trim_ascii().eq_ignore_ascii_case(name.as_bytes()))
+    pub fn connection_names(&self, name: &[u8]) -> bool {
+        self.connection_names_some
+            && !name.eq_ignore_ascii_case(b"content-length")
+            && self.of("connection").any(|list| {
+                list.split(|b| *b == b',').any(|token| token.trim_ascii().eq_ignore_ascii_case(name))
             })
     }
 
     /// How many fields have this name (any case).
     #[must_use]
     pub fn count(&self, name: &str) -> usize {
-        self.iter().filter(|(n, _)| n.eq_ignore_ascii_case(name)).count()
+        self.of(name).count()
+    }
+
+    /// The values of all fields of this name (any case).
+    fn of(&self, name: &str) -> impl Iterator<Item = &[u8]> {
+        self.raw().filter(|(own, _)| own.eq_ignore_ascii_case(name.as_bytes())).map(|(_, value)| value)
+    }
+
+    fn slice(&self, start: u32, end: u32) -> &[u8] {
+        &self.bytes[start as usize..end as usize]
     }
 
     fn name_at(&self, [start, end, ..]: [u32; 4]) -> &str {
         // httparse admits only token characters here, which are ASCII.
-        std::str::from_utf8(&self.bytes[start as usize..end as usize]).unwrap_or_default()
+        std::str::from_utf8(self.slice(start, end)).unwrap_or_default()
     }
 
     fn value_at(&self, [.., start, end]: [u32; 4]) -> &[u8] {
-        &self.bytes[start as usize..end as usize]
+        self.slice(start, end)
     }
 }
 
@@ -196,7 +214,7 @@ impl ResponseHead {
 pub fn head_length(bytes: &[u8], scanned: &mut usize) -> Result<Option<usize>, BadMessage> {
     let from = scanned.saturating_sub(3).min(bytes.len());
     let window = &bytes[from..bytes.len().min(HEAD_BYTES_MAX)];
-    if let Some(at) = memmem::find(window, b"\r\n\r\n") {
+    if let Some(at) = HEAD_END.find(window) {
         *scanned = 0;
         return Ok(Some(from + at + 4));
     }
@@ -304,7 +322,7 @@ pub fn parse_response(bytes: &[u8], to_head: bool) -> Result<ResponseHead, BadMe
 /// Fields that concern one connection only (RFC 9110, 7.6.1) and are never forwarded;
 /// [`Fields::connection_names`] tells which others a message adds to them.
 #[must_use]
-pub fn is_hop_by_hop(name: &str) -> bool {
+pub fn is_hop_by_hop(name: &[u8]) -> bool {
     const ALWAYS: [&str; 9] = [
         "connection",
         "keep-alive",
@@ -316,13 +334,19 @@ pub fn is_hop_by_hop(name: &str) -> bool {
         "transfer-encoding",
         "upgrade",
     ];
-    ALWAYS.iter().any(|known| name.eq_ignore_ascii_case(known))
+    ALWAYS.iter().any(|known| name.eq_ignore_ascii_case(known.as_bytes()))
 }
 
 fn only_crlf(bytes: &[u8]) -> Result<(), BadMessage> {
-    let lf_alone = memchr_iter(b'\n', bytes).any(|at| at == 0 || bytes[at - 1] != b'\r');
-    let cr_alone = memchr_iter(b'\r', bytes).any(|at| bytes.get(at + 1) != Some(&b'\n'));
-    if lf_alone || cr_alone { Err(bad("lines must end with CR LF")) } else { Ok(()) }
+    let mut lines = 0;
+    for at in memchr_iter(b'\n', bytes) {
+        if at == 0 || bytes[at - 1] != b'\r' {
+            return Err(bad("lines must end with CR LF"));
+        }
+        lines += 1;
+    }
+    // Each LF has its own CR; where there are no more of these, none is alone.
+    if memchr_iter(b'\r', bytes).count() == lines { Ok(()) } else { Err(bad("lines must end with CR LF")) }
 }
 
 fn explain(error: httparse::Error) -> BadMessage {
@@ -357,6 +381,7 @@ struct Facts<'h, 'b> {
     chunked: bool,
     close: bool,
     keep: bool,
+    connection_names_some: bool,
     hosts: usize,
     host_good: bool,
     expect: Option<&'b [u8]>,
@@ -370,6 +395,7 @@ impl<'h, 'b> Facts<'h, 'b> {
             chunked: false,
             close: false,
             keep: false,
+            connection_names_some: false,
             hosts: 0,
             host_good: false,
             expect: None,
@@ -386,9 +412,12 @@ impl<'h, 'b> Facts<'h, 'b> {
                     facts.expect = Some(if facts.expect.is_some() { b"" } else { header.value });
                 }
                 10 if header.name.eq_ignore_ascii_case("connection") => {
-                    for token in header.value.split(|b| *b == b',') {
-                        facts.close |= token.trim_ascii().eq_ignore_ascii_case(b"close");
-                        facts.keep |= token.trim_ascii().eq_ignore_ascii_case(b"keep-alive");
+                    for token in header.value.split(|b| *b == b',').map(<[u8]>::trim_ascii) {
+                        let (close, keep) =
+                            (token.eq_ignore_ascii_case(b"close"), token.eq_ignore_ascii_case(b"keep-alive"));
+                        facts.close |= close;
+                        facts.keep |= keep;
+                        facts.connection_names_some |= !close && !keep && !token.is_empty();
                     }
                 }
                 14 if header.name.eq_ignore_ascii_case("content-length") => {
@@ -429,7 +458,8 @@ impl<'h, 'b> Facts<'h, 'b> {
                 (range_in(bytes, header.name.as_bytes()), range_in_or_empty(bytes, header.value));
             [name.start, name.end, value.start, value.end]
         });
-        Fields { ranges: ranges.collect(), bytes: bytes.to_vec() }
+        let connection_names_some = self.connection_names_some;
+        Fields { ranges: ranges.collect(), bytes: bytes.to_vec(), connection_names_some }
     }
 }
 

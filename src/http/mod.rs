@@ -11,9 +11,10 @@
 //! The parser refuses whatever two implementations could read differently (bare line feeds, two
 //! lengths, a length beside a transfer coding, folded lines, blanks before a colon): a proxy that
 //! guesses is how requests are smuggled. `httparse` finds the fields; the rules on top are in
-//! [`head`].
+//! [`head`]. What is to be sent is gathered in [`fields`].
 
 pub mod client;
+pub mod fields;
 pub mod framing;
 pub mod head;
 pub mod server;

@@ -5,6 +5,7 @@
 
 use std::fmt;
 
+use super::fields::{FieldLines, push_field, push_number_field};
 use super::framing::BodyDecoder;
 use super::head::{self, BadMessage, Framing, RequestHead, Version};
 
@@ -223,16 +224,18 @@ impl AnswerTo {
 }
 
 /// Writes a whole response behind what `out` holds.
-pub fn encode_response(out: &mut Vec<u8>, response: &Response, to: AnswerTo) {
+/// `more` are further fields.
+pub fn encode_response(out: &mut Vec<u8>, response: &Response, more: &FieldLines, to: AnswerTo) {
     begin_head(out, response.status);
     if !response.content_type.is_empty() {
-        push_field(out, "Content-Type", response.content_type.as_bytes());
+        push_field(out, "Content-Type", response.content_type);
     }
     for (name, value) in &response.fields {
-        push_field(out, name, value.as_bytes());
+        push_field(out, name, value);
     }
+    out.extend_from_slice(more.as_bytes());
     if response.status >= 200 && response.status != 204 {
-        push_field(out, "Content-Length", response.body.len().to_string().as_bytes());
+        push_number_field(out, "Content-Length", response.body.len() as u64);
     }
     push_connection(out, to);
     out.extend_from_slice(b"\r\n");
@@ -247,14 +250,12 @@ pub fn encode_stream_head(
     out: &mut Vec<u8>,
     status: u16,
     content_type: &str,
-    fields: &[(&str, &str)],
+    fields: &FieldLines,
     to: AnswerTo,
 ) {
     begin_head(out, status);
-    push_field(out, "Content-Type", content_type.as_bytes());
-    for (name, value) in fields {
-        push_field(out, name, value.as_bytes());
-    }
+    push_field(out, "Content-Type", content_type);
+    out.extend_from_slice(fields.as_bytes());
     match to.version {
         Version::Http11 => push_field(out, "Transfer-Encoding", b"chunked"),
         Version::Http10 => {}
@@ -284,17 +285,6 @@ pub fn begin_head(out: &mut Vec<u8>, status: u16) {
     out.extend_from_slice(&digits);
     out.push(b' ');
     out.extend_from_slice(reason_phrase(status).as_bytes());
-    out.extend_from_slice(b"\r\n");
-}
-
-/// Writes one field; a value that would end the line early is left out altogether.
-pub fn push_field(out: &mut Vec<u8>, name: &str, value: &[u8]) {
-    if value.iter().any(|b| matches!(b, b'\r' | b'\n' | 0)) {
-        return;
-    }
-    out.extend_from_slice(name.as_bytes());
-    out.extend_from_slice(b": ");
-    out.extend_from_slice(value);
     out.extend_from_slice(b"\r\n");
 }
 

@@ -21,7 +21,8 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use crate::http::head::RequestHead;
+use crate::http::fields::FieldLines;
+use crate::http::head::{RequestHead, is_hop_by_hop};
 use crate::http::server::{Request, Response};
 use crate::metrics::Histogram;
 use crate::reactor::ready::ReadyList;
@@ -131,7 +132,7 @@ pub struct Outbound {
     /// Path and query below the base path.
     pub target: String,
     /// Fields, without `Host`, `Content-Length` and hop-by-hop ones.
-    pub fields: Vec<(String, Vec<u8>)>,
+    pub fields: FieldLines,
     /// Body; shared with whoever may have to send it again elsewhere.
     pub body: Arc<Vec<u8>>,
     /// Where the answer goes.
@@ -146,11 +147,10 @@ pub struct Outbound {
 impl fmt::Debug for Outbound {
     /// Without the values of fields, which may be keys, and the body, which may be a prompt.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let names: Vec<&str> = self.fields.iter().map(|(name, _)| name.as_str()).collect();
         f.debug_struct("Outbound")
             .field("to", &self.to)
             .field("method", &self.method)
-            .field("fields", &names)
+            .field("fields", &self.fields)
             .field("body_bytes", &self.body.len())
             .field("sink", &self.sink)
             .finish_non_exhaustive()
@@ -168,7 +168,7 @@ pub enum Sink {
         /// Statuses that are not forwarded.
         hold_back: &'static [u16],
         /// Fields to add to the answer.
-        fields: Vec<(&'static str, String)>,
+        fields: FieldLines,
     },
     /// Collected, up to this many bytes, and returned with [`NetEvent::Finished`].
     Collect {
@@ -365,6 +365,8 @@ pub struct Net {
 
 /// Most sessions that are ended in one turn because their time is over: thousands may have begun together.
 const EXPIRED_PER_TURN_MAX: usize = 32;
+/// Bytes that are allocated at first for the fields of a request to an engine.
+const FORWARDED_FIRST_ALLOCATION_BYTES: usize = 512;
 /// Bytes read from a socket at once.
 const SCRATCH_BYTES: usize = 64 * 1024;
 
@@ -514,7 +516,7 @@ impl Net {
     }
 
     /// Begins a response that comes piece by piece.
-    pub fn stream_begin(&mut self, client: Token, content_type: &str, fields: &[(&str, &str)], now: Mono) {
+    pub fn stream_begin(&mut self, client: Token, content_type: &str, fields: FieldLines, now: Mono) {
         let Some(session) = self.server.clients.get_mut(client) else { return };
         session.stream_begin(content_type, fields);
         self.client_flush(client, now);
@@ -537,7 +539,7 @@ impl Net {
     }
 
     /// Adds fields to the answer of the request that a client waits on, whatever it will be.
-    pub fn add_fields(&mut self, client: Token, fields: Vec<(&'static str, String)>) {
+    pub fn add_fields(&mut self, client: Token, fields: FieldLines) {
         if let Some(session) = self.server.clients.get_mut(client) {
             session.added = fields;
         }
@@ -586,18 +588,18 @@ impl Net {
     }
 
     /// The same under a rule of its own, in the place of the one for all.
-    pub fn start_judged(&mut self, outbound: Outbound, rule: Option<DialRule>, now: Mono) -> Token {
-        let forward = match &outbound.sink {
-            Sink::Client { client, fields, .. } => self.server.clients.get_mut(*client).map(|session| {
-                let mut fields = fields.clone();
-                fields.extend(session.echo());
-                Forward { to: session.answer_to(), fields }
-            }),
-            Sink::Collect { .. } | Sink::Owner { .. } => None,
-        };
-        let client = match outbound.sink {
-            Sink::Client { client, .. } => Some(client),
-            _ => None,
+    pub fn start_judged(&mut self, mut outbound: Outbound, rule: Option<DialRule>, now: Mono) -> Token {
+        let (client, forward) = match &mut outbound.sink {
+            Sink::Client { client, fields, .. } => {
+                let session = self.server.clients.get(*client);
+                let forward = session.map(|session| {
+                    let mut fields = std::mem::take(fields);
+                    session.echo(&mut fields);
+                    Forward { to: session.answer_to(), fields }
+                });
+                (Some(*client), forward)
+            }
+            Sink::Collect { .. } | Sink::Owner { .. } => (None, None),
         };
         let exchange = self.upstreams.begin(outbound, forward, rule, now);
         if let Some(session) = client.and_then(|client| self.server.clients.get_mut(client)) {
@@ -675,25 +677,29 @@ impl Net {
     }
 }
 
+/// In which control planes count each other on a request's way.
+pub const HOPS_FIELD: &str = "X-LLorch-Hops";
+
 /// The fields of a client's request that may go to an engine: nothing hop by hop, no credentials of
-/// ours, nothing that the client cannot vouch for.
-pub fn forwardable(head: &RequestHead) -> Vec<(String, Vec<u8>)> {
+/// ours, nothing that the client cannot vouch for, and none of those that `replaced` names because the
+/// caller adds its own.
+pub fn forwardable(head: &RequestHead, replaced: impl Fn(&[u8]) -> bool) -> FieldLines {
     // `x-conversation-id` makes llama-server go on after its client has left.
     const NOT_FORWARDED: [&str; 7] =
         ["host", "content-length", "expect", "authorization", "x-conversation-id", "forwarded", "x-real-ip"];
-    // Without it a circle of control planes would not be noticed.
-    const HOPS_FIELD: &str = "x-llorch-hops";
     const NOT_FORWARDED_PREFIXES: [&str; 2] = ["x-llorch-", "x-forwarded-"];
-    head.fields
-        .iter()
-        .filter(|(name, _)| {
-            let starts_with =
-                |prefix: &&str| name.get(..prefix.len()).is_some_and(|s| s.eq_ignore_ascii_case(prefix));
-            !crate::http::head::is_hop_by_hop(name)
-                && (!head.fields.connection_names(name) || name.eq_ignore_ascii_case(HOPS_FIELD))
-                && !NOT_FORWARDED.iter().any(|known| name.eq_ignore_ascii_case(known))
-                && (name.eq_ignore_ascii_case(HOPS_FIELD) || !NOT_FORWARDED_PREFIXES.iter().any(starts_with))
-        })
-        .map(|(name, value)| (name.to_string(), value.to_vec()))
-        .collect()
+    let mut lines = FieldLines::with_capacity(FORWARDED_FIRST_ALLOCATION_BYTES);
+    for (name, value) in head.fields.raw() {
+        let is = |known: &&str| name.eq_ignore_ascii_case(known.as_bytes());
+        let starts_with = |prefix: &&str| {
+            name.get(..prefix.len()).is_some_and(|s| s.eq_ignore_ascii_case(prefix.as_bytes()))
+        };
+        let is_ours = NOT_FORWARDED_PREFIXES.iter().any(starts_with) || head.fields.connection_names(name);
+        // Without it a circle of control planes would not be noticed.
+        let may_pass = !is_ours || is(&HOPS_FIELD);
+        if may_pass && !is_hop_by_hop(name) && !NOT_FORWARDED.iter().any(is) && !replaced(name) {
+            lines.push(name, value);
+        }
+    }
+    lines
 }

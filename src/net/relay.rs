@@ -13,8 +13,9 @@
 //! a text. The last chunk of such a stream is not passed on, so that it fails for its client.
 
 use crate::http::client::ResponseReader;
+use crate::http::fields::{FieldLines, push_field};
 use crate::http::head::{BadMessage, Framing, ResponseHead, Version, is_hop_by_hop};
-use crate::http::server::{AnswerTo, LAST_CHUNK, begin_head, encode_chunk, push_connection, push_field};
+use crate::http::server::{AnswerTo, LAST_CHUNK, begin_head, encode_chunk, push_connection};
 use crate::http::sse::{KEEP_ALIVE, Tail};
 
 use super::meter::{Meter, Tokens};
@@ -25,7 +26,7 @@ pub struct Forward {
     /// What the client's request asked of an answer.
     pub to: AnswerTo,
     /// Fields to add.
-    pub fields: Vec<(&'static str, String)>,
+    pub fields: FieldLines,
 }
 
 /// What some input led to.
@@ -345,8 +346,8 @@ fn is_encoded(head: &ResponseHead) -> bool {
 }
 
 /// Which web pages may read an answer is for this process to say, not for the engine, which lets all.
-fn speaks_to_pages(name: &str) -> bool {
-    const PREFIX: &str = "access-control-";
+fn speaks_to_pages(name: &[u8]) -> bool {
+    const PREFIX: &[u8] = b"access-control-";
     name.get(..PREFIX.len()).is_some_and(|start| start.eq_ignore_ascii_case(PREFIX))
 }
 
@@ -358,13 +359,12 @@ fn encode_forwarded_head(
     out: &mut Vec<u8>,
 ) {
     begin_head(out, head.status);
-    for (name, value) in head.fields.iter() {
-        let replaced = forward.fields.iter().any(|(own, _)| name.eq_ignore_ascii_case(own));
+    for (name, value) in head.fields.raw() {
         // A length beside a status that has no body would make the next answer part of this one.
-        let vain = head.status == 204 && name.eq_ignore_ascii_case("content-length");
+        let vain = head.status == 204 && name.eq_ignore_ascii_case(b"content-length");
         if !is_hop_by_hop(name)
             && !head.fields.connection_names(name)
-            && !replaced
+            && !forward.fields.holds(name)
             && !vain
             && !speaks_to_pages(name)
         {
@@ -372,14 +372,12 @@ fn encode_forwarded_head(
         }
     }
     if body == Body::Rechunked || head.framing == Framing::Chunked && body == Body::Same {
-        push_field(out, "Transfer-Encoding", b"chunked");
+        push_field(out, "Transfer-Encoding", "chunked");
     }
     if head.is_event_stream() && head.fields.get("x-accel-buffering").is_none() {
-        push_field(out, "X-Accel-Buffering", b"no");
+        push_field(out, "X-Accel-Buffering", "no");
     }
-    for (name, value) in &forward.fields {
-        push_field(out, name, value.as_bytes());
-    }
+    out.extend_from_slice(forward.fields.as_bytes());
     push_connection(out, AnswerTo { keep_alive, ..forward.to });
     out.extend_from_slice(b"\r\n");
 }

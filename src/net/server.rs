@@ -6,6 +6,7 @@
 use std::io::{self, Read, Write};
 use std::net::SocketAddr;
 
+use crate::http::fields::FieldLines;
 use crate::http::head::{BadMessage, Fields, Framing, RequestHead};
 use crate::http::server::{
     AnswerTo, CONTINUE, LAST_CHUNK, Progress, RequestReader, Response, encode_chunk, encode_response,
@@ -71,7 +72,7 @@ pub(super) struct Client {
     pub(super) correlation: String,
     pub(super) request_id: String,
     /// Fields that its owner adds to whatever the answer is.
-    pub(super) added: Vec<(&'static str, String)>,
+    pub(super) added: FieldLines,
     peer: SocketAddr,
     reader: RequestReader,
     unread: Vec<u8>,
@@ -115,11 +116,17 @@ impl Client {
         self.to
     }
 
-    /// Fields that every answer to this client carries.
-    pub(super) fn echo(&self) -> impl Iterator<Item = (&'static str, String)> {
-        [("X-Correlation-Id", self.correlation.clone()), ("X-Request-Id", self.request_id.clone())]
-            .into_iter()
-            .chain(self.added.iter().cloned())
+    /// Adds the fields that every answer to this client carries.
+    pub(super) fn echo(&self, fields: &mut FieldLines) {
+        fields.push("X-Correlation-Id", &self.correlation);
+        fields.push("X-Request-Id", &self.request_id);
+        fields.extend(&self.added);
+    }
+
+    fn echoed(&self) -> FieldLines {
+        let mut fields = FieldLines::new();
+        self.echo(&mut fields);
+        fields
     }
 
     /// Takes over the names that the client gave its request, or makes one. Several requests may share a
@@ -129,27 +136,24 @@ impl Client {
         let (correlation, request_id) = (given("x-correlation-id"), given("x-request-id"));
         self.request_id = request_id.unwrap_or_else(new_id);
         self.correlation = correlation.unwrap_or_else(|| self.request_id.clone());
-        self.added = Vec::new();
+        self.added = FieldLines::new();
     }
 
     pub(super) fn respond(&mut self, response: &Response) {
         if !matches!(self.next, ClientNext::Owner) {
             return;
         }
-        let mut response = response.clone();
-        response.fields.extend(self.echo());
-        encode_response(self.out.end(), &response, self.to);
+        let echoed = self.echoed();
+        encode_response(self.out.end(), response, &echoed, self.to);
         self.answered(self.to.keep_alive);
     }
 
-    pub(super) fn stream_begin(&mut self, content_type: &str, fields: &[(&str, &str)]) {
+    pub(super) fn stream_begin(&mut self, content_type: &str, mut fields: FieldLines) {
         if self.next != ClientNext::Owner {
             return;
         }
-        let echo: Vec<_> = self.echo().collect();
-        let mut all: Vec<(&str, &str)> = fields.to_vec();
-        all.extend(echo.iter().map(|(name, value)| (*name, value.as_str())));
-        encode_stream_head(self.out.end(), 200, content_type, &all, self.to);
+        self.echo(&mut fields);
+        encode_stream_head(self.out.end(), 200, content_type, &fields, self.to);
         self.streams_events = content_type == "text/event-stream";
         self.next = ClientNext::OwnerStream;
     }
@@ -183,9 +187,9 @@ impl Client {
     /// `head` is that of the request that is refused, where it was understood.
     fn refuse(&mut self, error: BadMessage, head: Option<&RequestHead>) {
         self.name_request(head.map(|head| &head.fields));
-        let mut response = refusal(error, head.is_some_and(|head| head.path().starts_with("/v1/")));
-        response.fields.extend(self.echo());
-        encode_response(self.out.end(), &response, AnswerTo::BROKEN);
+        let response = refusal(error, head.is_some_and(|head| head.path().starts_with("/v1/")));
+        let echoed = self.echoed();
+        encode_response(self.out.end(), &response, &echoed, AnswerTo::BROKEN);
         self.next = ClientNext::Close;
         self.refused = true;
     }
@@ -270,7 +274,7 @@ impl Net {
                 deadline: Deadline::default(),
                 correlation: String::new(),
                 request_id: String::new(),
-                added: Vec::new(),
+                added: FieldLines::new(),
                 peer,
                 reader: RequestReader::new(self.limits.body_bytes_max),
                 unread: Vec::new(),

@@ -26,6 +26,8 @@ use super::{
     Timing,
 };
 
+/// Room for the request line, `Host` and `Content-Length`, in bytes.
+const HEAD_LINES_BYTES: usize = 256;
 /// Bodies up to this size are sent in one write with their head.
 const JOINED_BODY_BYTES_MAX: usize = 64 * 1024;
 
@@ -121,11 +123,14 @@ impl Upstreams {
         rule: Option<DialRule>,
         now: Mono,
     ) -> Token {
-        let mut head = Vec::with_capacity(512 + outbound.body.len().min(JOINED_BODY_BYTES_MAX));
-        let target = format!("{}{}", outbound.to.path(), outbound.target);
-        let fields = outbound.fields.iter().map(|(name, value)| (name.as_str(), value.as_slice()));
-        let host = outbound.to.authority();
-        encode_request_head(&mut head, &outbound.method, &target, &host, fields, outbound.body.len());
+        let mut head = Vec::with_capacity(
+            HEAD_LINES_BYTES
+                + outbound.fields.as_bytes().len()
+                + outbound.body.len().min(JOINED_BODY_BYTES_MAX),
+        );
+        let target = [outbound.to.path(), &outbound.target];
+        let (host, fields) = (outbound.to.authority(), &outbound.fields);
+        encode_request_head(&mut head, &outbound.method, target, host, fields, outbound.body.len());
         let mut body = outbound.body;
         if body.len() <= JOINED_BODY_BYTES_MAX {
             head.extend_from_slice(&body);

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use crate::http::fields::FieldLines;
 use crate::http::head::RequestHead;
 use crate::http::server::{Request, Response};
 use crate::net::budget::BodyHold;
@@ -88,6 +89,8 @@ pub struct Daemon {
     config: Config,
     started: u64,
     effects: Vec<Effect>,
+    /// Empty: the memory of the effects before.
+    spare_effects: Vec<Effect>,
     /// All is done: the process ends then, or once no client awaits anything.
     ends_by: Option<Mono>,
     over: bool,
@@ -190,6 +193,7 @@ impl Daemon {
             config,
             started: at.wall.unix_ms() / 1000,
             effects: Vec::new(),
+            spare_effects: Vec::new(),
             ends_by: None,
             over: false,
         })
@@ -328,7 +332,8 @@ impl Daemon {
 
     fn perform(&mut self, now: Now) {
         while !self.effects.is_empty() {
-            for effect in std::mem::take(&mut self.effects) {
+            let mut effects = std::mem::replace(&mut self.effects, std::mem::take(&mut self.spare_effects));
+            for effect in effects.drain(..) {
                 match effect {
                     Effect::Registered(call, reply) => self.reply(call, &Response::json(200, &reply), now),
                     Effect::Beaten(call, reply) => self.reply(call, &Response::json(200, &reply), now),
@@ -366,6 +371,7 @@ impl Daemon {
                     Effect::Exit => self.ends_by = Some(now.mono.plus_ms(FAREWELL_MS)),
                 }
             }
+            self.spare_effects = effects;
         }
     }
 
@@ -510,7 +516,7 @@ impl Daemon {
                 (fields, head.method(), head.target())
             }
             Front::Task { path, .. } => {
-                (vec![("Content-Type".into(), b"application/json".to_vec())], "POST", *path)
+                (FieldLines::new().with("Content-Type", "application/json"), "POST", *path)
             }
             Front::Call(_) => return,
         };
@@ -518,8 +524,8 @@ impl Daemon {
             Target::Direct(engine) => (engine.clone(), path.to_string(), HOLD_BACK),
             Target::Relay { agent, .. } => {
                 let (pool, replica) = (&dispatch.key.pool, &dispatch.key.replica);
-                fields.push(("X-Llorch-Generation".into(), dispatch.generation.to_string().into_bytes()));
-                fields.push(("X-Llorch-Slots".into(), dispatch.slots.to_string().into_bytes()));
+                fields.push_number("X-Llorch-Generation", dispatch.generation);
+                fields.push_number("X-Llorch-Slots", dispatch.slots.into());
                 let target = format!("/v2/pools/{pool}/replicas/{replica}/engine{path}");
                 (agent.clone(), target, HOLD_BACK_FROM_AGENT)
             }
@@ -533,7 +539,9 @@ impl Daemon {
                 Err(why) => return self.keyless(request, dispatch, &why, now),
             },
         };
-        fields.extend(bearer.map(|bearer| ("Authorization".to_string(), bearer.into_bytes())));
+        if let Some(bearer) = bearer {
+            fields.push("Authorization", bearer);
+        }
         let sink = match &job.front {
             Front::Engine { client, .. } => {
                 let queue_ms = now.mono.ms_since(job.since);

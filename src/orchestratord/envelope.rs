@@ -5,16 +5,18 @@
 //! whatever only we may say; the names of the request, as the client will read them; and its trace, if
 //! that is well formed. The answer keeps every field of the engine, and says which replica gave it.
 
+use crate::http::fields::FieldLines;
 use crate::http::head::{Fields, RequestHead};
-use crate::net::forwardable;
+use crate::net::{HOPS_FIELD, forwardable};
 
 use super::core::Dispatch;
 
-/// The field in which control planes count each other on a request's way. Agents pass it on.
-pub const HOPS_FIELD: &str = "X-LLorch-Hops";
 /// A request that has passed so many control planes is refused: one behind another is somebody's wish, one
 /// more is a circle, in which every request would take all slots there are.
 pub const HOPS_MAX: u32 = 2;
+
+/// Bytes that are allocated at first for the fields that an answer gets.
+const ANSWER_FIRST_ALLOCATION_BYTES: usize = 384;
 
 /// How many control planes a request has passed. What is no number, or stands twice, counts as too many.
 #[must_use]
@@ -29,33 +31,32 @@ pub fn hops(fields: &Fields) -> u32 {
 /// Fields for an engine. `request_id` and `correlation` are the names under which the request is known
 /// here, whether the client gave them or not.
 #[must_use]
-pub fn to_engine(head: &RequestHead, request_id: &str, correlation: &str) -> Vec<(String, Vec<u8>)> {
-    let mut fields = forwardable(head);
+pub fn to_engine(head: &RequestHead, request_id: &str, correlation: &str) -> FieldLines {
     let trace = has_good_trace(&head.fields);
-    fields.retain(|(name, _)| {
-        let is = |other: &str| name.eq_ignore_ascii_case(other);
-        !(is(HOPS_FIELD)
+    let mut fields = forwardable(head, |name| {
+        let is = |other: &str| name.eq_ignore_ascii_case(other.as_bytes());
+        is(HOPS_FIELD)
             || is("x-request-id")
             || is("x-correlation-id")
-            || !trace && (is("traceparent") || is("tracestate")))
+            || !trace && (is("traceparent") || is("tracestate"))
     });
-    fields.push((HOPS_FIELD.into(), hops(&head.fields).saturating_add(1).to_string().into_bytes()));
-    fields.push(("X-Request-Id".into(), request_id.as_bytes().to_vec()));
-    fields.push(("X-Correlation-Id".into(), correlation.as_bytes().to_vec()));
+    fields.push_number(HOPS_FIELD, hops(&head.fields).saturating_add(1).into());
+    fields.push("X-Request-Id", request_id);
+    fields.push("X-Correlation-Id", correlation);
     fields
 }
 
 /// Fields for the answer. `queue_ms`: from the request's arrival until it was sent to the engine that
 /// answers, vain attempts included.
 #[must_use]
-pub fn to_client(dispatch: &Dispatch, queue_ms: u64, attempts: u32) -> Vec<(&'static str, String)> {
-    vec![
-        ("x-llorch-node", dispatch.node.to_string()),
-        ("x-llorch-pool", dispatch.key.pool.to_string()),
-        ("x-llorch-replica", dispatch.key.replica.to_string()),
-        ("x-llorch-queue-ms", queue_ms.to_string()),
-        ("x-llorch-attempts", attempts.to_string()),
-    ]
+pub fn to_client(dispatch: &Dispatch, queue_ms: u64, attempts: u32) -> FieldLines {
+    let mut fields = FieldLines::with_capacity(ANSWER_FIRST_ALLOCATION_BYTES);
+    fields.push("x-llorch-node", dispatch.node.as_str());
+    fields.push("x-llorch-pool", dispatch.key.pool.as_str());
+    fields.push("x-llorch-replica", dispatch.key.replica.as_str());
+    fields.push_number("x-llorch-queue-ms", queue_ms);
+    fields.push_number("x-llorch-attempts", attempts.into());
+    fields
 }
 
 /// Whether there is one `traceparent`, and it has the shape that W3C Trace Context gives it: a version, the
@@ -93,9 +94,7 @@ mod tests {
         let head = format!("POST /v1/completions HTTP/1.1\r\nHost: a\r\n{fields}\r\n");
         let head = parse_request(head.as_bytes()).expect("a head");
         let fields = to_engine(&head, "id-1", "c-1");
-        let shown =
-            fields.iter().map(|(name, value)| format!("{name}: {}\n", String::from_utf8_lossy(value)));
-        shown.collect()
+        String::from_utf8_lossy(fields.as_bytes()).replace('\r', "")
     }
 
     #[test]

@@ -14,6 +14,7 @@
 //!
 //! Nothing of a prompt, an answer or a user is here: names of models, nodes and requests, and times.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, VecDeque};
 
 use serde::{Serialize, Serializer};
@@ -315,11 +316,26 @@ impl Explain {
     }
 
     fn index(&self, request: RequestId) -> Option<usize> {
-        self.records.binary_search_by_key(&request, |record| record.request).ok()
+        // Numbers grow by one at least: it lies as far from the end as its number is below the last, or less far.
+        let last = self.records.back()?.request;
+        let count = self.records.len();
+        let first = count.saturating_sub(1 + usize::try_from(last.checked_sub(request)?).unwrap_or(count));
+        if self.records.get(first)?.request == request {
+            return Some(first);
+        }
+        let (mut from, mut to) = (first + 1, count);
+        while from < to {
+            let middle = from + (to - from) / 2;
+            match self.records[middle].request.cmp(&request) {
+                Ordering::Equal => return Some(middle),
+                Ordering::Less => from = middle + 1,
+                Ordering::Greater => to = middle,
+            }
+        }
+        None
     }
 
     fn of(&mut self, request: RequestId) -> Option<&mut Record> {
-        // Mostly one of the newest: it has just come.
         let index = self.index(request)?;
         self.records.get_mut(index)
     }

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use crate::http::fields::FieldLines;
 use crate::net::{self, DialRule, Outbound, Patience, Sink};
 
 use super::callbacks::{Delivery, Policy};
@@ -21,13 +22,13 @@ pub(super) fn dial_rule(policy: Policy) -> DialRule {
 
 /// The request that delivers a notice. `bearer` is shown to trusted receivers only.
 pub(super) fn outbound(delivery: &Delivery, bearer: Option<String>) -> Outbound {
-    let mut fields = vec![
-        ("User-Agent".to_string(), concat!("pool-managerd/", env!("CARGO_PKG_VERSION")).into()),
-        ("Content-Type".to_string(), b"application/json".to_vec()),
-        ("Idempotency-Key".to_string(), delivery.event_id.clone().into_bytes()),
-    ];
-    let bearer = bearer.filter(|_| delivery.is_trusted);
-    fields.extend(bearer.map(|bearer| ("Authorization".to_string(), bearer.into_bytes())));
+    let mut fields = FieldLines::new()
+        .with("User-Agent", concat!("pool-managerd/", env!("CARGO_PKG_VERSION")))
+        .with("Content-Type", "application/json")
+        .with("Idempotency-Key", &delivery.event_id);
+    if let Some(bearer) = bearer.filter(|_| delivery.is_trusted) {
+        fields.push("Authorization", bearer);
+    }
     let target = if delivery.url.path().is_empty() { "/" } else { "" };
     Outbound {
         to: delivery.url.clone(),
@@ -72,8 +73,7 @@ mod tests {
     fn only_trusted_receivers_see_the_token_and_every_notice_has_its_number() {
         for (url, is_trusted, path) in [("http://h:1/x", true, "/x"), ("http://h:1", false, "/")] {
             let outbound = outbound(&delivery(url, is_trusted), Some("Bearer secret".into()));
-            let field =
-                |name: &str| outbound.fields.iter().find(|(field, _)| field == name).map(|(_, v)| &v[..]);
+            let field = |name: &str| outbound.fields.get(name);
             assert_eq!(format!("{}{}", outbound.to.path(), outbound.target), path);
             assert_eq!(field("Authorization"), is_trusted.then_some(&b"Bearer secret"[..]));
             assert_eq!(field("Idempotency-Key"), Some(&b"n-1-1"[..]));

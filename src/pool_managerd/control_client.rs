@@ -9,6 +9,7 @@ use std::sync::Arc;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
+use crate::http::fields::FieldLines;
 use crate::net::{self, Outbound, Patience, Sink};
 use crate::wire::id::NodeId;
 use crate::wire::node::{HeartbeatReply, RegisterReply};
@@ -55,11 +56,12 @@ pub(crate) fn outbound(
         Call::Heartbeat { .. } => ("POST", format!("/v2/nodes/{node}/heartbeat")),
         Call::Deregister => ("DELETE", format!("/v2/nodes/{node}?incarnation={incarnation}")),
     };
-    let mut fields = vec![
-        ("User-Agent".to_string(), format!("{program}/{}", env!("CARGO_PKG_VERSION")).into_bytes()),
-        ("Content-Type".to_string(), b"application/json".to_vec()),
-    ];
-    fields.extend(bearer.map(|bearer| ("Authorization".to_string(), bearer.into_bytes())));
+    let mut fields = FieldLines::new()
+        .with("User-Agent", format!("{program}/{}", env!("CARGO_PKG_VERSION")))
+        .with("Content-Type", "application/json");
+    if let Some(bearer) = bearer {
+        fields.push("Authorization", bearer);
+    }
     let timeout_ms = order.timeout_ms;
     Outbound {
         to: plane.clone(),

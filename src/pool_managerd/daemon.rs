@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::http::fields::FieldLines;
 use crate::http::server::Request;
 use crate::net::relay::BEGUN_FIELD;
 use crate::net::{self, DialRule, FaultKind, Net, NetEvent, Outbound, Outcome, Patience, Sink, forwardable};
@@ -498,12 +499,10 @@ impl Daemon {
             Ok(acquired) => acquired,
             Err(refused) => return self.net.respond(client, &refusal(key, &refused), now.mono),
         };
-        let mut fields = forwardable(&request.head);
+        let mut fields = forwardable(&request.head, |_| false);
         match auth_file.as_deref().map(probe::read_key).transpose() {
-            Ok(engine_key) => {
-                let bearer = engine_key.map(|key| format!("Bearer {key}").into_bytes());
-                fields.extend(bearer.map(|bearer| ("Authorization".into(), bearer)));
-            }
+            Ok(Some(key)) => fields.push("Authorization", format!("Bearer {key}")),
+            Ok(None) => {}
             // Without it the engine would refuse what the caller may well ask.
             Err(why) => {
                 log::warn!("{key} cannot be asked: {why}");
@@ -519,7 +518,7 @@ impl Daemon {
             target,
             fields,
             body: Arc::new(request.body),
-            sink: Sink::Client { client, hold_back: &[], fields: Vec::new() },
+            sink: Sink::Client { client, hold_back: &[], fields: FieldLines::new() },
             patience: RELAY_PATIENCE,
             keep_ms: None,
         };

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::Read;
 use std::sync::Arc;
 
+use crate::http::fields::FieldLines;
 use crate::net::{self, FaultKind, Outbound, Patience, Sink};
 
 use super::probing::{ProbeKind, ProbeOrder, ProbeOutcome};
@@ -18,15 +19,12 @@ const KEY_BYTES_MAX: u64 = 8 * 1024;
 #[must_use]
 pub fn outbound(order: &ProbeOrder) -> Outbound {
     // The next probe comes long after an engine has closed an idle connection: none is kept.
-    let mut fields = vec![
-        ("Accept".to_string(), b"application/json".to_vec()),
-        ("Connection".to_string(), b"close".to_vec()),
-    ];
+    let mut fields = FieldLines::new().with("Accept", "application/json").with("Connection", "close");
     if let Some(Ok(key)) = order.auth_file.as_deref().map(read_key) {
-        fields.push(("Authorization".to_string(), format!("Bearer {key}").into_bytes()));
+        fields.push("Authorization", format!("Bearer {key}"));
     }
     if order.body.is_some() {
-        fields.push(("Content-Type".to_string(), b"application/json".to_vec()));
+        fields.push("Content-Type", "application/json");
     }
     Outbound {
         to: order.url.clone(),

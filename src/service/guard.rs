@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
+use crate::http::fields::FieldLines;
 use crate::http::head::RequestHead;
 use crate::http::server::Response;
 use crate::metrics::Scrape;
@@ -98,7 +99,7 @@ pub enum Admission {
     /// It may pass.
     Pass {
         /// Its answer gets these fields.
-        fields: Vec<(&'static str, String)>,
+        fields: FieldLines,
         /// The token that opened its route, where one was needed.
         key: Option<Fingerprint>,
     },

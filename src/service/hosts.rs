@@ -12,6 +12,7 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv6Addr};
 
+use crate::http::fields::FieldLines;
 use crate::http::head::{Fields, RequestHead};
 
 /// Most entries of either list: each request may be held against all of them.
@@ -121,14 +122,15 @@ impl Origins {
 
     /// Fields that an answer to this request gets, so that its page may read it.
     #[must_use]
-    pub fn answer_fields(&self, fields: &Fields) -> Vec<(&'static str, String)> {
+    pub fn answer_fields(&self, fields: &Fields) -> FieldLines {
+        let mut added = FieldLines::new();
         if self.is_empty() {
-            return Vec::new();
+            return added;
         }
-        let mut added = vec![("Vary", "Origin".to_string())];
+        added.push("Vary", "Origin");
         if let Some(origin) = fields.get("origin").filter(|origin| self.admit(origin)) {
-            added.push(("Access-Control-Allow-Origin", origin.to_string()));
-            added.push(("Access-Control-Expose-Headers", "*".to_string()));
+            added.push("Access-Control-Allow-Origin", origin);
+            added.push("Access-Control-Expose-Headers", "*");
         }
         added
     }
@@ -256,7 +258,7 @@ mod tests {
         for good in ["https://chat.example", "http://localhost:3000"] {
             assert!(!origins.is_foreign(&asked(good).fields), "{good}");
             let fields = origins.answer_fields(&asked(good).fields);
-            assert!(fields.contains(&("Access-Control-Allow-Origin", good.to_string())), "{fields:?}");
+            assert_eq!(fields.get("Access-Control-Allow-Origin"), Some(good.as_bytes()), "{fields:?}");
         }
         for bad in [
             "https://evil.example",
@@ -266,11 +268,13 @@ mod tests {
             "https://chat.example.evil",
         ] {
             assert!(origins.is_foreign(&asked(bad).fields), "{bad}");
-            assert_eq!(origins.answer_fields(&asked(bad).fields), [("Vary", "Origin".to_string())], "{bad}");
+            assert_eq!(origins.answer_fields(&asked(bad).fields).as_bytes(), b"Vary: Origin\r\n", "{bad}");
         }
         // A page of this server itself.
         assert!(!Origins::default().is_foreign(&asked("http://llm").fields));
-        assert!(Origins::default().answer_fields(&asked("https://chat.example").fields).is_empty());
+        assert!(
+            Origins::default().answer_fields(&asked("https://chat.example").fields).as_bytes().is_empty()
+        );
         for bad in ["chat.example", "https://", "https://a/b", "https://u@a", "https://a b"] {
             assert!(Origins::parse(bad).is_err(), "{bad}");
         }

@@ -157,9 +157,9 @@ impl BaseUrl {
 
     /// `host:port`, as a `Host` header carries it.
     #[must_use]
-    pub fn authority(&self) -> String {
+    pub fn authority(&self) -> &str {
         let begins = self.text.find("://").map_or(0, |at| at + 3);
-        self.text[begins..usize::from(self.path)].to_string()
+        &self.text[begins..usize::from(self.path)]
     }
 }
 

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 #[path = "../tls_support/mod.rs"]
 pub mod tls_support;
 
+use llama_orch::http::fields::FieldLines;
 use llama_orch::http::server::Response;
 use llama_orch::net::tls::ClientTls;
 use llama_orch::net::{FaultKind, Limits, Net, NetEvent, Outbound, Outcome, Patience, Sink, forwardable};
@@ -164,7 +165,7 @@ fn run(reactor: &mut Reactor, net: &mut Net, engine: SocketAddr, patience: Patie
                         let body = "L".repeat(bytes.parse().expect("a size"));
                         net.respond(client, &Response::text(200, body), now);
                     } else if request.head.target() == "/stream" {
-                        net.stream_begin(client, "text/event-stream", &[], now);
+                        net.stream_begin(client, "text/event-stream", FieldLines::new(), now);
                         for piece in [&b"data: 1\n\n"[..], b"", b"data: 2\n\n"] {
                             net.stream_push(client, piece, now);
                         }
@@ -175,12 +176,12 @@ fn run(reactor: &mut Reactor, net: &mut Net, engine: SocketAddr, patience: Patie
                             to: to.clone(),
                             method: request.head.method().to_string(),
                             target: request.head.target().to_string(),
-                            fields: forwardable(&request.head),
+                            fields: forwardable(&request.head, |_| false),
                             body: Arc::new(request.body),
                             sink: Sink::Client {
                                 client,
                                 hold_back: &[502, 503, 504],
-                                fields: vec![("X-Via", "gateway".into())],
+                                fields: FieldLines::new().with("X-Via", "gateway"),
                             },
                             patience,
                         };

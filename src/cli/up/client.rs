@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::Halt;
 use super::timeline::AnswerTimes;
 use crate::http::client::{ResponseReader, encode_request_head};
+use crate::http::fields::FieldLines;
 use crate::http::sse;
 
 /// Longest connect; daemons of this machine take it in less than a millisecond.
@@ -104,9 +105,11 @@ impl Exchange {
         body: &[u8],
     ) -> Result<Exchange, String> {
         let mut out = Vec::new();
-        let kind: &[(&str, &[u8])] =
-            if body.is_empty() { &[] } else { &[("Content-Type", b"application/json")] };
-        encode_request_head(&mut out, method, target, &host.to_string(), kind.iter().copied(), body.len());
+        let mut fields = FieldLines::new();
+        if !body.is_empty() {
+            fields.push("Content-Type", "application/json");
+        }
+        encode_request_head(&mut out, method, ["", target], &host.to_string(), &fields, body.len());
         out.extend_from_slice(body);
         stream.write_all(&out).map_err(|error| format!("{host}: {error}"))?;
         let reader = ResponseReader::new(false);

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use super::{Daemon, Running};
+use crate::http::fields::FieldLines;
 use crate::net::{Outbound, Outcome, Patience, Sink};
 use crate::orchestratord::core::Input;
 use crate::orchestratord::messages::PollError;
@@ -78,10 +79,10 @@ impl Daemon {
     }
 
     fn ask(&mut self, to: BaseUrl, target: String, bytes_max: usize, patience: Patience, now: Now) -> Token {
-        let mut fields = vec![("Accept".to_string(), b"application/json".to_vec())];
-        fields.extend(
-            self.guard.bearer(now.mono).map(|bearer| ("Authorization".to_string(), bearer.into_bytes())),
-        );
+        let mut fields = FieldLines::new().with("Accept", "application/json");
+        if let Some(bearer) = self.guard.bearer(now.mono) {
+            fields.push("Authorization", bearer);
+        }
         let outbound = Outbound {
             to,
             method: "GET".into(),

@@ -4,6 +4,7 @@
 use serde_json::{Value, json};
 
 use super::{Daemon, Running};
+use crate::http::fields::FieldLines;
 use crate::http::server::Response;
 use crate::net::{Outbound, Outcome, Patience, Sink};
 use crate::orchestratord::refusal::Refusal;
@@ -66,9 +67,10 @@ impl Daemon {
         self.reloads.insert(serial, reloading);
         let body = std::sync::Arc::new(body);
         for (node, agent) in agents {
-            let mut fields = vec![("Content-Type".to_string(), b"application/json".to_vec())];
-            let bearer = self.guard.bearer(now.mono);
-            fields.extend(bearer.map(|bearer| ("Authorization".to_string(), bearer.into_bytes())));
+            let mut fields = FieldLines::new().with("Content-Type", "application/json");
+            if let Some(bearer) = self.guard.bearer(now.mono) {
+                fields.push("Authorization", bearer);
+            }
             let outbound = Outbound {
                 to: agent,
                 method: "POST".into(),

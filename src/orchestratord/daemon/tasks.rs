@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use serde_json::json;
 
+use crate::http::fields::FieldLines;
 use crate::http::server::Response;
 use crate::net::Fault;
 use crate::net::buffer::HIGH_WATER_BYTES;
@@ -99,10 +100,11 @@ impl Daemon {
                 self.jobs.insert(request, Job::new(front, Vec::new(), now));
             }
         }
-        let budget = self.tasks.budget(request, now).map(budget_fields).unwrap_or_default();
-        let mut fields = vec![("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no")];
-        fields.extend(budget.iter().map(|(name, value)| (*name, value.as_str())));
-        self.net.stream_begin(client, "text/event-stream", &fields, now.mono);
+        let mut fields = FieldLines::new().with("Cache-Control", "no-cache").with("X-Accel-Buffering", "no");
+        for (name, value) in self.tasks.budget(request, now).map(budget_fields).unwrap_or_default() {
+            fields.push(name, value);
+        }
+        self.net.stream_begin(client, "text/event-stream", fields, now.mono);
         self.push_task_events(request, now);
     }
 

@@ -170,7 +170,7 @@ impl ServiceRegistry {
         match &node.polled {
             // Of a node that only the state file knows, nobody can say whether it is still the same.
             _ if other_boot && !node.restored => Err(Fenced::Twin { holder: node.peer.clone() }),
-            Some(holder) if other_start => Err(Fenced::Twin { holder: holder.authority() }),
+            Some(holder) if other_start => Err(Fenced::Twin { holder: holder.authority().to_string() }),
             Some(_) => Ok(Some(Polled::Elsewhere)),
             None if self.node_beats(index, now) => Ok(Some(Polled::Heartbeats)),
             None => match (report.incarnation, node.incarnation) {

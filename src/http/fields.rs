@@ -1,0 +1,165 @@
+//! Fields to be sent, in the form in which they are sent: one buffer with a line for each.
+//!
+//! A message gets its fields from several places, one after the other, and most are copied from another
+//! message. A buffer takes them without an allocation for each name and each value, and is appended to the
+//! message as it is.
+
+use std::fmt;
+use std::io::Write as _;
+
+/// Fields, each a line that ends with CR LF.
+#[derive(Clone, Default)]
+pub struct FieldLines {
+    bytes: Vec<u8>,
+    /// A bit for each length that a name here has, so that most questions for a name need no search.
+    name_lengths: u64,
+}
+
+impl FieldLines {
+    /// None yet.
+    #[must_use]
+    pub fn new() -> FieldLines {
+        FieldLines::default()
+    }
+
+    /// None yet, with room for so many bytes.
+    #[must_use]
+    pub fn with_capacity(bytes: usize) -> FieldLines {
+        FieldLines { bytes: Vec::with_capacity(bytes), name_lengths: 0 }
+    }
+
+    /// Adds a field; a value that would end the line early is left out altogether.
+    pub fn push(&mut self, name: impl AsRef<[u8]>, value: impl AsRef<[u8]>) {
+        let (name, value) = (name.as_ref(), value.as_ref());
+        push_field(&mut self.bytes, name, value);
+        self.name_lengths |= length_bit(name);
+    }
+
+    /// Adds a field whose value is a number.
+    pub fn push_number(&mut self, name: &str, number: u64) {
+        push_number_field(&mut self.bytes, name, number);
+        self.name_lengths |= length_bit(name.as_bytes());
+    }
+
+    /// With one more field.
+    #[must_use]
+    pub fn with(mut self, name: impl AsRef<[u8]>, value: impl AsRef<[u8]>) -> FieldLines {
+        self.push(name, value);
+        self
+    }
+
+    /// Adds all of `others`.
+    pub fn extend(&mut self, others: &FieldLines) {
+        self.bytes.extend_from_slice(&others.bytes);
+        self.name_lengths |= others.name_lengths;
+    }
+
+    /// Name and value of each.
+    pub fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
+        let mut rest = &self.bytes[..];
+        std::iter::from_fn(move || {
+            // No name holds a colon and no value an LF, or it would not be here.
+            let end = memchr::memchr(b'\n', rest)?;
+            let (line, behind) = rest.split_at(end + 1);
+            rest = behind;
+            let colon = memchr::memchr(b':', line)?;
+            Some((&line[..colon], &line[colon + 2..line.len() - 2]))
+        })
+    }
+
+    /// Whether there is a field of this name (any case).
+    #[must_use]
+    pub fn holds(&self, name: &[u8]) -> bool {
+        self.name_lengths & length_bit(name) != 0
+            && self.iter().any(|(own, _)| own.eq_ignore_ascii_case(name))
+    }
+
+    /// The first field of this name (any case).
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<&[u8]> {
+        self.iter().find(|(own, _)| own.eq_ignore_ascii_case(name.as_bytes())).map(|(_, value)| value)
+    }
+
+    /// The lines.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl fmt::Debug for FieldLines {
+    /// Names only: values may be secrets.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.iter().map(|(name, _)| String::from_utf8_lossy(name))).finish()
+    }
+}
+
+fn length_bit(name: &[u8]) -> u64 {
+    1 << (name.len() % 64)
+}
+
+/// Writes one field; a value that would end the line early is left out altogether, and so is a name.
+pub fn push_field(out: &mut Vec<u8>, name: impl AsRef<[u8]>, value: impl AsRef<[u8]>) {
+    let (name, value) = (name.as_ref(), value.as_ref());
+    if memchr::memchr3(b'\r', b'\n', 0, value).is_some()
+        || memchr::memchr3(b'\r', b'\n', b':', name).is_some()
+    {
+        return;
+    }
+    out.reserve(name.len() + value.len() + 4);
+    out.extend_from_slice(name);
+    out.extend_from_slice(b": ");
+    out.extend_from_slice(value);
+    out.extend_from_slice(b"\r\n");
+}
+
+/// Writes a field whose value is a number.
+pub fn push_number_field(out: &mut Vec<u8>, name: &str, number: u64) {
+    out.extend_from_slice(name.as_bytes());
+    // Writing to memory does not fail.
+    let _ = write!(out, ": {number}\r\n");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_field_that_would_become_two_is_left_out() {
+        let mut fields = FieldLines::new();
+        for (name, value) in [("A", "1\r\nB: 2"), ("A", "1\n"), ("A", "\0"), ("A\r\nB", "1"), ("A:", "1")] {
+            fields.push(name, value);
+        }
+        assert_eq!(fields.as_bytes(), b"");
+        fields.push("A", "");
+        fields.push_number("N", 70);
+        assert_eq!(fields.as_bytes(), b"A: \r\nN: 70\r\n");
+    }
+
+    #[test]
+    fn printing_shows_no_value() {
+        let fields = FieldLines::new().with("Authorization", "Bearer secret");
+        assert_eq!(format!("{fields:?}"), "[\"Authorization\"]");
+    }
+
+    proptest! {
+        #[test]
+        fn what_was_pushed_is_found_in_order(fields in prop::collection::vec(("[A-Za-z-]{1,70}", "[ -~]{0,9}"), 0..9)) {
+            let mut lines = FieldLines::new();
+            for (name, value) in &fields {
+                lines.push(name, value);
+            }
+            let found: Vec<_> = lines.iter().map(|(name, value)| (name.to_vec(), value.to_vec())).collect();
+            let wanted: Vec<_> =
+                fields.iter().map(|(name, value)| (name.clone().into_bytes(), value.clone().into_bytes())).collect();
+            prop_assert_eq!(found, wanted);
+            for (name, _) in &fields {
+                prop_assert!(lines.holds(name.to_uppercase().as_bytes()));
+                let longer = format!("{name}x");
+                let is_there = fields.iter().any(|(own, _)| own.eq_ignore_ascii_case(&longer));
+                prop_assert_eq!(lines.holds(longer.as_bytes()), is_there);
+            }
+        }
+    }
+}
