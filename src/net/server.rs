@@ -132,10 +132,14 @@ impl Client {
     /// Takes over the names that the client gave its request, or makes one. Several requests may share a
     /// correlation id, so it does not name one of them.
     fn name_request(&mut self, fields: Option<&Fields>) {
-        let given = |name| fields.and_then(|fields| fields.get(name)).and_then(acceptable_id);
-        let (correlation, request_id) = (given("x-correlation-id"), given("x-request-id"));
-        self.request_id = request_id.unwrap_or_else(new_id);
-        self.correlation = correlation.unwrap_or_else(|| self.request_id.clone());
+        let given = |name| fields.and_then(|fields| fields.get(name)).filter(|id| is_acceptable_id(id));
+        self.request_id.clear();
+        match given("x-request-id") {
+            Some(id) => self.request_id.push_str(id),
+            None => push_new_id(&mut self.request_id),
+        }
+        self.correlation.clear();
+        self.correlation.push_str(given("x-correlation-id").unwrap_or(&self.request_id));
         self.added = FieldLines::new();
     }
 
@@ -639,20 +643,18 @@ fn refusal(error: BadMessage, openai: bool) -> Response {
     response
 }
 
-fn acceptable_id(id: &str) -> Option<String> {
-    let good = (1..=CORRELATION_BYTES_MAX).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic());
-    good.then(|| id.to_string())
+fn is_acceptable_id(id: &str) -> bool {
+    (1..=CORRELATION_BYTES_MAX).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic())
 }
 
 /// A random (version 4) UUID. It names a request in logs and is no secret.
-fn new_id() -> String {
+fn push_new_id(text: &mut String) {
     let bits = fastrand::u128(..) & !(0xf << 76) & !(0x3 << 62) | 0x4 << 76 | 0x2 << 62;
-    format!(
-        "{:08x}-{:04x}-{:04x}-{:04x}-{:012x}",
-        bits >> 96,
-        bits >> 80 & 0xffff,
-        bits >> 64 & 0xffff,
-        bits >> 48 & 0xffff,
-        bits & 0xffff_ffff_ffff
-    )
+    for place in (0..32).rev() {
+        let digit = (bits >> (4 * place)) as u32 & 0xf;
+        text.push(char::from_digit(digit, 16).unwrap_or_default());
+        if matches!(place, 24 | 20 | 16 | 12) {
+            text.push('-');
+        }
+    }
 }

@@ -53,9 +53,18 @@ impl Daemon {
             _ => None,
         };
         let room = self.net.take_body(client);
-        let path = head.path().to_string();
         // Checked by the route.
         let own_ms = ClientPatience::read(&head.fields).ok().and_then(|own| own.total_ms);
+        let received = Received {
+            id: self.net.request_id(client).unwrap_or_default(),
+            path: head.path(),
+            model: forwarding.asked.ask.model.as_deref(),
+            alias: forwarding.alias.as_deref(),
+            stream: forwarding.stream,
+            slots: forwarding.asked.ask.slots,
+            began: self.net.began(client).unwrap_or(now.mono),
+        };
+        self.explain.begin(self.next_request, &received, now);
         let number = self.open_job(Front::Engine { client, head: Box::new(head) }, body, now);
         if let Some(job) = self.jobs.get_mut(&number) {
             job.room = room;
@@ -64,16 +73,6 @@ impl Daemon {
         if let Some(name) = session {
             self.join_session(number, name, now);
         }
-        let received = Received {
-            id: self.net.request_id(client).unwrap_or_default(),
-            path: &path,
-            model: forwarding.asked.ask.model.as_deref(),
-            alias: forwarding.alias.as_deref(),
-            stream: forwarding.stream,
-            slots: forwarding.asked.ask.slots,
-            began: self.net.began(client).unwrap_or(now.mono),
-        };
-        self.explain.begin(number, &received, now);
         let asked = Box::new(forwarding.asked);
         self.core.handle(Input::Ask { request: number, asked }, now, &mut self.effects);
         self.limit(number, own_ms, now);
