@@ -5,6 +5,10 @@
 //! llama.cpp adds `timings` also where nobody asked for usage. Only the last [`TAIL_BYTES`] are kept, and
 //! nothing is parsed until the answer is over.
 
+use std::sync::LazyLock;
+
+use memchr::memmem::{Finder, FinderRev};
+
 use crate::http::sse::holds_finish;
 
 /// What is kept of an answer's end, in bytes: the last event with its `usage` and `timings`, and `[DONE]`.
@@ -24,9 +28,41 @@ pub struct Tokens {
 pub struct Meter {
     /// Up to twice [`TAIL_BYTES`], so that most pieces are appended and nothing is moved.
     tail: Vec<u8>,
+    /// What an answer told that passed as a whole.
+    told: Option<Tokens>,
 }
 
+/// What is looked for; made once, because making a searcher costs more than a search in a short answer.
+struct Keys {
+    usage: FinderRev<'static>,
+    timings: FinderRev<'static>,
+    /// In `usage`, under either of its names.
+    prompt: [Finder<'static>; 2],
+    completion: [Finder<'static>; 2],
+    /// In `timings`.
+    prompt_n: Finder<'static>,
+    predicted_n: Finder<'static>,
+}
+
+static KEYS: LazyLock<Keys> = LazyLock::new(|| Keys {
+    usage: FinderRev::new("\"usage\""),
+    timings: FinderRev::new("\"timings\""),
+    prompt: [Finder::new("\"prompt_tokens\""), Finder::new("\"input_tokens\"")],
+    completion: [Finder::new("\"completion_tokens\""), Finder::new("\"output_tokens\"")],
+    prompt_n: Finder::new("\"prompt_n\""),
+    predicted_n: Finder::new("\"predicted_n\""),
+});
+
 impl Meter {
+    /// The last of the answer's data passed. Mostly that is all of it, and nothing needs to be kept.
+    pub fn ended(&mut self, data: &[u8]) {
+        if self.tail.is_empty() {
+            self.told = Some(told(&data[data.len().saturating_sub(TAIL_BYTES)..]));
+        } else {
+            self.passed(data);
+        }
+    }
+
     /// More of the answer's data passed.
     pub fn passed(&mut self, data: &[u8]) {
         let data = &data[data.len().saturating_sub(TAIL_BYTES)..];
@@ -47,23 +83,28 @@ impl Meter {
     /// What the engine told.
     #[must_use]
     pub fn tokens(&self) -> Tokens {
-        let usage = object(&self.tail, b"\"usage\"");
-        let timings = object(&self.tail, b"\"timings\"");
-        let find = |keys: [&[u8]; 2], timing: &[u8]| {
-            let told = usage.and_then(|usage| keys.into_iter().find_map(|key| number(usage, key)));
-            told.or_else(|| timings.and_then(|timings| number(timings, timing)))
-        };
-        Tokens {
-            prompt: find([b"\"prompt_tokens\"", b"\"input_tokens\""], b"\"prompt_n\""),
-            completion: find([b"\"completion_tokens\"", b"\"output_tokens\""], b"\"predicted_n\""),
-        }
+        self.told.unwrap_or_else(|| told(&self.tail))
+    }
+}
+
+fn told(tail: &[u8]) -> Tokens {
+    let keys = &*KEYS;
+    let usage = object(tail, &keys.usage);
+    let timings = object(tail, &keys.timings);
+    let find = |names: &[Finder<'_>; 2], timing: &Finder<'_>| {
+        let told = usage.and_then(|usage| names.iter().find_map(|name| number(usage, name)));
+        told.or_else(|| timings.and_then(|timings| number(timings, timing)))
+    };
+    Tokens {
+        prompt: find(&keys.prompt, &keys.prompt_n),
+        completion: find(&keys.completion, &keys.predicted_n),
     }
 }
 
 /// What follows the last `key` whose value is an object.
-fn object<'a>(tail: &'a [u8], key: &[u8]) -> Option<&'a [u8]> {
-    memchr::memmem::rfind_iter(tail, key).find_map(|at| {
-        let value = after_colon(&tail[at + key.len()..])?;
+fn object<'a>(tail: &'a [u8], key: &FinderRev<'_>) -> Option<&'a [u8]> {
+    key.rfind_iter(tail).find_map(|at| {
+        let value = after_colon(&tail[at + key.needle().len()..])?;
         let end = end_of_object(value)?;
         Some(&value[..end])
     })
@@ -84,9 +125,9 @@ fn end_of_object(text: &[u8]) -> Option<usize> {
     None
 }
 
-fn number(object: &[u8], key: &[u8]) -> Option<u64> {
-    let at = memchr::memmem::find(object, key)?;
-    let value = after_colon(&object[at + key.len()..])?;
+fn number(object: &[u8], key: &Finder<'_>) -> Option<u64> {
+    let at = key.find(object)?;
+    let value = after_colon(&object[at + key.needle().len()..])?;
     let digits = value.iter().take_while(|byte| byte.is_ascii_digit()).count();
     std::str::from_utf8(&value[..digits]).ok()?.parse().ok()
 }
@@ -100,8 +141,12 @@ mod tests {
     use super::*;
 
     fn tokens(pieces: &[&[u8]]) -> (Option<u64>, Option<u64>) {
-        let mut meter = Meter::default();
+        let (mut meter, mut ended) = (Meter::default(), Meter::default());
         pieces.iter().for_each(|piece| meter.passed(piece));
+        let (last, others) = pieces.split_last().expect("a piece");
+        others.iter().for_each(|piece| ended.passed(piece));
+        ended.ended(last);
+        assert_eq!(meter.tokens(), ended.tokens());
         (meter.tokens().prompt, meter.tokens().completion)
     }
 

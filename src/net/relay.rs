@@ -329,7 +329,11 @@ impl Relay {
                 }
                 tail.passed(data);
             }
-            answer.meter.passed(data);
+            if decoder.finished() {
+                answer.meter.ended(data);
+            } else {
+                answer.meter.passed(data);
+            }
             rest = &rest[piece.consumed..];
         }
         if !decoder.finished() {

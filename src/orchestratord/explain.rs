@@ -183,32 +183,25 @@ impl Explain {
 
     /// A request was received. Its number must be above those of all before it.
     pub fn begin(&mut self, request: RequestId, what: &Received<'_>, now: Now) {
-        let mut record = match self.records.len() < self.capacity {
-            true => Record::default(),
-            false => self.records.pop_front().unwrap_or_default(),
-        };
         debug_assert!(self.records.back().is_none_or(|last| last.request < request));
+        if self.records.len() < self.capacity {
+            self.records.push_back(Record::default());
+        } else {
+            // The oldest becomes the newest where it lies.
+            self.records.rotate_left(1);
+        }
+        let Some(record) = self.records.back_mut() else { return };
         record.attempts.clear();
         refill(&mut record.id, what.id, NAME_BYTES_MAX);
         refill(&mut record.path, what.path, NAME_BYTES_MAX);
         refill(&mut record.model, what.model.unwrap_or_default(), NAME_BYTES_MAX);
         refill(&mut record.alias, what.alias.unwrap_or_default(), NAME_BYTES_MAX);
         record.reason.clear();
-        self.records.push_back(Record {
-            request,
-            stream: what.stream,
-            slots: what.slots,
-            received_at: now.wall,
-            began: what.began,
-            received: now.mono,
-            queued_behind: None,
-            considered: None,
-            attempts_total: 0,
-            outcome: None,
-            code: "",
-            ended: None,
-            ..record
-        });
+        record.request = request;
+        (record.stream, record.slots) = (what.stream, what.slots);
+        (record.received_at, record.began, record.received) = (now.wall, what.began, now.mono);
+        (record.queued_behind, record.considered, record.attempts_total) = (None, None, 0);
+        (record.outcome, record.code, record.ended) = (None, "", None);
     }
 
     /// It waits behind `position` others.
