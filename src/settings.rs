@@ -229,25 +229,15 @@ impl Settings {
         args: impl IntoIterator<Item = OsString>,
         env: impl Fn(&str) -> Option<OsString>,
     ) -> Result<Settings, Exit> {
-        let (first, others) =
-            tables.split_first().map_or((&[][..], &[][..]), |(first, others)| (*first, others));
-        let arguments = others.iter().copied().flatten().map(argument);
-        let command = command(program, about, first, words).args(arguments).no_binary_name(true);
-        let mut matches = command.try_get_matches_from(args).map_err(|error| {
-            let text = error.render().to_string();
-            match error.use_stderr() {
-                true => Exit::usage(text.trim_end()),
-                false => Exit { code: 0, message: text.trim_end().to_string() },
-            }
-        })?;
-        let mut settings = Settings { values: BTreeMap::new(), notes: Vec::new(), rest: Vec::new() };
-        if words != Words::None {
-            settings.rest = matches.remove_many("rest").map(Iterator::collect).unwrap_or_default();
-        }
+        let args: Vec<OsString> = args.into_iter().collect();
+        let mut line = match plain(tables, words, &args) {
+            Some(line) => line,
+            None => understood(program, about, tables, words, args)?,
+        };
+        let mut settings = Settings { values: BTreeMap::new(), notes: Vec::new(), rest: line.rest };
         for setting in tables.iter().copied().flatten() {
-            if let Some(texts) = matches.remove_many::<String>(setting.flag) {
-                let text = texts.collect::<Vec<_>>().join(",");
-                settings.put(setting.flag, text, format!("--{}", setting.flag));
+            if let Some(texts) = line.flags.remove(setting.flag) {
+                settings.put(setting.flag, texts.join(","), format!("--{}", setting.flag));
             } else {
                 settings.take_from_environment(setting, &env)?;
             }
@@ -341,6 +331,72 @@ impl Settings {
     }
 }
 
+/// What stands on a command line: the values of each flag, and the words.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Line {
+    flags: BTreeMap<&'static str, Vec<String>>,
+    rest: Vec<OsString>,
+}
+
+/// A command line on which every flag is written out and has its value, as in a unit file; of any other
+/// `None`, and clap says what it means or what is wrong with it. A daemon that needs no clap at its start has
+/// 300 KiB less of memory in use ever after.
+fn plain(tables: &[&'static [Setting]], words: Words, args: &[OsString]) -> Option<Line> {
+    let mut line = Line::default();
+    let mut args = args.iter();
+    while let Some(arg) = args.next() {
+        let arg = arg.to_str()?.strip_prefix("--")?;
+        if arg.is_empty() {
+            let Words::Behind(_) = words else { return None };
+            line.rest = args.cloned().collect();
+            break;
+        }
+        let (name, joined) = arg.split_once('=').map_or((arg, None), |(name, value)| (name, Some(value)));
+        let setting = tables.iter().copied().flatten().find(|setting| setting.flag == name)?;
+        let value = match joined {
+            Some(value) => value,
+            None if setting.value == "BOOL" => "true",
+            None => args.next()?.to_str().filter(|value| !value.starts_with('-'))?,
+        };
+        let values = line.flags.entry(setting.flag).or_default();
+        if value.is_empty() || !values.is_empty() && !is_list(setting) {
+            return None;
+        }
+        values.push(value.to_string());
+    }
+    matches!(words, Words::None | Words::Behind(_)).then_some(line)
+}
+
+/// A command line as clap understands it.
+fn understood(
+    program: &'static str,
+    about: &'static str,
+    tables: &[&'static [Setting]],
+    words: Words,
+    args: Vec<OsString>,
+) -> Result<Line, Exit> {
+    let (first, others) = tables.split_first().map_or((&[][..], &[][..]), |(first, others)| (*first, others));
+    let arguments = others.iter().copied().flatten().map(argument);
+    let command = command(program, about, first, words).args(arguments).no_binary_name(true);
+    let mut matches = command.try_get_matches_from(args).map_err(|error| {
+        let text = error.render().to_string();
+        match error.use_stderr() {
+            true => Exit::usage(text.trim_end()),
+            false => Exit { code: 0, message: text.trim_end().to_string() },
+        }
+    })?;
+    let mut line = Line::default();
+    if words != Words::None {
+        line.rest = matches.remove_many("rest").map(Iterator::collect).unwrap_or_default();
+    }
+    for setting in tables.iter().copied().flatten() {
+        if let Some(texts) = matches.remove_many::<String>(setting.flag) {
+            line.flags.insert(setting.flag, texts.collect());
+        }
+    }
+    Ok(line)
+}
+
 /// A command line as clap knows it, to be read, or to be completed by a shell.
 #[must_use]
 pub fn command(
@@ -381,11 +437,15 @@ fn argument(setting: &Setting) -> clap::Arg {
     let arg = clap::Arg::new(setting.flag).long(setting.flag).value_name(setting.value).help(help);
     if setting.value == "BOOL" {
         arg.num_args(0..=1).require_equals(true).default_missing_value("true")
-    } else if setting.value.ends_with(",...") {
+    } else if is_list(setting) {
         arg.num_args(1).action(clap::ArgAction::Append)
     } else {
         arg.num_args(1)
     }
+}
+
+fn is_list(setting: &Setting) -> bool {
+    setting.value.ends_with(",...")
 }
 
 fn shorten(text: &str) -> String {
@@ -428,6 +488,7 @@ pub fn listen_address(text: &str) -> Result<std::net::SocketAddr, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     static TABLE: &[Setting] = &[
         Setting {
@@ -454,6 +515,7 @@ mod tests {
             value: "TOKEN",
             help: "Secret",
         },
+        flag("mask", None, "GPU,...", "Devices"),
     ];
 
     fn read(args: &[&str], env: &[(&str, &str)]) -> Result<Settings, Exit> {
@@ -462,6 +524,44 @@ mod tests {
         Settings::read("t", "about", TABLE, Some("CMD"), args.iter().map(OsString::from), |name| {
             env.get(name).cloned()
         })
+    }
+
+    proptest! {
+        #[test]
+        fn a_plain_line_means_what_clap_takes_it_for(args in prop::collection::vec(word(), 0..6), behind: bool) {
+            let words = if behind { Words::Behind("CMD") } else { Words::None };
+            let args: Vec<OsString> = args.into_iter().map(OsString::from).collect();
+            if let Some(line) = plain(&[TABLE], words, &args) {
+                prop_assert_eq!(understood("t", "about", &[TABLE], words, args), Ok(line));
+            }
+        }
+
+        #[test]
+        fn a_line_of_flags_with_values_needs_no_clap(values in prop::collection::vec("[a-z0-9:/.,-]{1,9}", 3)) {
+            let args = ["--node-timeout-ms", "--cloud", "--token"];
+            let joined = args.iter().zip(&values).map(|(flag, value)| format!("{flag}={value}").into());
+            prop_assert!(plain(&[TABLE], Words::None, &joined.collect::<Vec<_>>()).is_some());
+        }
+    }
+
+    fn word() -> impl Strategy<Value = String> {
+        let flag = prop::sample::select(vec![
+            "node-timeout-ms",
+            "cloud",
+            "token",
+            "mask",
+            "node-timeout",
+            "help",
+            "version",
+            "nonsense",
+        ]);
+        let value =
+            prop::sample::select(vec!["", "1", "true", "x,y", "-1", "--", "-", "a=b", "--token", "ü"]);
+        prop_oneof![
+            flag.clone().prop_map(|flag| format!("--{flag}")),
+            (flag, value.clone()).prop_map(|(flag, value)| format!("--{flag}={value}")),
+            value.prop_map(str::to_string),
+        ]
     }
 
     #[test]
