@@ -226,7 +226,11 @@ fn packages_install_start_upgrade_and_go() {
 
     let root = Root(directory.path().join("root"));
     let path = root.0.to_str().expect("UTF-8").to_string();
-    run("debootstrap", &["--variant=minbase", &format!("--include={INCLUDED}"), "bookworm", &path]);
+    // What has been fetched once is there the next time.
+    let cache = repository().join("target/package/debootstrap");
+    fs::create_dir_all(&cache).expect("a directory");
+    let flags = [format!("--include={INCLUDED}"), format!("--cache-dir={}", cache.display())];
+    run("debootstrap", &["--variant=minbase", &flags[0], &flags[1], "bookworm", &path]);
 
     root.install(&deb);
     for unit in UNITS {
@@ -258,7 +262,7 @@ fn packages_install_start_upgrade_and_go() {
     let state = root.0.join("var/lib/llama-orch/orchestratord");
     fs::create_dir_all(&state).expect("a directory");
     fs::write(state.join("registry.json"), "{}").expect("written");
-    root.run(&["deb-systemd-helper", "enable", "orchestratord.service"]);
+    root.run(&["systemctl", "enable", "--quiet", "orchestratord.service"]);
     root.install(&next_deb);
     assert!(root.run(&["dpkg", "-s", "llama-orch"]).contains("Version: 99.0.0"));
     assert_eq!(fs::read_to_string(&defaults).expect("settings"), own);

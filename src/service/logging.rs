@@ -44,8 +44,8 @@ impl FromStr for LogFormat {
 }
 
 thread_local! {
-    /// The request that this thread looks at.
-    static CORRELATION: RefCell<Option<String>> = const { RefCell::new(None) };
+    /// The request that this thread looks at; empty where it looks at none. Its room is used again and again.
+    static CORRELATION: RefCell<String> = const { RefCell::new(String::new()) };
 }
 
 /// For as long as it lives, lines of this thread are about a request.
@@ -55,13 +55,16 @@ pub struct About(());
 
 /// Lines of this thread are about the request that its client calls `correlation`, if it has a name.
 pub fn about(correlation: Option<&str>) -> About {
-    CORRELATION.set(correlation.map(str::to_string));
+    CORRELATION.with_borrow_mut(|name| {
+        name.clear();
+        name.push_str(correlation.unwrap_or_default());
+    });
     About(())
 }
 
 impl Drop for About {
     fn drop(&mut self) {
-        CORRELATION.set(None);
+        CORRELATION.with_borrow_mut(String::clear);
     }
 }
 
@@ -116,9 +119,14 @@ fn priority(level: Level) -> u8 {
     }
 }
 
+/// The request that this thread looks at.
+fn correlation() -> Option<String> {
+    CORRELATION.with_borrow(|name| (!name.is_empty()).then(|| name.clone()))
+}
+
 fn as_text(record: &Record<'_>, node: Option<&str>) -> String {
     let mut text = one_line(&record.args().to_string()).into_owned();
-    let correlation = CORRELATION.with_borrow(Clone::clone);
+    let correlation = correlation();
     for (name, value) in [("node", node), ("correlation_id", correlation.as_deref())] {
         if let Some(value) = value {
             text.push_str(&format!(" {name}={}", one_line(value)));
@@ -143,7 +151,7 @@ fn as_json(record: &Record<'_>, at: &str, program: &str, node: Option<&str>) -> 
         line.insert("node".into(), json!(node));
     }
     line.insert("message".into(), json!(record.args().to_string()));
-    if let Some(correlation) = CORRELATION.with_borrow(Clone::clone) {
+    if let Some(correlation) = correlation() {
         line.insert("correlation_id".into(), json!(correlation));
     }
     // What cannot be shown is left out.
