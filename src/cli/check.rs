@@ -292,6 +292,23 @@ mod tests {
     }
 
     #[test]
+    fn root_judges_for_the_user_of_the_directory() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let directory = tempfile::tempdir().expect("a directory");
+        let give = |path: &Path, uid| std::os::unix::fs::chown(path, Some(uid), None).expect("given away");
+        let file = directory.path().join("a.json");
+        fs::write(&file, r#"{"url":"http://127.0.0.1:1"}"#).expect("written");
+        give(directory.path(), 4_711);
+        for (owner, is_good) in [(0, true), (4_711, true), (4_712, false)] {
+            give(&file, owner);
+            let all = verdicts(directory.path(), &AllowList::default()).expect("read");
+            assert_eq!(all.iter().map(|v| v.is_good).collect::<Vec<_>>(), [is_good], "{owner}");
+        }
+    }
+
+    #[test]
     fn files_are_judged_as_a_daemon_would() {
         let directory = tempfile::tempdir().expect("a directory");
         let write = |name: &str, text: &str| fs::write(directory.path().join(name), text).expect("written");
