@@ -15,26 +15,27 @@ use serde_json::Value;
 
 use crate::replicas::{AllowList, EnginePolicy, probe};
 use crate::service::machine;
+use crate::service::tls::Files;
 use crate::settings::{Alias, Exit, Setting, Settings, Words, boolean, flag, number};
 use crate::wire::handoff::{self, Handoff, HandoffFile, SLOTS_MAX};
 use crate::wire::id::{PoolId, ReplicaId, ReplicaKey};
 use crate::wire::url::BaseUrl;
 
 use super::adopt_process;
-use super::remote::{EXIT_NOT_FOUND, EXIT_REFUSED, EXIT_UNREACHABLE, Remote};
+use super::remote::{self, EXIT_NOT_FOUND, EXIT_REFUSED, EXIT_UNREACHABLE, Remote};
 use super::terminal::{Screen, Tone, clean};
 
 /// How long an engine may take to say what it is.
 const ASK_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Where handoffs are.
-const RUNTIME_DIR: Setting = Setting {
+pub(super) const RUNTIME_DIR: Setting = Setting {
     flag: "runtime-dir",
     env: "LLORCH_RUNTIME_DIR",
     aliases: &[Alias::same("POOL_MANAGERD_RUNTIME_DIR"), Alias::same("ORCHD_RUNTIME_DIR")],
-    default: Some(".runtime/engines"),
+    default: None,
     value: "DIR",
-    help: "The directory that the daemon watches",
+    help: "The directory that the daemon watches; without it .runtime/engines, or /run/llama-orch/engines where only that is there",
 };
 
 /// What the daemon may dial beside its own machine.
@@ -49,6 +50,12 @@ pub(super) const ALLOW: Setting = Setting {
     value: "HOSTS",
     help: "Hosts or CIDRs, separated by commas, that the daemon allows beside its own machine",
 };
+
+/// The directory of handoffs.
+pub(super) fn runtime_dir(settings: &Settings) -> Result<PathBuf, Exit> {
+    let named = settings.get(RUNTIME_DIR.flag, |text| Ok(PathBuf::from(text)))?;
+    Ok(named.unwrap_or_else(machine::runtime_dir))
+}
 
 pub(super) static ADOPT_TABLE: &[Setting] = &[
     RUNTIME_DIR,
@@ -68,6 +75,9 @@ pub(super) static ADOPT_TABLE: &[Setting] = &[
     flag("unit", None, "UNIT", "The same by the systemd unit that runs it"),
     flag("health-path", Some("/health"), "PATH", "What is probed until it answers 200"),
     flag("auth-file", None, "FILE", "File with the engine's own API key, an absolute path"),
+    remote::TLS_CA,
+    remote::TLS_CERT,
+    remote::TLS_KEY,
     ALLOW,
     flag("replace", Some("false"), "BOOL", "Take the place of a handoff of another engine"),
     flag("dry-run", Some("false"), "BOOL", "Print the handoff instead of writing it"),
@@ -95,7 +105,7 @@ pub(super) fn run_adopt(args: Vec<OsString>) -> Result<(), Exit> {
         .check(&url)
         .map_err(|why| Exit { code: EXIT_REFUSED, message: why })?;
     let mut handoff = given(&settings, url)?;
-    let asked = ask(&handoff);
+    let asked = ask(&handoff, remote::files(&settings)?);
     complete(&mut handoff, &settings, asked.as_ref().ok());
     // What is written must be read: the writer checks itself by the reader's rules.
     let text = handoff.to_json();
@@ -105,7 +115,7 @@ pub(super) fn run_adopt(args: Vec<OsString>) -> Result<(), Exit> {
         screen.write(&text);
         return Ok(());
     }
-    let directory = settings.need("runtime-dir", |text| Ok(PathBuf::from(text)))?;
+    let directory = runtime_dir(&settings)?;
     if !settings.need("replace", boolean)? {
         refuse_others(&directory, &handoff)?;
     }
@@ -195,10 +205,10 @@ struct About {
 }
 
 /// Asks `/v1/models` and `/props`. An engine may not know the second one.
-fn ask(handoff: &Handoff) -> Result<About, String> {
+fn ask(handoff: &Handoff, files: Files) -> Result<About, String> {
     let key = handoff.auth_file.as_deref().map(probe::read_key).transpose()?;
     let bearer = key.map(|key| format!("Bearer {key}"));
-    let engine = Remote::stranger(handoff.url.clone(), bearer, ASK_TIMEOUT);
+    let engine = Remote::stranger(handoff.url.clone(), bearer, ASK_TIMEOUT, files);
     let told = |exit: Exit| match exit.code {
         EXIT_UNREACHABLE => format!("{} does not answer yet", handoff.url),
         _ => exit.message,
@@ -323,7 +333,7 @@ pub(super) fn run_withdraw(args: Vec<OsString>) -> Result<(), Exit> {
         .ok_or_else(|| {
             Exit::usage(format!("{name:?}: a replica is named POOL/REPLICA, such as default/r0"))
         })?;
-    let directory = settings.need("runtime-dir", |text| Ok(PathBuf::from(text)))?;
+    let directory = runtime_dir(&settings)?;
     let found = files_of(&directory, &key)
         .map_err(|error| Exit::runtime(format!("{}: {error}", directory.display())))?;
     if found.is_empty() {

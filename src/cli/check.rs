@@ -1,12 +1,13 @@
 //! `llorch check`: what a daemon would make of handoff files, or of its configuration, before it sees them.
 //!
 //! Files pass through the same reader, rules and comparison as in a daemon, so that what is said here is
-//! what would be said there, with one exception: files must belong to root or to whoever runs this command,
-//! where a daemon asks for root or its own user.
+//! what would be said there. Who runs this command stands for the daemon's user, to whom, or to root, files must
+//! belong; root, whom daemons are not, asks for the user to whom the directory belongs.
 
 use std::ffi::OsString;
 use std::fs;
 use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
@@ -18,7 +19,7 @@ use crate::replicas::{AllowList, EnginePolicy, FileState, Registry};
 use crate::service::machine;
 use crate::settings::{Exit, Setting, Settings, Words, boolean, flag};
 
-use super::adopt::ALLOW;
+use super::adopt::{self, ALLOW};
 use super::remote::EXIT_NOT_FOUND;
 use super::table::{Cell, Column, Table};
 use super::terminal::{Screen, Tone, clean};
@@ -40,13 +41,18 @@ pub(super) static TABLE: &[Setting] = &[
         "With --config, variables as systemd reads them, such as /etc/default/orchestratord",
     ),
     flag("daemon", None, "NAME", "With --config, only orchestratord or only pool-managerd"),
+    adopt::RUNTIME_DIR,
     ALLOW,
     flag("quiet", Some("false"), "BOOL", "Say nothing; the exit code tells"),
 ];
 pub(super) const ABOUT: &str =
     "Say which handoff files would be accepted, and why not; or check a configuration";
-pub(super) const PATH: Words =
-    Words::Given { name: "FILE", help: "Handoff files, or directories of them", min: 0, max: 1_000 };
+pub(super) const PATH: Words = Words::Given {
+    name: "FILE",
+    help: "Handoff files, or directories of them; --runtime-dir if there is none",
+    min: 0,
+    max: 1_000,
+};
 
 /// Runs `llorch check`.
 pub(super) fn run(args: Vec<OsString>) -> Result<(), Exit> {
@@ -61,11 +67,12 @@ pub(super) fn run(args: Vec<OsString>) -> Result<(), Exit> {
     match (settings.need("config", boolean)?, settings.rest.as_slice()) {
         (true, []) => check_config(env_file.as_deref(), only, quiet),
         (true, _) => Err(Exit::usage("--config takes no FILE; variables are read from --env-file")),
-        (false, []) => {
-            Err(Exit::usage("a FILE, a directory or --config is missing (llorch check --help tells more)"))
-        }
         (false, _) if env_file.is_some() || only.is_some() => {
             Err(Exit::usage("--env-file and --daemon belong to --config"))
+        }
+        (false, []) => {
+            let allow = settings.get("allow-engine-hosts", AllowList::parse)?.unwrap_or_default();
+            check_files(&[adopt::runtime_dir(&settings)?.into_os_string()], &allow, quiet)
         }
         (false, paths) => {
             let allow = settings.get("allow-engine-hosts", AllowList::parse)?.unwrap_or_default();
@@ -114,6 +121,13 @@ struct Verdict {
     why: Option<String>,
 }
 
+/// A look at a directory as the daemon takes it.
+fn scanner(directory: &Path) -> Scanner {
+    let own = rustix::process::geteuid();
+    let owner = fs::metadata(directory).ok().filter(|_| own.is_root()).map(|metadata| metadata.uid());
+    Scanner::of_user(directory.to_path_buf(), owner.unwrap_or(own.as_raw()))
+}
+
 /// What a daemon would say of each file.
 fn verdicts(path: &Path, allow: &AllowList) -> Result<Vec<Verdict>, Exit> {
     let shown = path.display();
@@ -125,13 +139,13 @@ fn verdicts(path: &Path, allow: &AllowList) -> Result<Vec<Verdict>, Exit> {
     })?;
     let failed = |error: std::io::Error| Exit::runtime(format!("{shown}: {error}"));
     let (mut scanner, prefix) = if metadata.is_dir() {
-        let mut scanner = Scanner::new(path.to_path_buf());
+        let mut scanner = scanner(path);
         scanner.want_pass();
         (scanner, path.to_path_buf())
     } else {
         let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let mut scanner = Scanner::new(parent.to_path_buf());
+        let mut scanner = scanner(parent);
         scanner.hint(&name);
         if !scanner.is_busy() {
             return Ok(vec![Verdict {
@@ -275,6 +289,23 @@ mod tests {
         fs::write(&file, "A=1\nexport B=2\n").expect("written");
         assert!(read_variables(&file).expect_err("no name").message.contains("line 2"));
         assert_eq!(read_variables(&directory.path().join("none")).expect_err("none").code, EXIT_NOT_FOUND);
+    }
+
+    #[test]
+    fn root_judges_for_the_user_of_the_directory() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let directory = tempfile::tempdir().expect("a directory");
+        let give = |path: &Path, uid| std::os::unix::fs::chown(path, Some(uid), None).expect("given away");
+        let file = directory.path().join("a.json");
+        fs::write(&file, r#"{"url":"http://127.0.0.1:1"}"#).expect("written");
+        give(directory.path(), 4_711);
+        for (owner, is_good) in [(0, true), (4_711, true), (4_712, false)] {
+            give(&file, owner);
+            let all = verdicts(directory.path(), &AllowList::default()).expect("read");
+            assert_eq!(all.iter().map(|v| v.is_good).collect::<Vec<_>>(), [is_good], "{owner}");
+        }
     }
 
     #[test]

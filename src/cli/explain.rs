@@ -18,6 +18,9 @@ pub(super) static TABLE: &[Setting] = &[
     credentials::API_TOKEN_FILE,
     credentials::ADMIN_TOKEN,
     credentials::ADMIN_TOKEN_FILE,
+    remote::TLS_CA,
+    remote::TLS_CERT,
+    remote::TLS_KEY,
     remote::TIMEOUT,
     flag("json", Some("false"), "BOOL", "The daemon's own answer"),
 ];

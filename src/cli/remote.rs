@@ -1,12 +1,15 @@
 //! Asking a daemon: one request, one JSON answer, and what went wrong in words with the exit code that
 //! scripts go by.
 
+use std::cell::OnceCell;
+use std::rc::Rc;
 use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::service::auth::Scope;
 use crate::service::credentials::Credentials;
+use crate::service::tls::{Files, blocking};
 use crate::settings::{Alias, EXIT_RUNTIME, Exit, Setting, Settings, number};
 use crate::wire::url::BaseUrl;
 
@@ -41,6 +44,13 @@ pub(super) const TIMEOUT: Setting = Setting {
     help: "How long one answer of a daemon may take; 100 to 600000",
 };
 
+/// Whose certificates are believed.
+pub(super) const TLS_CA: Setting = blocking::CA;
+/// The certificate that is shown: agents with a client CA serve nobody without.
+pub(super) const TLS_CERT: Setting = blocking::CERT;
+/// Its key.
+pub(super) const TLS_KEY: Setting = blocking::KEY;
+
 /// Which daemon answers at a URL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Service {
@@ -54,7 +64,15 @@ pub(super) enum Service {
 pub(super) struct Remote {
     url: BaseUrl,
     bearer: Option<String>,
-    agent: ureq::Agent,
+    agents: Rc<Agents>,
+}
+
+/// Connections in the clear, and within TLS from the first `https` URL on.
+struct Agents {
+    timeout: Duration,
+    files: Files,
+    clear: ureq::Agent,
+    secured: OnceCell<ureq::Agent>,
 }
 
 impl Remote {
@@ -62,25 +80,24 @@ impl Remote {
         let url = settings.need("url", |text| {
             // A list, as agents take it, names several: the first one is asked.
             let first = text.split(',').next().unwrap_or_default().trim();
-            let url = BaseUrl::lenient(first).map_err(|error| error.to_string())?;
-            if url.https() {
-                return Err("https is not supported by this version; allowed is http://HOST:PORT".into());
-            }
-            Ok(url)
+            BaseUrl::lenient(first).map_err(|error| error.to_string())
         })?;
         let credentials = Credentials::read(settings, None, &[Scope::Admin], &mut Vec::new())?;
         let timeout = Duration::from_millis(settings.need("timeout-ms", number(100, 600_000))?);
-        Ok(Remote { url, bearer: credentials.keys().of(Scope::Admin).bearer(), agent: agent(timeout) })
+        let agents = Agents::new(timeout, files(settings)?);
+        // Files of no use are told before anybody is asked.
+        agents.of(&url)?;
+        Ok(Remote { url, bearer: credentials.keys().of(Scope::Admin).bearer(), agents: Rc::new(agents) })
     }
 
     /// The same installation's daemon at another URL.
     pub(super) fn at(&self, url: BaseUrl) -> Remote {
-        Remote { url, bearer: self.bearer.clone(), agent: self.agent.clone() }
+        Remote { url, bearer: self.bearer.clone(), agents: self.agents.clone() }
     }
 
     /// Something that is no daemon of ours, and is shown no token of ours.
-    pub(super) fn stranger(url: BaseUrl, bearer: Option<String>, timeout: Duration) -> Remote {
-        Remote { url, bearer, agent: agent(timeout) }
+    pub(super) fn stranger(url: BaseUrl, bearer: Option<String>, timeout: Duration, files: Files) -> Remote {
+        Remote { url, bearer, agents: Rc::new(Agents::new(timeout, files)) }
     }
 
     pub(super) fn url(&self) -> &BaseUrl {
@@ -141,17 +158,13 @@ impl Remote {
             request = request.header("Content-Type", "application/json");
         }
         let failed = |why: String| Exit { code: EXIT_UNREACHABLE, message: why };
+        let agent = self.agents.of(&self.url)?;
         let answered = match method {
-            "GET" | "HEAD" => request.body(()).map(|request| self.agent.run(request)),
-            _ => request.body(text).map(|request| self.agent.run(request)),
+            "GET" | "HEAD" => request.body(()).map(|request| agent.run(request)),
+            _ => request.body(text).map(|request| agent.run(request)),
         };
         let answered = answered.map_err(|error| failed(format!("{}{path}: {error}", self.url)))?;
-        let mut answer = answered.map_err(|error| {
-            failed(format!(
-                "cannot reach {}: {error}; is the daemon running there? Name another one with --url or LLORCH_URL",
-                self.url
-            ))
-        })?;
+        let mut answer = answered.map_err(|error| failed(self.unreached(&error)))?;
         let bytes = answer.body_mut().with_config().limit(ANSWER_BYTES_MAX).read_to_vec();
         let bytes =
             bytes.map_err(|error| failed(format!("{}{path}: its answer broke off: {error}", self.url)))?;
@@ -160,11 +173,30 @@ impl Remote {
         Ok((answer.status().as_u16(), value))
     }
 
+    /// Why there is no answer, and what may help.
+    fn unreached(&self, error: &ureq::Error) -> String {
+        let text = error.to_string();
+        let about = ["certificate", "alert", "corrupt message", "InvalidContentType"];
+        let advice = if self.url.https() && about.iter().any(|word| text.contains(word)) {
+            "LLORCH_TLS_CA names the root of its certificate, LLORCH_TLS_CLIENT_CERT and LLORCH_TLS_CLIENT_KEY what it is shown, and http:// is for daemons without TLS"
+        } else {
+            "is the daemon running there? Name another one with --url or LLORCH_URL"
+        };
+        format!("cannot reach {}: {text}; {advice}", self.url)
+    }
+
     fn judge(&self, path: &str, status: u16, body: Value) -> Result<Value, Exit> {
         let told = body["message"].as_str().map(super::terminal::clean);
         let told = told.unwrap_or_else(|| format!("{path} is answered {status}"));
         let (code, message) = match status {
             200..=299 => return Ok(body),
+            403 if body["code"] == "CERTIFICATE_REQUIRED" => (
+                EXIT_REFUSED,
+                format!(
+                    "{} wants a certificate: name one with LLORCH_TLS_CLIENT_CERT and LLORCH_TLS_CLIENT_KEY",
+                    self.url
+                ),
+            ),
             401 | 403 if self.bearer.is_some() => (
                 EXIT_REFUSED,
                 format!(
@@ -187,9 +219,34 @@ impl Remote {
     }
 }
 
-fn agent(timeout: Duration) -> ureq::Agent {
+/// The files that settings name.
+pub(super) fn files(settings: &Settings) -> Result<Files, Exit> {
+    // A command serves nobody: there is nothing of its own to show instead.
+    Files::from_settings(settings, [""; 3])
+}
+
+impl Agents {
+    fn new(timeout: Duration, files: Files) -> Agents {
+        Agents { clear: agent(timeout, None), secured: OnceCell::new(), timeout, files }
+    }
+
+    /// Those for a URL.
+    fn of(&self, url: &BaseUrl) -> Result<&ureq::Agent, Exit> {
+        if !url.https() {
+            return Ok(&self.clear);
+        }
+        if let Some(agent) = self.secured.get() {
+            return Ok(agent);
+        }
+        let tls = self.files.blocking_client().map_err(Exit::config)?;
+        Ok(self.secured.get_or_init(|| agent(self.timeout, Some(tls))))
+    }
+}
+
+fn agent(timeout: Duration, tls: Option<ureq::tls::TlsConfig>) -> ureq::Agent {
     let limit = Some(timeout);
     ureq::Agent::config_builder()
+        .tls_config(tls.unwrap_or_default())
         .timeout_global(limit)
         .timeout_per_call(limit)
         .timeout_resolve(limit)

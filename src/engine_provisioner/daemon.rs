@@ -171,7 +171,8 @@ pub(super) fn run(
     // Before anything is started: a signal must never find an engine without a keeper.
     let mut signals = Signals::install(&registry).map_err(kernel("socket pair"))?;
     let limits = Limits { exchanges_max: EXCHANGES_MAX, ..Limits::default() };
-    let net = Net::new(reactor.registry().map_err(kernel("descriptor"))?, waker.clone(), limits);
+    let mut net = Net::new(reactor.registry().map_err(kernel("descriptor"))?, waker.clone(), limits);
+    net.set_client_tls(options.tls.client().map_err(Exit::config)?);
     let kept = match options.orphans {
         Orphans::End => None,
         Orphans::Keep => Some(Kept::open(&options.state_dir)?),
@@ -293,6 +294,10 @@ impl Daemon {
             return;
         }
         self.credentials.reload(now);
+        match self.options.tls.client() {
+            Ok(tls) => self.net.set_client_tls(tls),
+            Err(why) => log::error!("certificates stay as they are: {why}"),
+        }
         if let Some(preparing) = &mut self.preparing {
             // It may be fetching what is not wanted any more.
             preparing.cancel.store(true, Ordering::Relaxed);

@@ -28,6 +28,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::service::auth::Scope;
 use crate::service::credentials::Credentials;
+use crate::service::machine;
 use crate::settings::{Exit, Setting, Settings, flag};
 use control::Book;
 use daemon::Wish;
@@ -108,7 +109,7 @@ fn run_one(args: Vec<OsString>) -> Result<(), Exit> {
         args,
         |name| std::env::var_os(name),
     )?;
-    let options = Options::from_settings(&settings)?;
+    let options = Options::from_settings(&settings, machine::runtime_dir())?;
     let config = Config::from_settings(&settings, options.handoff_dir.clone())?;
     let base = std::env::current_dir().unwrap_or_default();
     keep(&settings, options, move || Ok((vec![config.clone()], base.clone())), true)
@@ -128,7 +129,7 @@ fn with_file(command: &str, args: Vec<OsString>) -> Result<(), Exit> {
     let path = settings
         .get("config", plan::path)?
         .ok_or_else(|| Exit::usage("the file is missing: name it with -c FILE"))?;
-    let options = Options::from_settings(&settings)?;
+    let options = Options::from_settings(&settings, machine::runtime_dir())?;
     let handoff_dir = options.handoff_dir.clone();
     let read = move || read_file(&path, &handoff_dir);
     match command {

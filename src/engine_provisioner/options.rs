@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::plan::path;
 use crate::service::credentials;
+use crate::service::tls::{Files, blocking};
 use crate::settings::{Exit, Setting, Settings, boolean, flag};
 use crate::wire::url::BaseUrl;
 
@@ -16,9 +17,9 @@ pub static TABLE: &[Setting] = &[
         flag: "handoff-dir",
         env: "ENGINE_PROVISIONER_HANDOFF_DIR",
         aliases: &[],
-        default: Some(".runtime/engines"),
+        default: None,
         value: "DIR",
-        help: "Directory of handoff files, the one that pool-managerd watches; created if missing",
+        help: "Directory of handoff files, the one that pool-managerd watches; created if missing; without it .runtime/engines, or /run/llama-orch/engines where only that is there",
     },
     Setting {
         flag: "state-dir",
@@ -56,6 +57,9 @@ pub static TABLE: &[Setting] = &[
     credentials::API_TOKEN_FILE,
     credentials::NODE_TOKEN,
     credentials::NODE_TOKEN_FILE,
+    blocking::CA,
+    blocking::CERT,
+    blocking::KEY,
     Setting {
         flag: "require-gpu",
         env: "LLORCH_REQUIRE_GPU",
@@ -97,6 +101,8 @@ pub struct Options {
     pub pool_managerd: BaseUrl,
     /// Who is told of handoffs.
     pub notify: Vec<BaseUrl>,
+    /// Certificates for those of them that are reached by https, and for such engines.
+    pub tls: Files,
     /// Whether engines must compute on GPUs.
     pub require_gpu: bool,
     /// Whether events are printed on standard output.
@@ -104,12 +110,12 @@ pub struct Options {
 }
 
 impl Options {
-    /// Reads and checks the settings of [`TABLE`].
+    /// Reads and checks the settings of [`TABLE`]; `usual_dir` is where handoffs are if nobody says otherwise.
     ///
     /// # Errors
     /// [`Exit`] with code 78 and one line that names what is not usable.
-    pub fn from_settings(settings: &Settings) -> Result<Options, Exit> {
-        let handoff_dir = settings.need("handoff-dir", path)?;
+    pub fn from_settings(settings: &Settings, usual_dir: PathBuf) -> Result<Options, Exit> {
+        let handoff_dir = settings.get("handoff-dir", path)?.unwrap_or(usual_dir);
         let beside = handoff_dir.parent().unwrap_or(&handoff_dir).join("provisioner");
         Ok(Options {
             state_dir: settings.get("state-dir", path)?.unwrap_or(beside),
@@ -120,6 +126,7 @@ impl Options {
             })?,
             pool_managerd: settings.need("pool-managerd", peer)?,
             notify: settings.get("notify", peers)?.unwrap_or_default(),
+            tls: Files::from_settings(settings, [""; 3])?,
             require_gpu: settings.need("require-gpu", boolean)? && !settings.need("allow-cpu", boolean)?,
             report: settings.need("report", boolean)?,
             handoff_dir,
@@ -133,8 +140,7 @@ fn peers(text: &str) -> Result<Vec<BaseUrl>, String> {
 }
 
 fn peer(text: &str) -> Result<BaseUrl, String> {
-    let url = BaseUrl::new(text).map_err(|why| why.to_string())?;
-    if url.https() { Err("allowed is an http:// URL: https is not spoken here".into()) } else { Ok(url) }
+    BaseUrl::new(text).map_err(|why| why.to_string())
 }
 
 #[cfg(test)]
@@ -143,7 +149,8 @@ mod tests {
 
     fn read(args: &[&str]) -> Result<Options, Exit> {
         let args = args.iter().map(std::ffi::OsString::from);
-        Options::from_settings(&Settings::read("t", "about", TABLE, None, args, |_| None)?)
+        let settings = Settings::read("t", "about", TABLE, None, args, |_| None)?;
+        Options::from_settings(&settings, "engines".into())
     }
 
     #[test]
@@ -157,7 +164,7 @@ mod tests {
     fn what_is_not_usable_is_named() {
         for (flag, why) in [
             ("--orphans=adopt", "end and keep"),
-            ("--notify=https://a", "https is not spoken"),
+            ("--tls-client-cert=/a.crt", "LLORCH_TLS_CLIENT_KEY is not"),
             ("--notify=http://a,b", "--notify"),
             ("--pool-managerd=9200", "--pool-managerd"),
         ] {

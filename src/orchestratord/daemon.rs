@@ -314,6 +314,7 @@ impl Daemon {
 
     fn take_net_events(&mut self, now: Now) {
         while let Some(event) = self.net.next_event() {
+            let _about = logging::about(self.name_of(&event));
             match event {
                 NetEvent::Request { client, request, peer } => self.serve(client, *request, peer, now),
                 NetEvent::ClientGone { client } => self.client_gone(client, now),

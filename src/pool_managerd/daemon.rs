@@ -362,7 +362,12 @@ impl Daemon {
     fn take_net_events(&mut self, now: Now) {
         while let Some(event) = self.net.next_event() {
             match event {
-                NetEvent::Request { client, request, peer } => self.serve(client, *request, peer, now),
+                NetEvent::Request { client, request, peer } => {
+                    let _about = logging::about(self.net.correlation(client));
+                    self.serve(client, *request, peer, now);
+                    // Here, so that what is logged of it names it.
+                    self.perform(now);
+                }
                 NetEvent::Finished { exchange, outcome, .. } => self.finished(exchange, outcome, now),
                 NetEvent::ClientGone { .. }
                 | NetEvent::Drained { .. }

@@ -118,12 +118,18 @@ struct Budget {
 }
 
 impl Scanner {
-    /// A scanner that has seen nothing.
+    /// A scanner that has seen nothing, for whoever runs this process.
     #[must_use]
     pub fn new(directory: PathBuf) -> Scanner {
+        Scanner::of_user(directory, rustix::process::geteuid().as_raw())
+    }
+
+    /// A scanner that judges as a process of the user `own_uid` does.
+    #[must_use]
+    pub fn of_user(directory: PathBuf, own_uid: u32) -> Scanner {
         Scanner {
             directory,
-            own_uid: rustix::process::geteuid().as_raw(),
+            own_uid,
             known: BTreeMap::new(),
             pass: None,
             again: false,

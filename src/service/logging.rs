@@ -1,7 +1,12 @@
 //! Logs go to stderr, one line a change, as text or as JSON. Under systemd a priority prefix replaces the
 //! timestamp of a text, which the journal has anyway.
+//!
+//! A text is a sentence, and behind it `node=` with the node's name where the program is one. What is said while
+//! a request is looked at also carries the request's name, `correlation_id=`, by which its client knows it: see
+//! [`about`]. Loggers have no other way to learn of it, as pure code does not log.
 
 use std::borrow::Cow;
+use std::cell::RefCell;
 use std::env;
 use std::io::Write;
 use std::os::fd::AsFd;
@@ -22,7 +27,7 @@ pub enum LogFormat {
     #[default]
     Text,
     /// One JSON object: `ts`, `level`, `program`, `node` where the program is one, `message`, and what else
-    /// is known.
+    /// is known: `kind`, `subject` and `state` of a change, the `correlation_id` of a request.
     Json,
 }
 
@@ -35,6 +40,31 @@ impl FromStr for LogFormat {
             "json" => Ok(LogFormat::Json),
             _ => Err("allowed are text and json".into()),
         }
+    }
+}
+
+thread_local! {
+    /// The request that this thread looks at; empty where it looks at none. Its room is used again and again.
+    static CORRELATION: RefCell<String> = const { RefCell::new(String::new()) };
+}
+
+/// For as long as it lives, lines of this thread are about a request.
+#[derive(Debug)]
+#[must_use]
+pub struct About(());
+
+/// Lines of this thread are about the request that its client calls `correlation`, if it has a name.
+pub fn about(correlation: Option<&str>) -> About {
+    CORRELATION.with_borrow_mut(|name| {
+        name.clear();
+        name.push_str(correlation.unwrap_or_default());
+    });
+    About(())
+}
+
+impl Drop for About {
+    fn drop(&mut self) {
+        CORRELATION.with_borrow_mut(String::clear);
     }
 }
 
@@ -67,10 +97,10 @@ pub fn install(
                 let at = out.timestamp_millis().to_string();
                 writeln!(out, "{}", as_json(record, &at, program, node.as_deref()))
             }
-            (LogFormat::Text, true) => writeln!(out, "{}", one_line(&record.args().to_string())),
+            (LogFormat::Text, true) => writeln!(out, "{}", as_text(record, node.as_deref())),
             (LogFormat::Text, false) => {
-                let text = record.args().to_string();
-                writeln!(out, "{} {:5} {}", out.timestamp_millis(), record.level(), one_line(&text))
+                let text = as_text(record, node.as_deref());
+                writeln!(out, "{} {:5} {text}", out.timestamp_millis(), record.level())
             }
         }
     });
@@ -89,6 +119,22 @@ fn priority(level: Level) -> u8 {
     }
 }
 
+/// The request that this thread looks at.
+fn correlation() -> Option<String> {
+    CORRELATION.with_borrow(|name| (!name.is_empty()).then(|| name.clone()))
+}
+
+fn as_text(record: &Record<'_>, node: Option<&str>) -> String {
+    let mut text = one_line(&record.args().to_string()).into_owned();
+    let correlation = correlation();
+    for (name, value) in [("node", node), ("correlation_id", correlation.as_deref())] {
+        if let Some(value) = value {
+            text.push_str(&format!(" {name}={}", one_line(value)));
+        }
+    }
+    text
+}
+
 fn as_json(record: &Record<'_>, at: &str, program: &str, node: Option<&str>) -> String {
     struct Pairs<'a>(&'a mut Map<String, serde_json::Value>);
     impl<'kvs> VisitSource<'kvs> for Pairs<'_> {
@@ -105,6 +151,9 @@ fn as_json(record: &Record<'_>, at: &str, program: &str, node: Option<&str>) -> 
         line.insert("node".into(), json!(node));
     }
     line.insert("message".into(), json!(record.args().to_string()));
+    if let Some(correlation) = correlation() {
+        line.insert("correlation_id".into(), json!(correlation));
+    }
     // What cannot be shown is left out.
     let _ = record.key_values().visit(&mut Pairs(&mut line));
     serde_json::Value::Object(line).to_string()
@@ -117,7 +166,11 @@ pub fn tell(what: &dyn Tell) {
     }
     let happening = what.happening();
     let level = if happening.is_warning { Level::Warn } else { Level::Info };
-    log::log!(level, "{}", happening.text);
+    let (kind, subject) = (happening.kind, happening.subject.as_str());
+    match happening.state {
+        "" => log::log!(level, kind = kind, subject = subject; "{}", happening.text),
+        state => log::log!(level, kind = kind, subject = subject, state = state; "{}", happening.text),
+    }
 }
 
 /// The text with its control characters escaped: what comes from files and peers must not end a line of
@@ -161,6 +214,20 @@ mod tests {
             json!({"ts": "2026-01-31T12:00:00.000Z", "level": "warn", "program": "pool-managerd",
                 "node": "gpu-1", "message": "a\n\"b\"\u{1b}[31m", "correlation_id": "c-1"})
         );
+    }
+
+    #[test]
+    fn lines_about_a_request_name_it_and_others_do_not() {
+        let (args, none) = (format_args!("refused"), format_args!("and then"));
+        let record = Record::builder().args(args).level(Level::Warn).build();
+        {
+            let _about = about(Some("c-1 \n"));
+            assert_eq!(as_text(&record, Some("gpu-1")), "refused node=gpu-1 correlation_id=c-1 \\n");
+            let line: serde_json::Value =
+                serde_json::from_str(&as_json(&record, "", "p", None)).expect("JSON");
+            assert_eq!(line["correlation_id"], "c-1 \n");
+        }
+        assert_eq!(as_text(&Record::builder().args(none).build(), None), "and then");
     }
 
     #[test]

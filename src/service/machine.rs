@@ -5,8 +5,22 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener};
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
 use crate::wire::node::Capabilities;
+
+/// Where handoffs are unless somebody says otherwise, from where a program was started.
+pub const RUNTIME_DIR: &str = ".runtime/engines";
+/// Where they are on a machine that the package was installed on: what its units name.
+const RUNTIME_DIR_OF_PACKAGE: &str = "/run/llama-orch/engines";
+
+/// Where commands look for handoffs, and write them, if nobody says otherwise: [`RUNTIME_DIR`], or the
+/// package's directory where that is there and the other one is not.
+#[must_use]
+pub fn runtime_dir() -> PathBuf {
+    let (own, package) = (Path::new(RUNTIME_DIR), Path::new(RUNTIME_DIR_OF_PACKAGE));
+    if !own.is_dir() && package.is_dir() { package.into() } else { own.into() }
+}
 
 /// The host name, `unknown-node` where there is none.
 #[must_use]

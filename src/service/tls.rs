@@ -33,6 +33,8 @@ use crate::settings::{Exit, Setting, Settings};
 use crate::time::{Mono, Now, Wall, earliest};
 use crate::wire::certificate::Certificate;
 
+pub mod blocking;
+
 /// Largest file that is read, in bytes: a system's bundle of roots has a quarter of that.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 /// After a change in a directory the files are read so much later, in milliseconds: a pair is written in two
@@ -307,16 +309,18 @@ fn roots(file: &Named) -> Result<RootCertStore, String> {
     Ok(store)
 }
 
+/// The roots that this system trusts.
+fn system_roots() -> Result<Named, String> {
+    let found = SYSTEM_ROOTS.iter().map(Path::new).find(|path| path.exists());
+    let path = found
+        .ok_or_else(|| format!("this system has no roots at {}; set {}", SYSTEM_ROOTS[0], CA_SETTING.env))?;
+    Ok(Named { setting: "the system's roots", path: path.to_path_buf() })
+}
+
 fn client_config(ca: Option<&Named>, identity: Option<&Identity>) -> Result<Arc<ClientConfig>, String> {
     let store = match ca {
         Some(file) => roots(file)?,
-        None => {
-            let found = SYSTEM_ROOTS.iter().map(Path::new).find(|path| path.exists());
-            let path = found.ok_or_else(|| {
-                format!("this system has no roots at {}; set {}", SYSTEM_ROOTS[0], CA_SETTING.env)
-            })?;
-            roots(&Named { setting: "the system's roots", path: path.to_path_buf() })?
-        }
+        None => roots(&system_roots()?)?,
     };
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = ClientConfig::builder_with_provider(provider)

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use crate::http::server::Request;
-use crate::net::{Outcome, Timing};
+use crate::net::{NetEvent, Outcome, Timing};
 use crate::reactor::token::Token;
 use crate::time::Now;
 
@@ -107,6 +107,22 @@ impl Daemon {
         self.explain.attempt_ended(request, None, Some(&reason), now.mono);
         let ending = Ending::NotReady { reason, pause_ms: KEYLESS_PAUSE_MS };
         self.core.handle(Input::Ended(request, ending), now, &mut self.effects);
+    }
+
+    /// The name of the request that an event is about, as its client knows it.
+    pub(super) fn name_of(&self, event: &NetEvent) -> Option<&str> {
+        let client = match event {
+            NetEvent::Request { client, .. } => Some(*client),
+            NetEvent::Head { exchange, .. } | NetEvent::Finished { exchange, .. } => {
+                let Some(Running::Request(request)) = self.exchanges.get(exchange) else { return None };
+                match &self.jobs.get(request)?.front {
+                    Front::Call(client) | Front::Engine { client, .. } => Some(*client),
+                    Front::Task { creator, reader, .. } => reader.or(*creator),
+                }
+            }
+            NetEvent::ClientGone { .. } | NetEvent::Drained { .. } | NetEvent::Data { .. } => None,
+        };
+        self.net.correlation(client?)
     }
 
     /// Notes how an exchange ended, before the core decides what follows from it.
