@@ -20,6 +20,7 @@ use crate::wire::node::{Heartbeat, RegisterRequest};
 
 use super::aliases::Aliases;
 use super::core::Core;
+use super::dashboard;
 use super::envelope::{HOPS_MAX, hops};
 use super::explain::{self, Explain, Survey};
 use super::messages::PoolReady;
@@ -67,6 +68,8 @@ pub enum Action {
     ShowSession(String),
     /// Forget a session.
     EndSession(String),
+    /// Tell what the dashboard shows, from now on.
+    Watch,
 }
 
 /// What the daemon knows beside the core.
@@ -155,6 +158,10 @@ pub enum To {
     Session,
     /// A session's end.
     EndSession,
+    /// The dashboard's page.
+    Page,
+    /// What it shows.
+    Watch,
 }
 
 const fn route_to(method: &'static str, path: &'static str, policy: Policy, to: To) -> Route<To> {
@@ -194,6 +201,8 @@ pub static ROUTES: &[Route<To>] = &[
     route_to("GET", "/v2/handoffs", Policy::Admin, To::Handoffs),
     route_to("GET", "/v2/events", Policy::Admin, To::Events),
     route_to("GET", "/v2/explain/{request...}", Policy::Admin, To::Explain),
+    route_to("GET", "/", Policy::Public, To::Page),
+    route_to("GET", "/v2/dashboard/events", Policy::Admin, To::Watch),
 ];
 
 /// Decides about a request that the guard has let pass, and that leads here.
@@ -276,6 +285,12 @@ pub fn route(found: Found<'_, To>, request: &Request, core: &Core, facts: &Facts
         To::CancelTask => Action::CancelTask(part.to_string()),
         To::Session => Action::ShowSession(part.to_string()),
         To::EndSession => Action::EndSession(part.to_string()),
+        To::Page => Action::Respond(dashboard::page()),
+        // A stream without a body would never end.
+        To::Watch if head.method() == "HEAD" => {
+            Action::Respond(Response { content_type: "text/event-stream", ..Response::empty(200) })
+        }
+        To::Watch => Action::Watch,
     }
 }
 
