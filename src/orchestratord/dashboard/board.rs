@@ -474,3 +474,252 @@ fn news(core: &Core, seq: u64) -> serde_json::Value {
         .collect();
     serde_json::Value::Array(told)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::orchestratord::core::{Input, Options};
+    use crate::orchestratord::placement::Strategy;
+    use crate::orchestratord::service_registry::Limits;
+    use crate::wire::node::{Heartbeat, RegisterRequest};
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    /// A control plane whose nodes come and go as a test says.
+    struct Plane {
+        core: Core,
+        board: Board<u32>,
+        history: History,
+        now: Now,
+        seq: u64,
+    }
+
+    impl Plane {
+        fn new() -> Plane {
+            let now = Now::default().plus_ms(1_000);
+            let options = Options {
+                limits: Limits::default(),
+                strategy: Strategy::LeastLoaded,
+                prefix_affinity: false,
+                admission_capacity: 10,
+                admission_timeout_ms: 1_000,
+                drain_timeout_ms: 1_000,
+                hang_suspect_ms: 1_000,
+                local: None,
+                polled: Vec::new(),
+                addresses: None,
+                seed: 1,
+            };
+            let core = Core::new(options, now);
+            Plane { core, board: Board::default(), history: History::new(now), now, seq: 0 }
+        }
+
+        fn tell(&mut self, input: Input) {
+            let mut effects = Vec::new();
+            self.core.handle(input, self.now, &mut effects);
+            for effect in effects {
+                if let crate::orchestratord::core::Effect::Log(what) = effect {
+                    self.board.happened(&what.happening());
+                }
+            }
+        }
+
+        fn beat(&mut self, n: u8, replicas: usize, ready: bool) {
+            let id = NodeId::new(&format!("n{n:03}")).expect("an id");
+            if self.core.registry().node(&id).is_none() {
+                let body: RegisterRequest = serde_json::from_value(json!({"node_id": id, "machine_id": "m",
+                    "address": "http://10.0.0.1:9200", "pools": [], "capabilities": {}, "incarnation": 1}))
+                .expect("a registration");
+                self.tell(Input::Register { reply: 1, peer: "10.0.0.1".into(), body: Box::new(body) });
+            }
+            self.seq += 1;
+            let list: Vec<Value> = (0..replicas)
+                .map(|r| {
+                    json!({"replica_id": format!("r{r}"), "url": "http://127.0.0.1:1", "ready": ready,
+                    "slots_total": 2, "slots_free": 2, "generation": 1})
+                })
+                .collect();
+            let body: Heartbeat = serde_json::from_value(json!({"timestamp": "t", "incarnation": 1, "seq": self.seq,
+                "pools": [{"pool_id": "p", "ready": ready, "draining": false, "slots_free": 2, "slots_total": 2,
+                    "vram_free_bytes": 0, "models_available": [], "replicas": list}]}))
+            .expect("a heartbeat");
+            self.tell(Input::Heartbeat { reply: 1, peer: "10.0.0.1".into(), node: id, body: Box::new(body) });
+        }
+
+        fn leave(&mut self, n: u8) {
+            let node = NodeId::new(&format!("n{n:03}")).expect("an id");
+            self.tell(Input::Deregister { reply: 1, node, incarnation: None });
+        }
+
+        /// Does what is due, and hands it to those whom it is for.
+        fn turn(&mut self, screens: &mut BTreeMap<u32, Screen>) -> usize {
+            let about = About { cloud: true, started: 1, history: &self.history, sample: Sample::default() };
+            let mut bytes = 0;
+            for (to, piece) in self.board.turn(&self.core, &about, self.now) {
+                bytes += piece.len();
+                let watchers: Vec<u32> = match to {
+                    To::All => self.board.in_step().collect(),
+                    To::One(watcher) => vec![watcher],
+                };
+                for watcher in watchers {
+                    screens.entry(watcher).or_default().take(&piece);
+                }
+            }
+            bytes
+        }
+
+        /// Lets time pass until nothing is new.
+        fn settle(&mut self, screens: &mut BTreeMap<u32, Screen>) {
+            let end = self.now.plus_ms(8_000);
+            while let Some(at) = self.board.deadline() {
+                let wait_ms = at.ms_since(self.now.mono).max(1);
+                self.now = self.now.plus_ms(wait_ms);
+                if self.now.mono > end.mono {
+                    break;
+                }
+                self.turn(screens);
+            }
+        }
+
+        fn rows(&self) -> BTreeMap<String, Value> {
+            let row = |node| serde_json::from_str(&row(&self.core, node)).expect("JSON");
+            self.core.registry().nodes().map(|node| (node.id.to_string(), row(node))).collect()
+        }
+    }
+
+    /// What a page does with what it is told.
+    #[derive(Default)]
+    struct Screen {
+        walk: u32,
+        rows: BTreeMap<String, (Value, u32)>,
+        routable: Option<u64>,
+        news: usize,
+    }
+
+    impl Screen {
+        fn take(&mut self, piece: &[u8]) {
+            let text = std::str::from_utf8(piece).expect("text");
+            let (name, rest) = text.strip_prefix("event: ").and_then(|t| t.split_once('\n')).expect("a name");
+            let data: Value = serde_json::from_str(
+                rest.strip_prefix("data: ").and_then(|t| t.strip_suffix("\n\n")).expect("one line of data"),
+            )
+            .expect("JSON");
+            match name {
+                "begin" => self.walk += 1,
+                "nodes" => {
+                    for row in data.as_array().expect("rows") {
+                        let id = row["id"].as_str().expect("an id").to_string();
+                        self.rows.insert(id, (row.clone(), self.walk));
+                    }
+                }
+                "whole" => self.rows.retain(|_, (_, walk)| *walk == self.walk),
+                "gone" => {
+                    for id in data.as_array().expect("ids") {
+                        self.rows.remove(id.as_str().expect("an id"));
+                    }
+                }
+                "now" => self.routable = data["sums"]["routable"].as_u64(),
+                "news" => self.news += data.as_array().map_or(0, Vec::len),
+                other => panic!("{other}"),
+            }
+        }
+
+        fn shown(&self) -> BTreeMap<String, Value> {
+            self.rows.iter().map(|(id, (row, _))| (id.clone(), row.clone())).collect()
+        }
+    }
+
+    #[test]
+    fn while_nobody_watches_nothing_is_due() {
+        let mut plane = Plane::new();
+        plane.beat(1, 3, true);
+        assert_eq!(plane.board.deadline(), None);
+        assert_eq!(plane.turn(&mut BTreeMap::new()), 0);
+        assert!(plane.board.watch(1, &plane.core, plane.now.mono) && plane.board.left(1));
+        assert_eq!(plane.board.deadline(), None);
+    }
+
+    #[test]
+    fn a_change_is_shown_in_the_turn_in_which_it_happens_and_a_storm_is_not() {
+        let (mut plane, mut screens) = (Plane::new(), BTreeMap::new());
+        plane.beat(1, 1, true);
+        assert!(plane.board.watch(1, &plane.core, plane.now.mono));
+        plane.settle(&mut screens);
+        plane.beat(1, 1, false);
+        assert!(plane.board.deadline().is_some_and(|at| at <= plane.now.mono));
+        plane.turn(&mut screens);
+        assert_eq!(screens[&1].shown(), plane.rows());
+        assert_eq!(screens[&1].rows["n001"].0["replicas"][0]["state"], "out");
+        let news = screens[&1].news;
+        plane.now = plane.now.plus_ms(5);
+        for n in 0..100 {
+            plane.beat(1, 1, n % 2 == 0);
+            plane.turn(&mut screens);
+        }
+        assert_eq!(screens[&1].news, news, "all of it in {PUSH_MS} ms");
+        plane.settle(&mut screens);
+        assert!(screens[&1].news > news && screens[&1].news <= news + NEWS_MAX);
+    }
+
+    #[test]
+    fn no_turn_shows_or_looks_at_more_than_a_slice() {
+        let (mut plane, mut screens) = (Plane::new(), BTreeMap::new());
+        for n in 0..200 {
+            plane.beat(n, 40, true);
+        }
+        for watcher in 0..4 {
+            assert!(plane.board.watch(watcher, &plane.core, plane.now.mono));
+        }
+        let row_bytes_max = plane.rows().values().map(|row| row.to_string().len()).max().unwrap_or(0);
+        let most = 2 * (SLICE_BYTES_MAX + row_bytes_max) + 64 * 1024;
+        for _ in 0..2_000 {
+            plane.now = plane.now.plus_ms(5);
+            let bytes = plane.turn(&mut screens);
+            assert!(bytes <= most, "{bytes} in one turn");
+        }
+        assert!(screens.values().all(|screen| screen.shown() == plane.rows()));
+        assert!(screens.values().all(|screen| screen.routable == Some(8_000)));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        /// Whoever watches, however slowly, sees in the end what there is.
+        #[test]
+        fn screens_show_what_there_is_in_the_end(
+            steps in proptest::collection::vec((0u8..9, 0u8..12, 0usize..4, any::<bool>(), 0u64..400), 1..80)
+        ) {
+            let (mut plane, mut screens) = (Plane::new(), BTreeMap::new());
+            let mut watching = BTreeSet::new();
+            for (what, n, replicas, ready, pause_ms) in steps {
+                let watcher = u32::from(n % 3);
+                match what {
+                    0..=3 => plane.beat(n, replicas, ready),
+                    4 => plane.leave(n),
+                    5 if !watching.contains(&watcher) => {
+                        prop_assert!(plane.board.watch(watcher, &plane.core, plane.now.mono));
+                        watching.insert(watcher);
+                        screens.insert(watcher, Screen::default());
+                    }
+                    6 => plane.board.is_behind(watcher),
+                    7 => prop_assert_eq!(plane.board.caught_up(watcher), watching.contains(&watcher)),
+                    8 if ready => {
+                        prop_assert_eq!(plane.board.left(watcher), watching.remove(&watcher));
+                        screens.remove(&watcher);
+                    }
+                    _ => {}
+                }
+                plane.now = plane.now.plus_ms(pause_ms);
+                plane.turn(&mut screens);
+            }
+            for watcher in &watching {
+                plane.board.caught_up(*watcher);
+            }
+            plane.settle(&mut screens);
+            let routable: u64 = plane.core.registry().replicas().filter(|(_, r)| r.obstacle().is_none()).count() as u64;
+            for watcher in &watching {
+                prop_assert_eq!(screens[watcher].shown(), plane.rows());
+                prop_assert_eq!(screens[watcher].routable, Some(routable));
+            }
+        }
+    }
+}
