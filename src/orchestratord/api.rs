@@ -36,6 +36,9 @@ use super::tasks::{self, NewTask};
 /// Largest body of a node's message, in bytes: a heartbeat of the largest node is below it.
 const NODE_BODY_BYTES_MAX: usize = 4 * 1024 * 1024;
 
+/// What this interface is, for programs.
+const OPEN_API: &str = include_str!("../../packaging/openapi/orchestratord.json");
+
 /// Largest notice about a pool, in bytes: a few names and a URL.
 const NOTICE_BYTES_MAX: usize = 16 * 1024;
 
@@ -162,6 +165,8 @@ pub enum To {
     Page,
     /// What it shows.
     Watch,
+    /// What this interface is.
+    OpenApi,
 }
 
 const fn route_to(method: &'static str, path: &'static str, policy: Policy, to: To) -> Route<To> {
@@ -203,6 +208,7 @@ pub static ROUTES: &[Route<To>] = &[
     route_to("GET", "/v2/explain/{request...}", Policy::Admin, To::Explain),
     route_to("GET", "/", Policy::Public, To::Page),
     route_to("GET", "/v2/dashboard/events", Policy::Admin, To::Watch),
+    route_to("GET", "/openapi.json", Policy::Any, To::OpenApi),
 ];
 
 /// Decides about a request that the guard has let pass, and that leads here.
@@ -291,6 +297,7 @@ pub fn route(found: Found<'_, To>, request: &Request, core: &Core, facts: &Facts
             Action::Respond(Response { content_type: "text/event-stream", ..Response::empty(200) })
         }
         To::Watch => Action::Watch,
+        To::OpenApi => Action::Respond(Response::document(OPEN_API)),
     }
 }
 

@@ -111,11 +111,16 @@ class Browser:
     def until(self, order):
         end = time.monotonic() + order["seconds"]
         while True:
-            value = self.evaluate(order["js"])
+            failure = ""
+            try:
+                value = self.evaluate(order["js"])
+            except RuntimeError as error:
+                # The page, or the part of it that is meant, may not be there yet.
+                value, failure = None, f" ({error})"
             if value:
                 return value
             if time.monotonic() > end:
-                raise RuntimeError("waited in vain for " + order["js"])
+                raise RuntimeError("waited in vain for " + order["js"] + failure)
             time.sleep(0.01)
 
     def press(self, order):
