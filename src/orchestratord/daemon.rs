@@ -374,7 +374,10 @@ impl Daemon {
                     Effect::AskAgent { node, pool, agent } => self.ask_agent(node, pool, agent, now),
                     Effect::Log(what) => {
                         logging::tell(&*what);
-                        self.board.happened(&what.happening());
+                        // Words are made for those who read them.
+                        if self.board.is_watched() {
+                            self.board.happened(&what.happening());
+                        }
                     }
                     Effect::Exit => {
                         self.ends_by = Some(now.mono.plus_ms(FAREWELL_MS));

@@ -199,9 +199,15 @@ impl<W: Copy + Ord> Board<W> {
         self.watchers.iter().filter(move |(_, known)| in_step(known)).map(|(watcher, _)| *watcher)
     }
 
-    /// Something happened that people are told of.
+    /// Whether anybody watches.
+    #[must_use]
+    pub fn is_watched(&self) -> bool {
+        !self.watchers.is_empty()
+    }
+
+    /// Something happened that people are told of. Not wanted while nobody watches.
     pub fn happened(&mut self, what: &Happening) {
-        if self.watchers.is_empty() {
+        if !self.is_watched() {
             return;
         }
         self.has_news = true;
