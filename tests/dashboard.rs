@@ -499,7 +499,7 @@ fn a_token_is_asked_for_kept_for_the_tab_and_forgotten() {
     browser.keys(ADMIN);
     browser.press("Enter");
     browser.until("document.getElementById('link').textContent.includes('live')");
-    browser.until("document.querySelector('#nodes .empty')");
+    browser.until("!!document.querySelector('#nodes .empty')");
     browser.shot("home-empty.png");
     assert_eq!(browser.eval("sessionStorage.getItem('llorch-token')"), ADMIN);
     assert_eq!(browser.eval("localStorage.length + document.cookie.length"), 0);

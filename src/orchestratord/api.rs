@@ -206,7 +206,7 @@ pub static ROUTES: &[Route<To>] = &[
     route_to("GET", "/v2/handoffs", Policy::Admin, To::Handoffs),
     route_to("GET", "/v2/events", Policy::Admin, To::Events),
     route_to("GET", "/v2/explain/{request...}", Policy::Admin, To::Explain),
-    route_to("GET", "/", Policy::Public, To::Page),
+    route_to("GET", "/", Policy::Page, To::Page),
     route_to("GET", "/v2/dashboard/events", Policy::Admin, To::Watch),
     route_to("GET", "/openapi.json", Policy::Any, To::OpenApi),
 ];
