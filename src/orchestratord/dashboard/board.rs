@@ -322,7 +322,7 @@ impl<W: Copy + Ord> Board<W> {
     fn walk_one(&mut self, core: &Core, out: &mut Vec<(To<W>, Vec<u8>)>) -> bool {
         let walking = |known: &&mut Watcher| known.has_begun && !known.is_behind && !known.is_whole;
         let newcomer = self.watchers.iter_mut().map(|(watcher, known)| (*watcher, known));
-        let least = newcomer.filter(|(_, known)| walking(&known)).min_by(|a, b| a.1.shown.cmp(&b.1.shown));
+        let least = newcomer.filter(|(_, known)| walking(known)).min_by(|a, b| a.1.shown.cmp(&b.1.shown));
         let Some((watcher, known)) = least else { return false };
         let (mut rows, mut replicas, mut nodes) = (Rows::default(), 0, 0);
         let mut rest = core.registry().nodes_after(known.shown.as_ref());
