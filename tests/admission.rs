@@ -403,6 +403,22 @@ fn slow_engines_end_requests_and_stay_in_rotation() {
     until_metric(&home, "orchestratord_model_requests_total{model=\"m\",outcome=\"broken\"} 1");
 }
 
+/// The end that time brings is told by nobody else: the loop must not sleep over it.
+#[test]
+fn a_deadline_is_answered_when_it_is_over_and_not_when_something_else_happens() {
+    let engine = Engine::start();
+    let home = home(&[], &[(&engine, 4, "m")]);
+    for _ in 0..3 {
+        let begun = Instant::now();
+        let late = ask_with(home.port, CHAT, "X-Llorch-Deadline-Ms: 50\r\n", r#"{"model":"m"}"#);
+        let call = engine.call();
+        assert_eq!(late.answer().status, 504);
+        // The next probe would wake it, too: ten seconds after the last.
+        assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+        call.until_closed();
+    }
+}
+
 #[test]
 fn clients_may_be_less_patient() {
     let engine = Engine::start();

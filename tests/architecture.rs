@@ -70,6 +70,7 @@ const PURE_ROOMS: &[(&str, &[&str])] = &[
             "orchestratord/config.rs",
             "orchestratord/daemon.rs",
             "orchestratord/daemon/agents.rs",
+            "orchestratord/daemon/dashboard.rs",
             "orchestratord/daemon/front_door.rs",
             "orchestratord/daemon/reload.rs",
             "orchestratord/daemon/state.rs",

@@ -219,12 +219,15 @@ fn an_engine_without_a_port_is_refused_before_anything_starts() {
 fn it_stays_serves_and_ends_everything_when_interrupted() {
     let mut up = Up::start(&["--port", "0", "--max-tokens", "2"]);
     let chat = up.line("chat", "http://").split_whitespace().nth(1).expect("a URL").to_string();
+    let dashboard = up.line("dashboard", "http://").split_whitespace().nth(1).expect("a URL").to_string();
     let curl = up.line("try", "curl");
     let body = curl.split("-d '").nth(1).and_then(|rest| rest.strip_suffix('\'')).expect("a body");
     up.line("watching", "Ctrl-C");
     let agent = ureq::Agent::config_builder().timeout_global(Some(PATIENCE)).proxy(None).build().new_agent();
     let mut answer = agent.post(&chat).header("Content-Type", "application/json").send(body).expect("200");
     let text = answer.body_mut().read_to_string().expect("a stream to its end");
+    let page = agent.get(&dashboard).call().expect("200").body_mut().read_to_string().expect("a page");
+    assert!(page.contains("<title>llama-orch</title>"), "{page}");
     assert!(curl.contains(&chat) && text.contains("[demo]") && text.contains("[DONE]"), "{text}");
     assert!(up.processes().len() >= 5, "up, two daemons, the provisioner, the engine");
     up.signal(Signal::INT);

@@ -584,6 +584,7 @@ impl Up {
         self.screen.blank();
         for (subject, text) in [
             ("chat", format!("{base}/v1/chat/completions")),
+            ("dashboard", format!("{base}/")),
             ("events", format!("{base}/v2/events")),
             ("metrics", format!("{base}/metrics")),
             ("pool-managerd", format!("http://{agent}/v2/pools")),

@@ -180,6 +180,13 @@ impl Response {
         Response { status, content_type: "application/json", fields: Vec::new(), body }
     }
 
+    /// A JSON document as it is.
+    #[must_use]
+    pub fn document(json: &str) -> Response {
+        let body = json.as_bytes().to_vec();
+        Response { status: 200, content_type: "application/json", fields: Vec::new(), body }
+    }
+
     /// A plain text answer.
     #[must_use]
     pub fn text(status: u16, text: impl Into<String>) -> Response {

@@ -459,10 +459,11 @@ impl Net {
         self.events.pop_front()
     }
 
-    /// Whether sessions are ready, so that the loop must not block.
+    /// Whether sessions are ready, or events have come about behind the last [`Net::next_event`] (what the owner
+    /// ended itself, say), so that the loop must not block.
     #[must_use]
     pub fn busy(&self) -> bool {
-        !self.ready.is_empty() || !self.tls.handshakes.is_empty()
+        !self.ready.is_empty() || !self.tls.handshakes.is_empty() || !self.events.is_empty()
     }
 
     /// When [`Net::turn`] must run at the latest.

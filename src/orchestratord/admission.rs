@@ -296,6 +296,16 @@ impl<A: Wanted> Admission<A> {
         self.by_age.iter().filter_map(|(.., id)| self.waiters.get(id))
     }
 
+    /// Since when the one waits that has waited longest.
+    #[must_use]
+    pub fn oldest(&self) -> Option<Mono> {
+        let first = |priority: &Priority| {
+            let (found, since, _) = self.by_age.range((*priority, Mono::default(), 0)..).next()?;
+            (found == priority).then_some(*since)
+        };
+        Priority::ALL.iter().filter_map(first).min()
+    }
+
     /// How many wait.
     #[must_use]
     pub fn len(&self) -> usize {

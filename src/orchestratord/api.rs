@@ -20,6 +20,7 @@ use crate::wire::node::{Heartbeat, RegisterRequest};
 
 use super::aliases::Aliases;
 use super::core::Core;
+use super::dashboard;
 use super::envelope::{HOPS_MAX, hops};
 use super::explain::{self, Explain, Survey};
 use super::messages::PoolReady;
@@ -34,6 +35,9 @@ use super::tasks::{self, NewTask};
 
 /// Largest body of a node's message, in bytes: a heartbeat of the largest node is below it.
 const NODE_BODY_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// What this interface is, for programs.
+const OPEN_API: &str = include_str!("../../packaging/openapi/orchestratord.json");
 
 /// Largest notice about a pool, in bytes: a few names and a URL.
 const NOTICE_BYTES_MAX: usize = 16 * 1024;
@@ -67,6 +71,8 @@ pub enum Action {
     ShowSession(String),
     /// Forget a session.
     EndSession(String),
+    /// Tell what the dashboard shows, from now on.
+    Watch,
 }
 
 /// What the daemon knows beside the core.
@@ -155,6 +161,12 @@ pub enum To {
     Session,
     /// A session's end.
     EndSession,
+    /// The dashboard's page.
+    Page,
+    /// What it shows.
+    Watch,
+    /// What this interface is.
+    OpenApi,
 }
 
 const fn route_to(method: &'static str, path: &'static str, policy: Policy, to: To) -> Route<To> {
@@ -194,6 +206,9 @@ pub static ROUTES: &[Route<To>] = &[
     route_to("GET", "/v2/handoffs", Policy::Admin, To::Handoffs),
     route_to("GET", "/v2/events", Policy::Admin, To::Events),
     route_to("GET", "/v2/explain/{request...}", Policy::Admin, To::Explain),
+    route_to("GET", "/", Policy::Page, To::Page),
+    route_to("GET", "/v2/dashboard/events", Policy::Admin, To::Watch),
+    route_to("GET", "/openapi.json", Policy::Any, To::OpenApi),
 ];
 
 /// Decides about a request that the guard has let pass, and that leads here.
@@ -276,6 +291,13 @@ pub fn route(found: Found<'_, To>, request: &Request, core: &Core, facts: &Facts
         To::CancelTask => Action::CancelTask(part.to_string()),
         To::Session => Action::ShowSession(part.to_string()),
         To::EndSession => Action::EndSession(part.to_string()),
+        To::Page => Action::Respond(dashboard::page()),
+        // A stream without a body would never end.
+        To::Watch if head.method() == "HEAD" => {
+            Action::Respond(Response { content_type: "text/event-stream", ..Response::empty(200) })
+        }
+        To::Watch => Action::Watch,
+        To::OpenApi => Action::Respond(Response::document(OPEN_API)),
     }
 }
 

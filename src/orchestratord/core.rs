@@ -317,6 +317,12 @@ impl Core {
         self.admission.len_of(priority)
     }
 
+    /// How long the one has waited that waits longest, in milliseconds.
+    #[must_use]
+    pub fn oldest_wait_ms(&self, now: Mono) -> Option<u64> {
+        self.admission.oldest().map(|since| now.ms_since(since))
+    }
+
     /// What is counted by model.
     #[must_use]
     pub fn meters(&self) -> &Meters {

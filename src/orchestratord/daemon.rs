@@ -28,6 +28,8 @@ use self::state::Saver;
 use super::api::{self, Action};
 use super::config::Config;
 use super::core::{Core, Dispatch, Effect, Ending, Input, Options, RequestId};
+use super::dashboard::board::Board;
+use super::dashboard::history::History;
 use super::envelope::{to_client, to_engine};
 use super::explain::{self, Explain};
 use super::meters::Metered;
@@ -39,6 +41,7 @@ use super::tasks::Tasks;
 
 mod agents;
 mod certificates;
+mod dashboard;
 mod front_door;
 mod reload;
 mod state;
@@ -82,6 +85,8 @@ pub struct Daemon {
     reload_serial: u64,
     explain: Explain,
     lag: LoopLag,
+    board: Board<Token>,
+    history: History,
     supervisor: Supervisor,
     next_request: RequestId,
     guard: Guard,
@@ -186,6 +191,8 @@ impl Daemon {
             reload_serial: 0,
             explain: Explain::default(),
             lag: LoopLag::default(),
+            board: Board::default(),
+            history: History::new(at),
             supervisor,
             next_request: 1,
             guard,
@@ -219,6 +226,7 @@ impl Daemon {
             let deadline = earliest(earliest(self.core.deadline(), self.net.deadline()), watch);
             let deadline = earliest(deadline, self.tasks_deadline());
             let deadline = earliest(deadline, self.supervisor.deadline());
+            let deadline = earliest(deadline, self.board.deadline());
             let deadline = earliest(deadline, self.ends_by);
             let deadline = earliest(deadline, self.tls.deadline());
             let deadline = earliest(deadline, self.guard.deadline());
@@ -230,6 +238,7 @@ impl Daemon {
                 .wait(deadline, self.net.busy() || is_scanning || self.over)
                 .map_err(|error| Exit::runtime(format!("the event loop failed: {error}")))?;
             self.lag.woke(deadline, now.mono);
+            self.note_history(now);
             let (mut changed, mut stops, mut ended) = (false, 0, Vec::new());
             let mut tokens_changed = false;
             for (token, edge) in self.reactor.events() {
@@ -264,6 +273,7 @@ impl Daemon {
             self.take_net_events(now);
             (0..stops).for_each(|_| self.stop(now));
             self.tasks_turn(now);
+            self.show_board(now);
             let has_seen_all = !self.reactor.has_more() && !self.reactor.was_held_up();
             let caught_up = !self.net.busy() && has_seen_all;
             turns_behind = if caught_up { 0 } else { turns_behind + 1 };
@@ -318,7 +328,7 @@ impl Daemon {
             match event {
                 NetEvent::Request { client, request, peer } => self.serve(client, *request, peer, now),
                 NetEvent::ClientGone { client } => self.client_gone(client, now),
-                NetEvent::Drained { client } => self.resume_task(client),
+                NetEvent::Drained { client } => self.drained(client),
                 NetEvent::Head { exchange, status } => self.head(exchange, status, now),
                 NetEvent::Data { exchange, bytes } => self.data(exchange, &bytes, now),
                 NetEvent::Finished { exchange, outcome, timing } => {
@@ -368,8 +378,17 @@ impl Daemon {
                     }
                     Effect::Save(saved) => self.save(saved, now),
                     Effect::AskAgent { node, pool, agent } => self.ask_agent(node, pool, agent, now),
-                    Effect::Log(what) => logging::tell(&*what),
-                    Effect::Exit => self.ends_by = Some(now.mono.plus_ms(FAREWELL_MS)),
+                    Effect::Log(what) => {
+                        logging::tell(&*what);
+                        // Words are made for those who read them.
+                        if self.board.is_watched() {
+                            self.board.happened(&what.happening());
+                        }
+                    }
+                    Effect::Exit => {
+                        self.ends_by = Some(now.mono.plus_ms(FAREWELL_MS));
+                        self.close_board(now);
+                    }
                 }
             }
             self.spare_effects = effects;
@@ -444,6 +463,7 @@ impl Daemon {
             Action::CancelTask(id) => self.cancel_task(client, &id, now),
             Action::ShowSession(name) => self.show_session(client, &name, now),
             Action::EndSession(name) => self.end_session(client, &name, now),
+            Action::Watch => self.watch_board(client, now),
         }
     }
 
@@ -591,6 +611,12 @@ impl Daemon {
                 tokens_in: timing.tokens.prompt,
                 tokens_out: timing.tokens.completion,
             };
+            if let Some(job) = self.jobs.get(request) {
+                match timing.first_token {
+                    Some(first) => self.history.streamed(first.ns_since(job.since)),
+                    None => self.history.answered_at_once(timing.tokens.completion.unwrap_or(0)),
+                }
+            }
             self.core.handle(Input::Metered(*request, metered), now, &mut self.effects);
         }
     }
@@ -679,6 +705,9 @@ impl Daemon {
     }
 
     fn client_gone(&mut self, client: Token, now: Now) {
+        if self.board.left(client) {
+            return;
+        }
         let Some(request) = self.by_client.remove(&client) else { return };
         self.tasks.abandon(request);
         self.withdraw(request, now);

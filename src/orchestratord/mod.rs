@@ -20,6 +20,7 @@ pub mod blame;
 pub mod config;
 pub mod core;
 pub mod daemon;
+pub mod dashboard;
 pub mod drain_rate;
 pub mod envelope;
 pub mod explain;

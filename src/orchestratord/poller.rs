@@ -296,6 +296,12 @@ impl Poller {
         self.agents.iter().filter(|agent| agent.state == state).count()
     }
 
+    /// Agents that an operator should look at: where they are, how they stand, and why.
+    pub fn troubled(&self) -> impl Iterator<Item = (&BaseUrl, PollState, Option<&str>)> {
+        let troubled = self.agents.iter().filter(|agent| agent.state.is_trouble());
+        troubled.map(|agent| (&agent.url, agent.state, agent.error.as_deref()))
+    }
+
     /// Every agent, for the API.
     #[must_use]
     pub fn to_json(&self) -> Vec<serde_json::Value> {

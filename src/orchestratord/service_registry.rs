@@ -35,6 +35,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::ops::Bound;
 use std::sync::Arc;
 
 use slab::Slab;
@@ -533,6 +534,12 @@ impl ServiceRegistry {
     /// Every node, by name.
     pub fn nodes(&self) -> impl Iterator<Item = &Node> {
         self.by_id.values().map(|index| &self.nodes[*index])
+    }
+
+    /// Every node behind `after`, by name; all of them with `None`.
+    pub fn nodes_after<'a>(&'a self, after: Option<&NodeId>) -> impl Iterator<Item = &'a Node> + use<'a> {
+        let start = after.map_or(Bound::Unbounded, Bound::Excluded);
+        self.by_id.range::<NodeId, _>((start, Bound::Unbounded)).map(|(_, index)| &self.nodes[*index])
     }
 
     /// How many nodes are known, offline ones included.

@@ -28,6 +28,8 @@ use super::operations::{self, Operation, PoolOrder};
 pub const GENERATION_FIELD: &str = "x-llorch-generation";
 /// Field in which a control plane says how many slots a request takes.
 pub const SLOTS_FIELD: &str = "x-llorch-slots";
+/// What this interface is, for programs.
+const OPEN_API: &str = include_str!("../../packaging/openapi/pool-managerd.json");
 /// Largest body that is read for its `n`, in bytes: reading holds the loop up, by a few milliseconds here.
 const SLOTS_BODY_BYTES_MAX: usize = 2 << 20;
 
@@ -109,6 +111,8 @@ pub enum To {
     Events,
     /// Drains, callbacks and single replicas: see [`operations`].
     Operation,
+    /// What this interface is.
+    OpenApi,
 }
 
 const fn route_to(method: &'static str, path: &'static str, policy: Policy, to: To) -> Route<To> {
@@ -148,6 +152,7 @@ pub static ROUTES: &[Route<To>] = &[
     route_to("POST", "/pools/{pool}/preload", Policy::NodeOrAdmin, To::Operation),
     route_to("POST", "/pools/{pool}/reload", Policy::NodeOrAdmin, To::Operation),
     route_to("GET", "/callbacks", Policy::Admin, To::Operation),
+    route_to("GET", "/openapi.json", Policy::Any, To::OpenApi),
     route_to("POST", "/callbacks/register", Policy::NodeOrAdmin, To::Operation),
     route_to("DELETE", "/callbacks/register", Policy::NodeOrAdmin, To::Operation),
     route_to("POST", "/callbacks/unregister", Policy::NodeOrAdmin, To::Operation),
@@ -200,6 +205,7 @@ pub fn route(found: Found<'_, To>, request: &Request, core: &Core, facts: &Facts
             let since = request.head.query("since").and_then(|n| n.parse().ok()).unwrap_or(0);
             respond(200, &core.events().to_json(since))
         }
+        To::OpenApi => Action::Respond(Response::document(OPEN_API)),
         To::Operation => {
             let segments: Vec<&str> = path_of(&request.head).trim_start_matches('/').split('/').collect();
             match operations::route(&segments, request, core) {

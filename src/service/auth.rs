@@ -56,8 +56,10 @@ impl Scope {
 /// Which tokens open a route.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Policy {
-    /// None is needed.
+    /// None is needed, and by whatever name this server was reached: probes know no names.
     Public,
+    /// None is needed, but the server must have been reached by a name of its own: for browsers.
+    Page,
     /// The clients'.
     Client,
     /// The nodes'.
@@ -73,7 +75,7 @@ pub enum Policy {
 impl Policy {
     const fn bits(self) -> u8 {
         match self {
-            Policy::Public => 0,
+            Policy::Public | Policy::Page => 0,
             Policy::Client => Scope::Client.bit(),
             Policy::Node => Scope::Node.bit(),
             Policy::Admin => Scope::Admin.bit(),
@@ -82,10 +84,16 @@ impl Policy {
         }
     }
 
+    /// Whether no token is needed.
+    #[must_use]
+    pub fn is_open(self) -> bool {
+        matches!(self, Policy::Public | Policy::Page)
+    }
+
     /// Whether the token of `scope` opens it.
     #[must_use]
     pub fn admits(self, scope: Scope) -> bool {
-        self == Policy::Public || self.bits() & scope.bit() != 0
+        self.is_open() || self.bits() & scope.bit() != 0
     }
 }
 
@@ -298,7 +306,7 @@ impl Keys {
     /// # Errors
     /// [`Denied`].
     pub fn check(&self, policy: Policy, fields: &Fields) -> Result<Option<Fingerprint>, Denied> {
-        if policy == Policy::Public || self.is_empty() {
+        if policy.is_open() || self.is_empty() {
             return Ok(None);
         }
         let shown = Digest::of(presented(fields).ok_or(Denied::Missing)?.as_bytes());

@@ -94,6 +94,19 @@ impl Events {
         (first..).zip(&self.ring).skip(skipped)
     }
 
+    /// The number of the next event.
+    #[must_use]
+    pub fn next_seq(&self) -> u64 {
+        self.next_seq
+    }
+
+    /// The newest events with a number of at least `seq`, `limit` of them at most, oldest first: number, time and
+    /// what can be put into words.
+    pub fn newest(&self, seq: u64, limit: usize) -> impl Iterator<Item = (u64, Wall, &dyn Tell)> {
+        let seq = seq.max(self.next_seq.saturating_sub(limit as u64));
+        self.since(seq).map(|(seq, event)| (seq, event.at, &*event.what))
+    }
+
     /// The answer to `GET /v2/events?since=N`.
     #[must_use]
     pub fn to_json(&self, since: u64) -> serde_json::Value {
@@ -123,6 +136,11 @@ mod tests {
         let numbers = |since| events.since(since).map(|(seq, _)| seq).collect::<Vec<_>>();
         assert_eq!((numbers(0).len(), numbers(0)[0]), (EVENTS_MAX, 500));
         assert_eq!(numbers(1498), [1498, 1499]);
+        let newest = |since, limit| events.newest(since, limit).map(|(seq, ..)| seq).collect::<Vec<_>>();
+        assert_eq!(
+            (newest(0, 2), newest(1499, 50), newest(1500, 50)),
+            (vec![1498, 1499], vec![1499], vec![])
+        );
         assert_eq!((numbers(1500).len(), events.to_json(0)["next"].as_u64()), (0, Some(1500)));
     }
 }

@@ -191,7 +191,7 @@ impl Guard {
             return Admission::Preflight(Response { fields, ..Response::empty(204) });
         }
         // Without a token, a page could otherwise command this server although it cannot read the answer.
-        let harmless = policy == Policy::Public || matches!(head.method(), "GET" | "HEAD" | "OPTIONS");
+        let harmless = policy.is_open() || matches!(head.method(), "GET" | "HEAD" | "OPTIONS");
         if open && !harmless && self.origins.is_foreign(fields) {
             self.foreign[1] += 1;
             return Admission::Barred(Barred::Origin, 0);
