@@ -131,21 +131,67 @@ fn a_prepared_engine_joins_a_pool_and_a_bad_one_leaves_nothing_behind() {
             "binary_path": binary, "flags": ["--slots", "2"], "host": "127.0.0.1", "engine_version": "v9",
             "replica_id": replica, "model_path": root.path().join("b.bin"),
         });
-        let body = json!({"prepared": prepared}).to_string();
-        post(port, "/pools/pool-0/preload", &body).status
+        let answer = post(port, "/pools/pool-0/preload", &json!({"prepared": prepared}).to_string());
+        (answer.status, answer.json())
     };
-    assert_eq!(preload("/bin/false", "bad"), 202);
-    let told = ended(port);
-    let why = told["reload"]["outcome"]["reason"].as_str().expect("a reason").to_string();
-    assert!(why.contains("preload failed") && why.contains("health check failed"), "{told}");
-    assert_eq!(preload(&engine.display().to_string(), "r1"), 202);
-    let told = ended(port);
-    assert_eq!(told["reload"]["outcome"]["success"], true, "{told}");
+    let (code, told) = preload("/bin/false", "bad");
+    let why = told["error"].as_str().expect("a reason").to_string();
+    assert!(code == 500 && why.starts_with("preload failed: health check failed"), "{code} {told}");
+    let (code, told) = preload("/no/such/program", "bad");
+    let why = told["error"].as_str().expect("a reason").to_string();
+    assert!(code == 500 && why.starts_with("preload failed: ") && why.contains("does not exist"), "{told}");
+    // The answer comes when the engine is there.
+    let (code, told) = preload(&engine.display().to_string(), "r1");
+    assert_eq!((code, &told["pool_id"]), (200, &json!("pool-0")), "{told}");
+    let path = told["handoff_path"].as_str().expect("a path");
+    let handoff: Value = serde_json::from_slice(&fs::read(path).expect("a handoff")).expect("JSON");
+    assert_eq!((&handoff["pid"], &handoff["replica_id"]), (&told["pid"], &json!("r1")), "{handoff}");
+    assert_eq!(handoff["engine_version"], "v9", "{handoff}");
     until("the replica", || {
         let answer = get(port, "/v2/pools/pool-0/replicas/r1/status")?;
         (answer.status == 200).then(|| answer.json()).filter(|replica| replica["ready"] == true)
     });
     assert_eq!(one.files().iter().filter(|name| name.ends_with(".json")).count(), 2, "{:?}", one.files());
+}
+
+#[test]
+fn a_preload_that_loads_holds_up_its_caller_alone() {
+    let root = tempfile::tempdir().expect("a directory");
+    let (_one, _agent, port) = start(root.path());
+    let (engine, go) = (root.path().join("engine"), root.path().join("go"));
+    let wait = format!("until [ -e '{}' ]; do sleep 0.02; done", go.display());
+    fs::write(&engine, format!("#!/bin/sh\n{wait}\nexec '{LLORCH}' demo-engine \"$@\"\n")).expect("written");
+    fs::set_permissions(&engine, fs::Permissions::from_mode(0o755)).expect("set");
+    let body = json!({"prepared": {"binary_path": engine, "replica_id": "r1"}}).to_string();
+    let preload = |prefer: &str| {
+        let agent = provisioner::client();
+        let url = format!("http://127.0.0.1:{port}/v2/pools/pool-0/preload");
+        let mut answer = agent.post(url).header("Prefer", prefer).send(&body).expect("an answer");
+        let text = answer.body_mut().read_to_string().expect("a body");
+        (answer.status().as_u16(), serde_json::from_str::<Value>(&text).expect("JSON"))
+    };
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(|| preload("handling=strict"));
+        until("the engine loads", || status(port).filter(|told| told["reload"]["state"] == "running"));
+        // Meanwhile all else is answered, and a second order is refused.
+        assert!(!waits.is_finished());
+        assert_eq!(preload("respond-async").0, 409);
+        assert_eq!(status(port).expect("a status")["ready"], true);
+        fs::write(&go, "").expect("written");
+        let (code, told) = waits.join().expect("no panic");
+        assert!(code == 200 && told["pid"].is_u64(), "{code} {told}");
+    });
+    // Whoever does not want to wait is told how far it is.
+    fs::remove_file(&go).expect("removed");
+    let body = json!({"prepared": {"binary_path": engine, "replica_id": "r2"}}).to_string();
+    let agent = provisioner::client();
+    let url = format!("http://127.0.0.1:{port}/v2/pools/pool-0/preload");
+    let answer = agent.post(url).header("Prefer", "wait=1").send(&body).expect("an answer");
+    assert_eq!(answer.status().as_u16(), 202);
+    let told = status(port).expect("a status");
+    assert_eq!(told["reload"]["state"], "running", "{told}");
+    fs::write(&go, "").expect("written");
+    assert_eq!(ended(port)["reload"]["outcome"]["success"], true);
 }
 
 #[test]

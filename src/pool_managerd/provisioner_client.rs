@@ -44,7 +44,7 @@ pub(crate) fn ask(runtime_dir: &Path, order: &PoolOrder) -> (u16, Value) {
             return keeper.map_or_else(|| nobody(pool, living.len()), |(_, answer)| (200, answer));
         }
         PoolOrder::Reload(_, model) => json!({"op": "reload", "pool": pool, "new_model_ref": model}),
-        PoolOrder::Preload(_, prepared) => json!({"op": "preload", "prepared": prepared}),
+        PoolOrder::Preload(_, prepared, _) => json!({"op": "preload", "prepared": prepared}),
     };
     let to = match (keeper, order, living.as_slice()) {
         (Some((socket, _)), ..) => socket,
