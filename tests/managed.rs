@@ -15,6 +15,8 @@ mod daemons;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use daemons::{POOL_MANAGERD, Process, free_port, get, post, until};
@@ -272,4 +274,67 @@ fn the_control_plane_passes_a_reload_on_to_the_nodes_agent() {
     assert_eq!(status("/v2/pools/nowhere/reload", &body), 404);
     assert_eq!(status("/v2/pools/pool-0/reload", "{}"), 400);
     assert_eq!(post(plane, "/v2/pools/pool-0/reload", &body).status, 401);
+}
+
+#[test]
+fn a_task_shows_what_its_pool_is_waiting_for() {
+    let root = tempfile::tempdir().expect("a directory");
+    let content = vec![7; 1 << 20];
+    let go = Arc::new(AtomicBool::new(false));
+    let (gate, bytes) = (Arc::clone(&go), content.clone());
+    // The first connection breaks; the next ones are held until the test has seen enough.
+    let server = Server::start(move |ask, nth| {
+        let reply = Reply::of(&bytes, "\"v1\"", ask);
+        if nth == 0 {
+            return reply.cut(64 << 10);
+        }
+        until("the gate", || gate.load(Ordering::Acquire).then_some(()));
+        reply
+    });
+    let (plane, port) = (free_port(), free_port());
+    let (plane_addr, addr) = (format!("127.0.0.1:{plane}"), format!("127.0.0.1:{port}"));
+    let (plane_url, agent_url) = (format!("http://{plane_addr}"), format!("http://{addr}"));
+    let engines = root.path().join("engines");
+    fs::create_dir(&engines).expect("created");
+    let engines = engines.display().to_string();
+    let directory = root.path().join("plane");
+    fs::create_dir(&directory).expect("created");
+    let env = [("ORCHESTRATORD_CLOUD_PROFILE", "true"), ("ORCHESTRATORD_ADDR", plane_addr.as_str())];
+    let _plane = Process::start(daemons::ORCHESTRATORD, &[], &env, &directory);
+    let env = [
+        ("POOL_MANAGERD_CLOUD_PROFILE", "true"),
+        ("POOL_MANAGERD_ADDR", &addr),
+        ("POOL_MANAGERD_PUBLIC_URL", &agent_url),
+        ("POOL_MANAGERD_NODE_ID", "node-a"),
+        ("POOL_MANAGERD_RUNTIME_DIR", &engines),
+        ("ORCHESTRATORD_URL", &plane_url),
+    ];
+    let _agent = Process::start(POOL_MANAGERD, &[], &env, root.path());
+    let flag = format!("--model={}", server.url("/m.bin"));
+    let command = [LLORCH, "demo-engine", "--port", "{port}", "--model", "{model}"];
+    let mut one = Provisioner::start(root.path(), &["--restart=always", &flag], &command);
+    let preparation = || get(plane, "/v2/nodes").map(|nodes| nodes.json()["nodes"][0]["preparation"].clone());
+    let submit = |id: &str| {
+        let task = json!({"task_id": id, "prompt": "p", "placement": {"pin_pool_id": "pool-0"}});
+        let told = daemons::ask(plane, "POST", "/v2/tasks", None, &task.to_string()).expect("an answer");
+        assert_eq!(told.status, 202, "{told:?}");
+        told.json()
+    };
+    // Nobody knows a replica of it yet, but that it comes, and what is done for it.
+    until("the fetch", || preparation().filter(|told| told[0]["steps"][0]["kind"] == "model_fetch"));
+    let told = submit("first");
+    let step = &told["preparation"]["steps"][0];
+    assert_eq!((&step["kind"], &step["status"]), (&json!("model_fetch"), &json!("running")), "{told}");
+    assert_eq!((&step["id"], &step["group"]), (&json!("pool-0/r0"), &json!("pool-0")), "{told}");
+    assert_eq!((&step["node_id"], &step["bytes_total"]), (&json!("node-a"), &json!(1 << 20)), "{told}");
+    assert_eq!(told["predicted_start_ms"], Value::Null, "{told}");
+    go.store(true, Ordering::Release);
+    for event in ["spawned", "healthy", "handoff_written"] {
+        one.event(event);
+    }
+    let events = daemons::ask(plane, "GET", "/v2/tasks/first/events", None, "").expect("events");
+    assert!(events.body.contains("event: end"), "it waited for its pool: {}", events.body);
+    // What is there needs no steps.
+    until("the end of the steps", || preparation().filter(Value::is_null));
+    assert_eq!(submit("second")["preparation"]["steps"], json!([]));
 }

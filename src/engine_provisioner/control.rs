@@ -73,6 +73,7 @@ impl Order {
 #[serde(tag = "op", rename_all = "snake_case")]
 enum Asked {
     Status { pool: PoolId },
+    Preparing,
     Reload { pool: PoolId, new_model_ref: String },
     Preload { prepared: Box<PreparedEngine> },
 }
@@ -127,7 +128,7 @@ impl Book {
 
     fn status(&self, pool: &PoolId) -> Value {
         let (keeps, order) = self.with(|known| (known.pools.contains(pool), known.orders.get(pool).cloned()));
-        if !keeps && order.is_none() {
+        if !keeps && order.is_none() && !self.steps.has(pool) {
             return json!({"status": 404, "error": format!("pool {pool} is not kept here")});
         }
         let state = match &order {
@@ -166,6 +167,7 @@ impl Book {
         let order = match serde_json::from_str(line) {
             Err(error) => return json!({"status": 400, "error": error.to_string()}),
             Ok(Asked::Status { pool }) => return self.status(&pool),
+            Ok(Asked::Preparing) => return json!({"status": 200, "pools": self.steps.under_way()}),
             Ok(Asked::Reload { pool, new_model_ref }) => Order::Reload(pool, new_model_ref),
             Ok(Asked::Preload { prepared }) => Order::Preload(prepared),
         };

@@ -28,6 +28,7 @@ use super::preflight::{self, Prepared};
 use super::process::{Cgroup, Engine};
 use super::progress::Screen;
 use super::publish::Published;
+use super::steps::Kind as StepKind;
 use super::supervision::{Effect, Input, InstanceId, Replace, Seen, SpecId, Supervision, Terms, Told};
 use crate::net::{self, Limits, Net, NetEvent, Outcome};
 use crate::reactor::signal::Signals;
@@ -72,12 +73,16 @@ pub(super) struct Wish {
     pub(super) orders: Orders,
     /// Stops it.
     pub(super) cancel: Arc<AtomicBool>,
+    /// To be called when all that costs nothing was looked at.
+    pub(super) on_looked: Box<dyn Fn() + Send + Sync>,
 }
 
 /// The thread that gets ready what is wanted: it may fetch for hours, and nothing waits for it.
 struct Preparing {
     outcome: Receiver<Result<Prepared, Exit>>,
     cancel: Arc<AtomicBool>,
+    /// All that costs nothing was looked at: it may take hours from here.
+    has_looked: Arc<AtomicBool>,
     /// The configuration has changed meanwhile, and is read once more.
     again: bool,
 }
@@ -141,6 +146,8 @@ struct Daemon {
     has_begun: bool,
     book: Book,
     control: Option<Control>,
+    /// It was tried to.
+    is_listening: bool,
     orders: Orders,
     managed: Option<managed::Managed>,
     screen: Screen,
@@ -202,6 +209,7 @@ pub(super) fn run(
         has_begun: false,
         book,
         control: None,
+        is_listening: false,
         orders: Orders::default(),
         managed: None,
         gave_up: None,
@@ -247,6 +255,7 @@ impl Daemon {
                     self.finished(exchange, outcome, at);
                 }
             }
+            self.listen();
             self.take_prepared(at)?;
             self.look_after_order(at);
             self.take_order(at);
@@ -307,19 +316,38 @@ impl Daemon {
         let (sender, outcome) = sync_channel(1);
         let (prepare, waker) = (Arc::clone(&self.prepare), self.waker.clone());
         let cancel = Arc::new(AtomicBool::new(false));
+        let has_looked = Arc::new(AtomicBool::new(false));
+        let (looked, looked_waker) = (Arc::clone(&has_looked), self.waker.clone());
         let wish = Wish {
             is_first: !self.has_begun,
             is_order: self.has_begun && self.managed.is_some(),
             orders: self.orders.clone(),
             cancel: Arc::clone(&cancel),
+            on_looked: Box::new(move || {
+                looked.store(true, Ordering::Release);
+                let _ = looked_waker.wake();
+            }),
         };
         let started = std::thread::Builder::new().name("prepare".into()).spawn(move || {
             let _ = sender.send(prepare(&wish));
             let _ = waker.wake();
         });
         started.map_err(|error| Exit::runtime(format!("cannot start a thread: {error}")))?;
-        self.preparing = Some(Preparing { outcome, cancel, again: false });
+        self.preparing = Some(Preparing { outcome, cancel, has_looked, again: false });
         Ok(())
+    }
+
+    /// Lets pool-managerd ask, once it is clear that there will be engines: what is got ready for them may take
+    /// hours, and is asked about.
+    fn listen(&mut self) {
+        let has_looked = |preparing: &Preparing| preparing.has_looked.load(Ordering::Acquire);
+        if self.is_listening || !self.preparing.as_ref().is_some_and(has_looked) {
+            return;
+        }
+        self.is_listening = true;
+        let listening = Control::listen(&self.options.handoff_dir, self.book.clone(), self.waker.clone());
+        self.control =
+            listening.map_err(|error| log::warn!("pool-managerd cannot reach this program: {error}")).ok();
     }
 
     /// Takes what has been got ready.
@@ -343,11 +371,6 @@ impl Daemon {
             Ok(prepared) => {
                 if !std::mem::replace(&mut self.has_begun, true) {
                     self.guard()?;
-                    let listening =
-                        Control::listen(&self.options.handoff_dir, self.book.clone(), self.waker.clone());
-                    self.control = listening
-                        .map_err(|error| log::warn!("pool-managerd cannot reach this program: {error}"))
-                        .ok();
                 }
                 self.order_prepared(&prepared.configs);
                 self.want(prepared, now);
@@ -371,6 +394,7 @@ impl Daemon {
         for key in gone {
             log::info!("{key} is not wanted any more");
             self.newest.remove(&key);
+            self.book.steps.forget(&key);
             self.tell(Input::Unwant(key), now);
         }
         for config in configs {
@@ -505,6 +529,7 @@ impl Daemon {
         if let Some(kept) = &self.kept {
             kept.remember(&config, &handoff, engine.cgroup())?;
         }
+        self.book.steps.begin(StepKind::PoolWarmup, key, "loading");
         log::info!("started {key} as pid {}, output in {}", engine.pid(), log.path.display());
         self.report("spawned", Some(key), json!({"pid": engine.pid(), "at_ns": at_ns}));
         self.add(id, config, plan, engine, log, handoff, now)

@@ -38,7 +38,7 @@ pub(super) struct Prepared {
 }
 
 /// How thoroughly it is looked.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub(super) struct How<'a> {
     /// Where relative paths of models count from.
     pub(super) base: &'a Path,
@@ -50,6 +50,8 @@ pub(super) struct How<'a> {
     pub(super) effort: Effort,
     /// Stops what takes long.
     pub(super) cancel: &'a Arc<AtomicBool>,
+    /// Called when all that costs nothing was looked at, and what takes long begins.
+    pub(super) on_looked: &'a (dyn Fn() + Sync),
 }
 
 /// Looks at everything, and gets what has to be got.
@@ -102,6 +104,7 @@ pub(super) fn prepare(
         false => Ok(()),
     };
     check(&configs)?;
+    (how.on_looked)();
     for config in &mut configs {
         provider.fill(config, how.base, how.effort, how.cancel)?;
         let program = match (&config.source, &config.program) {

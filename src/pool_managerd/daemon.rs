@@ -211,7 +211,7 @@ impl Daemon {
             self.take_gpu_reports(logged, now);
             self.take_saved(now);
             self.take_ordered(now);
-            self.ask_for_waiting(now);
+            self.ask_provisioners(now);
             self.tls.turn(&mut self.net, now);
             self.look_after_guard(tokens_changed, now);
             self.net.turn(now.mono);

@@ -139,7 +139,6 @@ impl Daemon {
             let is_same =
                 before.and_then(|spec| self.specs.get(&spec)).is_some_and(|before| **before == *config);
             if !is_same {
-                self.book.steps.begin(Kind::PoolWarmup, &key, "loading");
                 managed.pending.insert(key, before);
             }
         }
@@ -170,15 +169,20 @@ impl Daemon {
 
     /// An engine is told of: perhaps one that an order waits for.
     pub(super) fn order_told(&mut self, key: &ReplicaKey, told: &Told, now: Mono) {
+        match told {
+            Told::Serving(_) => self.book.steps.end(Kind::PoolWarmup, key, Ok(())),
+            Told::Failed { reason: why, .. } | Told::KeptOld(why) => {
+                self.book.steps.end(Kind::PoolWarmup, key, Err(why));
+            }
+            _ => {}
+        }
         let Some(managed) = &mut self.managed else { return };
         let Some(before) = managed.pending.get(key).copied() else { return };
         match told {
             Told::Serving(_) => {
                 managed.pending.remove(key);
-                self.book.steps.end(Kind::PoolWarmup, key, Ok(()));
             }
             Told::KeptOld(why) => {
-                self.book.steps.end(Kind::PoolWarmup, key, Err(why));
                 if let Some(before) = before {
                     self.newest.insert(key.clone(), before);
                 }
@@ -190,7 +194,6 @@ impl Daemon {
                 self.order_failed(&why, now);
             }
             Told::Failed { reason, .. } if before.is_none() => {
-                self.book.steps.end(Kind::PoolWarmup, key, Err(reason));
                 self.newest.remove(key);
                 let reason = format!("health check failed: {reason}");
                 self.effects_unwant(key, now);

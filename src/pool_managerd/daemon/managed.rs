@@ -2,7 +2,8 @@
 //! belong.
 //!
 //! Orders are only accepted there. Who waits for the end of one is put on a list and answered when it has come;
-//! until then the provisioner is asked again and again, and nothing else waits.
+//! until then the provisioner is asked again and again, and nothing else waits. Where there are provisioners, they
+//! are asked now and then what they prepare: control planes want to know.
 
 use std::collections::BTreeSet;
 
@@ -11,12 +12,15 @@ use serde_json::{Value, json};
 use super::Daemon;
 use crate::http::server::Response;
 use crate::pool_managerd::api;
+use crate::pool_managerd::core::Input;
 use crate::pool_managerd::operations::PoolOrder;
 use crate::pool_managerd::provisioner_client;
 use crate::reactor::offload::Offload;
 use crate::reactor::token::Token;
-use crate::time::{Mono, Now};
+use crate::time::{Mono, Now, earliest};
 use crate::wire::id::PoolId;
+use crate::wire::pool::PROVISIONER_DIRECTORY;
+use crate::wire::preparation::PoolPreparation;
 
 /// Most orders and questions that wait for the helper: more are told to come back.
 const JOBS_MAX: usize = 64;
@@ -30,7 +34,24 @@ const WAITING_MAX: usize = JOBS_MAX / 2;
 /// and an engine takes seconds.
 const ASK_EVERY_MS: u64 = 50;
 
-type Helper = Offload<(For, PoolOrder), (For, PoolOrder, u16, Value)>;
+/// Pause between two looks at what is prepared, in milliseconds: while something is, and while nothing is.
+const LOOK_EVERY_MS: (u64, u64) = (500, 2_000);
+
+type Helper = Offload<Job, Found>;
+
+/// What the helper does.
+#[derive(Debug)]
+enum Job {
+    Order(For, PoolOrder),
+    Look,
+}
+
+/// What came of it.
+#[derive(Debug)]
+enum Found {
+    Answer(For, PoolOrder, u16, Value),
+    Preparing(Vec<PoolPreparation>),
+}
 
 /// Whom the answer to a question is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +68,9 @@ pub(super) struct Managed {
     helper: Option<Helper>,
     pub(super) pools: BTreeSet<PoolId>,
     waiting: Vec<Waiting>,
+    /// When it is looked what is prepared; `None` while it is.
+    look_at: Option<Mono>,
+    is_looking: bool,
 }
 
 /// A caller that is answered when what it ordered has ended.
@@ -63,15 +87,16 @@ struct Waiting {
 }
 
 impl Managed {
-    /// When [`Daemon::ask_for_waiting`] is wanted next.
+    /// When [`Daemon::ask_provisioners`] is wanted next.
     pub(super) fn deadline(&self) -> Option<Mono> {
-        self.waiting.iter().filter_map(|waiting| waiting.ask_at).min()
+        let look_at = self.look_at.filter(|_| !self.is_looking);
+        earliest(look_at, self.waiting.iter().filter_map(|waiting| waiting.ask_at).min())
     }
 }
 
 impl Daemon {
     pub(super) fn order(&mut self, client: Token, order: PoolOrder, now: Now) {
-        let is_taken = self.hand_over(For::Client(client), order);
+        let is_taken = self.hand_over(Job::Order(For::Client(client), order));
         if !is_taken {
             let message = "too many ask for managed pools at once";
             let response = api::error(503, "BUSY", message, Some(BUSY_RETRY_MS));
@@ -80,23 +105,35 @@ impl Daemon {
     }
 
     /// Whether the helper takes it. Most agents never need one, so it is started when it is.
-    fn hand_over(&mut self, whom: For, order: PoolOrder) -> bool {
+    fn hand_over(&mut self, job: Job) -> bool {
         if self.managed.helper.is_none() {
             let directory = self.config.runtime_dir.clone();
-            let work = move |(whom, order): (For, PoolOrder)| {
-                let (status, body) = provisioner_client::ask(&directory, &order);
-                (whom, order, status, body)
+            let work = move |job| match job {
+                Job::Order(whom, order) => {
+                    let (status, body) = provisioner_client::ask(&directory, &order);
+                    Found::Answer(whom, order, status, body)
+                }
+                Job::Look => Found::Preparing(provisioner_client::preparing(&directory)),
             };
             match Offload::spawn("provisioners", JOBS_MAX, self.waker.clone(), work) {
                 Ok(helper) => self.managed.helper = Some(helper),
                 Err(error) => log::error!("cannot start a helper thread: {error}"),
             }
         }
-        self.managed.helper.as_ref().is_some_and(|helper| helper.submit((whom, order)).is_ok())
+        self.managed.helper.as_ref().is_some_and(|helper| helper.submit(job).is_ok())
     }
 
-    /// Asks how far the orders have come that somebody waits for.
-    pub(super) fn ask_for_waiting(&mut self, now: Now) {
+    /// Asks what is prepared, and how far the orders have come that somebody waits for.
+    pub(super) fn ask_provisioners(&mut self, now: Now) {
+        if !self.managed.is_looking && self.managed.look_at.is_none_or(|look_at| look_at <= now.mono) {
+            self.managed.look_at = Some(now.mono.plus_ms(LOOK_EVERY_MS.1));
+            // Most nodes have none.
+            let has_any = self.config.runtime_dir.join(PROVISIONER_DIRECTORY).is_dir();
+            self.managed.is_looking = has_any && self.hand_over(Job::Look);
+            if !has_any {
+                self.core.handle(Input::Preparing(Vec::new()), now, &mut self.effects);
+            }
+        }
         for at in 0..self.managed.waiting.len() {
             let waiting = &mut self.managed.waiting[at];
             if waiting.ask_at.is_none_or(|ask_at| ask_at > now.mono) {
@@ -104,7 +141,7 @@ impl Daemon {
             }
             waiting.ask_at = None;
             let (client, pool) = (waiting.client, waiting.pool.clone());
-            if !self.hand_over(For::Waiting(client), PoolOrder::Status(pool)) {
+            if !self.hand_over(Job::Order(For::Waiting(client), PoolOrder::Status(pool))) {
                 self.managed.waiting[at].ask_at = Some(now.mono.plus_ms(ASK_EVERY_MS));
             }
         }
@@ -112,7 +149,14 @@ impl Daemon {
 
     /// Answers what the helper has found out.
     pub(super) fn take_ordered(&mut self, now: Now) {
-        while let Some((whom, order, status, body)) = self.managed.helper.as_ref().and_then(Offload::take) {
+        while let Some(found) = self.managed.helper.as_ref().and_then(Offload::take) {
+            let (whom, order, status, body) = match found {
+                Found::Answer(whom, order, status, body) => (whom, order, status, body),
+                Found::Preparing(pools) => {
+                    self.take_preparing(pools, now);
+                    continue;
+                }
+            };
             let client = match whom {
                 For::Waiting(client) => {
                     self.look_after_waiting(client, status, body, now);
@@ -134,6 +178,18 @@ impl Daemon {
             };
             self.net.respond(client, &response, now.mono);
         }
+    }
+
+    fn take_preparing(&mut self, pools: Vec<PoolPreparation>, now: Now) {
+        let (busy_ms, idle_ms) = LOOK_EVERY_MS;
+        let pause_ms = if pools.is_empty() { idle_ms } else { busy_ms };
+        (self.managed.is_looking, self.managed.look_at) = (false, Some(now.mono.plus_ms(pause_ms)));
+        for pool in pools.iter().map(|preparation| &preparation.pool_id) {
+            if self.managed.pools.len() < POOLS_MAX && !self.managed.pools.contains(pool) {
+                self.managed.pools.insert(pool.clone());
+            }
+        }
+        self.core.handle(Input::Preparing(pools), now, &mut self.effects);
     }
 
     /// Whether the answer to an order that was accepted has to wait for its end.
