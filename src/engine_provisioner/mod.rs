@@ -37,6 +37,7 @@ use preflight::How;
 use provide::{Effort, Provider};
 
 pub mod asking;
+mod container;
 pub mod control;
 mod daemon;
 pub mod devices;

@@ -120,6 +120,7 @@ impl Daemon {
             restart: true,
             device_mask: mask,
             tensor_split: Vec::new(),
+            container: None,
             auth_file: None,
             env: BTreeMap::new(),
             command,
