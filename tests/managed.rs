@@ -321,7 +321,7 @@ fn a_task_shows_what_its_pool_is_waiting_for() {
         told.json()
     };
     // Nobody knows a replica of it yet, but that it comes, and what is done for it.
-    until("the fetch", || preparation().filter(|told| told[0]["steps"][0]["kind"] == "model_fetch"));
+    until("the fetch", || preparation().filter(|told| told[0]["steps"][0]["bytes_total"].is_u64()));
     let told = submit("first");
     let step = &told["preparation"]["steps"][0];
     assert_eq!((&step["kind"], &step["status"]), (&json!("model_fetch"), &json!("running")), "{told}");

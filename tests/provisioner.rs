@@ -319,6 +319,7 @@ fn own_cgroup() -> Result<PathBuf, &'static str> {
 }
 
 #[test]
+#[allow(clippy::print_stderr, reason = "a skipped test has to say so")]
 fn who_leaves_the_process_group_is_ended_by_the_cgroup() {
     let cgroups = match own_cgroup() {
         Ok(directory) => directory,

@@ -82,6 +82,9 @@ struct Preparing {
     again: bool,
 }
 
+/// The main process of an instance's container.
+type MainProcess = (InstanceId, u32);
+
 struct Daemon {
     options: Options,
     prefix: Vec<OsString>,
@@ -101,7 +104,7 @@ struct Daemon {
     to_retry: BTreeSet<ReplicaKey>,
     running: BTreeMap<InstanceId, Running>,
     /// Main processes of containers, as they are found.
-    contained: (SyncSender<(InstanceId, u32)>, Receiver<(InstanceId, u32)>),
+    contained: (SyncSender<MainProcess>, Receiver<MainProcess>),
     watched: Table<Watched>,
     exchanges: BTreeMap<Token, About>,
     notices: Notices,
