@@ -247,9 +247,10 @@ fn who_keeps_an_engine_is_small() {
     serve(&mut provisioner);
     let (resident, own) = (memory_kib(provisioner.id(), "VmRSS:"), memory_kib(provisioner.id(), "RssAnon:"));
     println!("resident: {resident} KiB, of which {own} KiB are no file's");
-    // The program itself is several times as large where it was not optimised.
-    let limit = if cfg!(debug_assertions) { 32 << 10 } else { 4 << 10 };
-    assert!(resident < limit && own < 2 << 10, "{resident} KiB, {own} KiB");
+    // What is a file's is the program and the C library, as much as the kernel likes to map of them: it shares
+    // these and takes them back. They are several times as large where nothing was optimised.
+    let limit = if cfg!(debug_assertions) { 32 << 10 } else { 8 << 10 };
+    assert!(own < 2 << 10 && resident < limit, "{resident} KiB, {own} KiB");
 }
 
 #[test]
