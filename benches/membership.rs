@@ -115,6 +115,7 @@ fn registry_of(nodes: usize) -> ServiceRegistry {
             boot_id: None,
             seq: Some(1),
             draining: false,
+            preparation: Vec::new(),
         };
         registry
             .heartbeat(&request.node_id, &beat, "127.0.0.1", Now::default(), &mut changes)

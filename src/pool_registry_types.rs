@@ -151,7 +151,15 @@ impl TryFrom<Vec<PoolStatus>> for Heartbeat {
     /// A snapshot of every pool, as senders give it that do not order their heartbeats.
     fn try_from(pools: Vec<PoolStatus>) -> Result<Heartbeat, InvalidStatus> {
         let pools = pools.into_iter().map(PoolBeat::try_from).collect::<Result<_, _>>()?;
-        Ok(Heartbeat { timestamp: None, pools, incarnation: None, boot_id: None, seq: None, draining: false })
+        Ok(Heartbeat {
+            timestamp: None,
+            pools,
+            incarnation: None,
+            boot_id: None,
+            seq: None,
+            draining: false,
+            preparation: Vec::new(),
+        })
     }
 }
 

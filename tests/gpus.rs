@@ -505,3 +505,48 @@ fn nothing_that_hangs_delays_the_loop() {
     assert!(turn < 0.005 * f64::from(slack), "a turn took {turn} s");
     assert!(slowest < slack * Duration::from_millis(25), "a health check took {slowest:?}");
 }
+
+#[test]
+fn a_provisioner_holds_masks_and_models_against_the_driver() {
+    let directory = tempfile::tempdir().expect("a directory");
+    state(directory.path(), TWO);
+    let check = |size_mib: u64, pool: &str| {
+        let model = directory.path().join(format!("{size_mib}.bin"));
+        // As large as it says, and takes no room.
+        File::create(&model).and_then(|file| file.set_len(size_mib * MIB)).expect("a sparse file");
+        let text =
+            format!("[[pools]]\nid = \"p\"\nbinary = \"/bin/sh\"\nmodel = \"{}\"\n{pool}", model.display());
+        let file = directory.path().join("engines.toml");
+        fs::write(&file, text).expect("written");
+        let output = Command::new(env!("CARGO_BIN_EXE_engine-provisioner"))
+            .args(["check", "-c"])
+            .arg(&file)
+            .env("ENGINE_PROVISIONER_HANDOFF_DIR", directory.path().join("engines"))
+            .env("LD_LIBRARY_PATH", library())
+            .env("NVML_STAND_IN", directory.path().join("driver"))
+            .env_remove("CUDA_VISIBLE_DEVICES")
+            .env_remove("LLORCH_REQUIRE_GPU")
+            .output()
+            .expect("it runs");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        if output.status.success() { Ok(()) } else { Err(said) }
+    };
+    // 24000 and 48000 MiB are there.
+    for (size_mib, pool, why) in [
+        (47_000, "devices = [1]", None),
+        (49_000, "devices = [1]", Some("give it more devices")),
+        (49_000, "devices = \"GPU-bbbb\"", Some("give it more devices")),
+        (1, "devices = [2]", Some("device 2 does not exist; this machine has: 0")),
+        (1, "devices = [1, 1]", Some("named twice")),
+        (71_000, "flags = [\"-ngl\", \"999\"]", None),
+        (73_000, "flags = [\"-ngl\", \"999\"]", Some("the model has 71.3 GiB, its GPUs 70.3 GiB")),
+        (73_000, "flags = [\"-ngl\", \"10\"]", None),
+        (60_000, "devices = [0, 1]\ntensor_split = [0.5, 0.5]", Some("change the tensor split")),
+    ] {
+        match (check(size_mib, pool), why) {
+            (Ok(()), None) => {}
+            (Err(said), Some(why)) => assert!(said.contains(why), "{size_mib} {pool}: {said}"),
+            (found, _) => panic!("{size_mib} {pool}: {found:?}"),
+        }
+    }
+}

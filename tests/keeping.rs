@@ -232,6 +232,27 @@ fn killed_outright_it_takes_its_engines_along() {
     measured("kill -9 of the provisioner to the end of its engine", killed);
 }
 
+/// Memory of a process by its line in /proc/PID/status, in KiB.
+fn memory_kib(process: u32, line: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).expect("it runs");
+    let line = status.lines().find(|text| text.starts_with(line)).expect("the kernel tells");
+    line.split_whitespace().nth(1).and_then(|number| number.parse().ok()).expect("a number")
+}
+
+#[test]
+#[allow(clippy::print_stdout, reason = "a figure for whoever runs the test by itself")]
+fn who_keeps_an_engine_is_small() {
+    let root = root();
+    let mut provisioner = Provisioner::start(root.path(), &[], &demo_engine(&[]));
+    serve(&mut provisioner);
+    let (resident, own) = (memory_kib(provisioner.id(), "VmRSS:"), memory_kib(provisioner.id(), "RssAnon:"));
+    println!("resident: {resident} KiB, of which {own} KiB are no file's");
+    // What is a file's is the program and the C library, as much as the kernel likes to map of them: it shares
+    // these and takes them back. They are several times as large where nothing was optimised.
+    let limit = if cfg!(debug_assertions) { 32 << 10 } else { 8 << 10 };
+    assert!(own < 2 << 10 && resident < limit, "{resident} KiB, {own} KiB");
+}
+
 #[test]
 fn kept_engines_are_taken_over_by_the_next_start() {
     let root = root();

@@ -15,6 +15,8 @@ mod daemons;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use daemons::{POOL_MANAGERD, Process, free_port, get, post, until};
@@ -131,21 +133,67 @@ fn a_prepared_engine_joins_a_pool_and_a_bad_one_leaves_nothing_behind() {
             "binary_path": binary, "flags": ["--slots", "2"], "host": "127.0.0.1", "engine_version": "v9",
             "replica_id": replica, "model_path": root.path().join("b.bin"),
         });
-        let body = json!({"prepared": prepared}).to_string();
-        post(port, "/pools/pool-0/preload", &body).status
+        let answer = post(port, "/pools/pool-0/preload", &json!({"prepared": prepared}).to_string());
+        (answer.status, answer.json())
     };
-    assert_eq!(preload("/bin/false", "bad"), 202);
-    let told = ended(port);
-    let why = told["reload"]["outcome"]["reason"].as_str().expect("a reason").to_string();
-    assert!(why.contains("preload failed") && why.contains("health check failed"), "{told}");
-    assert_eq!(preload(&engine.display().to_string(), "r1"), 202);
-    let told = ended(port);
-    assert_eq!(told["reload"]["outcome"]["success"], true, "{told}");
+    let (code, told) = preload("/bin/false", "bad");
+    let why = told["error"].as_str().expect("a reason").to_string();
+    assert!(code == 500 && why.starts_with("preload failed: health check failed"), "{code} {told}");
+    let (code, told) = preload("/no/such/program", "bad");
+    let why = told["error"].as_str().expect("a reason").to_string();
+    assert!(code == 500 && why.starts_with("preload failed: ") && why.contains("does not exist"), "{told}");
+    // The answer comes when the engine is there.
+    let (code, told) = preload(&engine.display().to_string(), "r1");
+    assert_eq!((code, &told["pool_id"]), (200, &json!("pool-0")), "{told}");
+    let path = told["handoff_path"].as_str().expect("a path");
+    let handoff: Value = serde_json::from_slice(&fs::read(path).expect("a handoff")).expect("JSON");
+    assert_eq!((&handoff["pid"], &handoff["replica_id"]), (&told["pid"], &json!("r1")), "{handoff}");
+    assert_eq!(handoff["engine_version"], "v9", "{handoff}");
     until("the replica", || {
         let answer = get(port, "/v2/pools/pool-0/replicas/r1/status")?;
         (answer.status == 200).then(|| answer.json()).filter(|replica| replica["ready"] == true)
     });
     assert_eq!(one.files().iter().filter(|name| name.ends_with(".json")).count(), 2, "{:?}", one.files());
+}
+
+#[test]
+fn a_preload_that_loads_holds_up_its_caller_alone() {
+    let root = tempfile::tempdir().expect("a directory");
+    let (_one, _agent, port) = start(root.path());
+    let (engine, go) = (root.path().join("engine"), root.path().join("go"));
+    let wait = format!("until [ -e '{}' ]; do sleep 0.02; done", go.display());
+    fs::write(&engine, format!("#!/bin/sh\n{wait}\nexec '{LLORCH}' demo-engine \"$@\"\n")).expect("written");
+    fs::set_permissions(&engine, fs::Permissions::from_mode(0o755)).expect("set");
+    let body = json!({"prepared": {"binary_path": engine, "replica_id": "r1"}}).to_string();
+    let preload = |prefer: &str| {
+        let agent = provisioner::client();
+        let url = format!("http://127.0.0.1:{port}/v2/pools/pool-0/preload");
+        let mut answer = agent.post(url).header("Prefer", prefer).send(&body).expect("an answer");
+        let text = answer.body_mut().read_to_string().expect("a body");
+        (answer.status().as_u16(), serde_json::from_str::<Value>(&text).expect("JSON"))
+    };
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(|| preload("handling=strict"));
+        until("the engine loads", || status(port).filter(|told| told["reload"]["state"] == "running"));
+        // Meanwhile all else is answered, and a second order is refused.
+        assert!(!waits.is_finished());
+        assert_eq!(preload("respond-async").0, 409);
+        assert_eq!(status(port).expect("a status")["ready"], true);
+        fs::write(&go, "").expect("written");
+        let (code, told) = waits.join().expect("no panic");
+        assert!(code == 200 && told["pid"].is_u64(), "{code} {told}");
+    });
+    // Whoever does not want to wait is told how far it is.
+    fs::remove_file(&go).expect("removed");
+    let body = json!({"prepared": {"binary_path": engine, "replica_id": "r2"}}).to_string();
+    let agent = provisioner::client();
+    let url = format!("http://127.0.0.1:{port}/v2/pools/pool-0/preload");
+    let answer = agent.post(url).header("Prefer", "wait=1").send(&body).expect("an answer");
+    assert_eq!(answer.status().as_u16(), 202);
+    let told = status(port).expect("a status");
+    assert_eq!(told["reload"]["state"], "running", "{told}");
+    fs::write(&go, "").expect("written");
+    assert_eq!(ended(port)["reload"]["outcome"]["success"], true);
 }
 
 #[test]
@@ -226,4 +274,67 @@ fn the_control_plane_passes_a_reload_on_to_the_nodes_agent() {
     assert_eq!(status("/v2/pools/nowhere/reload", &body), 404);
     assert_eq!(status("/v2/pools/pool-0/reload", "{}"), 400);
     assert_eq!(post(plane, "/v2/pools/pool-0/reload", &body).status, 401);
+}
+
+#[test]
+fn a_task_shows_what_its_pool_is_waiting_for() {
+    let root = tempfile::tempdir().expect("a directory");
+    let content = vec![7; 1 << 20];
+    let go = Arc::new(AtomicBool::new(false));
+    let (gate, bytes) = (Arc::clone(&go), content.clone());
+    // The first connection breaks; the next ones are held until the test has seen enough.
+    let server = Server::start(move |ask, nth| {
+        let reply = Reply::of(&bytes, "\"v1\"", ask);
+        if nth == 0 {
+            return reply.cut(64 << 10);
+        }
+        until("the gate", || gate.load(Ordering::Acquire).then_some(()));
+        reply
+    });
+    let (plane, port) = (free_port(), free_port());
+    let (plane_addr, addr) = (format!("127.0.0.1:{plane}"), format!("127.0.0.1:{port}"));
+    let (plane_url, agent_url) = (format!("http://{plane_addr}"), format!("http://{addr}"));
+    let engines = root.path().join("engines");
+    fs::create_dir(&engines).expect("created");
+    let engines = engines.display().to_string();
+    let directory = root.path().join("plane");
+    fs::create_dir(&directory).expect("created");
+    let env = [("ORCHESTRATORD_CLOUD_PROFILE", "true"), ("ORCHESTRATORD_ADDR", plane_addr.as_str())];
+    let _plane = Process::start(daemons::ORCHESTRATORD, &[], &env, &directory);
+    let env = [
+        ("POOL_MANAGERD_CLOUD_PROFILE", "true"),
+        ("POOL_MANAGERD_ADDR", &addr),
+        ("POOL_MANAGERD_PUBLIC_URL", &agent_url),
+        ("POOL_MANAGERD_NODE_ID", "node-a"),
+        ("POOL_MANAGERD_RUNTIME_DIR", &engines),
+        ("ORCHESTRATORD_URL", &plane_url),
+    ];
+    let _agent = Process::start(POOL_MANAGERD, &[], &env, root.path());
+    let flag = format!("--model={}", server.url("/m.bin"));
+    let command = [LLORCH, "demo-engine", "--port", "{port}", "--model", "{model}"];
+    let mut one = Provisioner::start(root.path(), &["--restart=always", &flag], &command);
+    let preparation = || get(plane, "/v2/nodes").map(|nodes| nodes.json()["nodes"][0]["preparation"].clone());
+    let submit = |id: &str| {
+        let task = json!({"task_id": id, "prompt": "p", "placement": {"pin_pool_id": "pool-0"}});
+        let told = daemons::ask(plane, "POST", "/v2/tasks", None, &task.to_string()).expect("an answer");
+        assert_eq!(told.status, 202, "{told:?}");
+        told.json()
+    };
+    // Nobody knows a replica of it yet, but that it comes, and what is done for it.
+    until("the fetch", || preparation().filter(|told| told[0]["steps"][0]["bytes_total"].is_u64()));
+    let told = submit("first");
+    let step = &told["preparation"]["steps"][0];
+    assert_eq!((&step["kind"], &step["status"]), (&json!("model_fetch"), &json!("running")), "{told}");
+    assert_eq!((&step["id"], &step["group"]), (&json!("pool-0/r0"), &json!("pool-0")), "{told}");
+    assert_eq!((&step["node_id"], &step["bytes_total"]), (&json!("node-a"), &json!(1 << 20)), "{told}");
+    assert_eq!(told["predicted_start_ms"], Value::Null, "{told}");
+    go.store(true, Ordering::Release);
+    for event in ["spawned", "healthy", "handoff_written"] {
+        one.event(event);
+    }
+    let events = daemons::ask(plane, "GET", "/v2/tasks/first/events", None, "").expect("events");
+    assert!(events.body.contains("event: end"), "it waited for its pool: {}", events.body);
+    // What is there needs no steps.
+    until("the end of the steps", || preparation().filter(Value::is_null));
+    assert_eq!(submit("second")["preparation"]["steps"], json!([]));
 }

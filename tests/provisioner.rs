@@ -8,7 +8,7 @@ mod harness;
 use std::fs;
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use harness::{Provisioner, client, group, pid, until, until_group_is_gone};
@@ -277,4 +277,86 @@ fn an_engine_that_cannot_be_handed_over_is_not_left_running() {
     assert!(said.contains("cannot write") && said.contains("pool-0-r0.json"), "{said}");
     until_group_is_gone(provisioner.engine());
     assert_eq!(provisioner.files(), ["pool-0-r0.json"], "a temporary file was left");
+}
+
+#[test]
+fn a_port_that_somebody_else_took_meanwhile_costs_another_start_and_no_more() {
+    let root = root();
+    let file = |name: &str| root.path().join(name).display().to_string();
+    let (port, go) = (file("port"), file("go"));
+    // Between the choice of the port and its use: that is where somebody may come in between.
+    let script = format!(
+        "echo {{port}} > '{port}.new'; mv '{port}.new' '{port}'; until [ -e '{go}' ]; do sleep 0.01; done; exec '{LLORCH}' demo-engine --port {{port}}"
+    );
+    let mut provisioner = Provisioner::start(root.path(), &[], &["sh", "-c", &script]);
+    provisioner.event("spawned");
+    let lost = until("the first port", || fs::read_to_string(&port).ok()?.trim().parse::<u16>().ok());
+    let _thief = TcpListener::bind(("127.0.0.1", lost)).expect("nobody has it yet");
+    fs::write(&go, "").expect("written");
+    for event in ["port_lost", "stopped", "spawned", "healthy", "handoff_written"] {
+        provisioner.event(event);
+    }
+    let handoff = provisioner.handoff().expect("it is handed over after all");
+    assert_ne!(handoff.url.port(), lost);
+    provisioner.signal(Signal::TERM);
+    provisioner.event("stopped");
+    assert_eq!(provisioner.end().0, 0);
+}
+
+/// Where this process may make cgroups whose processes can be killed together; why not otherwise.
+fn own_cgroup() -> Result<PathBuf, &'static str> {
+    let own = fs::read_to_string("/proc/self/cgroup").map_err(|_| "there are no cgroups")?;
+    let own = own.lines().find_map(|line| line.strip_prefix("0::/")).ok_or("there are none of version 2")?;
+    let mounts = fs::read_to_string("/proc/self/mounts").map_err(|_| "/proc is not mounted")?;
+    let mount = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2"));
+    let mount = mount.and_then(|line| line.split(' ').nth(1)).ok_or("version 2 is not mounted")?;
+    let directory = Path::new(mount).join(own);
+    let trial = directory.join(format!("trial-{}", std::process::id()));
+    fs::create_dir(&trial).map_err(|_| "this process may not make any")?;
+    let can_kill = trial.join("cgroup.kill").exists();
+    fs::remove_dir(&trial).expect("nobody is in it");
+    if can_kill { Ok(directory) } else { Err("this kernel cannot kill one") }
+}
+
+#[test]
+#[allow(clippy::print_stderr, reason = "a skipped test has to say so")]
+fn who_leaves_the_process_group_is_ended_by_the_cgroup() {
+    let cgroups = match own_cgroup() {
+        Ok(directory) => directory,
+        Err(why) => return eprintln!("skipped: engines get no cgroup of their own here: {why}"),
+    };
+    let left = |provisioner: &str| -> Vec<PathBuf> {
+        let entries = fs::read_dir(&cgroups).expect("listed").flatten().map(|entry| entry.path());
+        entries.filter(|path| path.to_string_lossy().contains(provisioner)).collect()
+    };
+    for is_killed in [false, true] {
+        let root = root();
+        let leaver = root.path().join("leaver").display().to_string();
+        // A worker with a session of its own: no signal to the group reaches it.
+        let script = format!(
+            "until grep -q engine-pool-0 /proc/self/cgroup; do sleep 0.01; done; setsid sh -c 'echo $$ > \"{leaver}.new\"; mv \"{leaver}.new\" \"{leaver}\"; exec sleep 600' & exec '{LLORCH}' demo-engine --port {{port}}"
+        );
+        let mut provisioner = Provisioner::start(root.path(), &[], &["sh", "-c", &script]);
+        for event in ["spawned", "healthy", "handoff_written"] {
+            provisioner.event(event);
+        }
+        let leaver = until("the leaver", || fs::read_to_string(&leaver).ok()?.trim().parse::<u32>().ok());
+        assert!(!group(provisioner.engine()).contains(&leaver), "it has left the group");
+        let cgroup = fs::read_to_string(format!("/proc/{leaver}/cgroup")).expect("it runs");
+        assert!(cgroup.contains("engine-pool-0-r0"), "{cgroup}");
+        let own = format!("-{}", provisioner.id());
+        assert_eq!(left(&own).len(), 1, "{cgroup}");
+        provisioner.signal(if is_killed { Signal::KILL } else { Signal::TERM });
+        let runs = || {
+            let stat = fs::read_to_string(format!("/proc/{leaver}/stat")).unwrap_or_default();
+            stat.contains("sleep") && !stat.contains(") Z ")
+        };
+        until("the leaver's end", || (!runs()).then_some(()));
+        until_group_is_gone(provisioner.engine());
+        if !is_killed {
+            provisioner.event("stopped");
+            assert_eq!(provisioner.end().0, 0);
+        }
+        until("the cgroup is removed", || left(&own).is_empty().then_some(()));
+    }
 }

@@ -9,11 +9,13 @@ mod server;
 #[allow(dead_code, reason = "shared with other tests, which use other parts")]
 mod harness;
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use harness::{Provisioner, pid, until};
@@ -88,7 +90,8 @@ fn a_signal_stops_a_fetch_that_would_take_minutes() {
     let (root, server) = (root(), slow());
     let flag = format!("--model={}", server.url("/large.bin"));
     let mut one = Provisioner::start(root.path(), &[&flag], &engine());
-    until("the fetch has begun", || (!server.asks().is_empty()).then_some(()));
+    // More connections than the first one: it knows by then how much there is.
+    until("the fetch has begun", || (server.asks().len() > 1).then_some(()));
     let asked = Instant::now();
     one.signal(Signal::TERM);
     let (code, said) = one.end();
@@ -216,4 +219,65 @@ fn a_program_is_built_and_run() {
     assert_eq!(version.as_deref(), Some("llamacpp-source:main-cpu"));
     let unused = Provisioner::start(root.path(), &flags, &engine()).end();
     assert!(unused.0 == 78 && unused.1.contains("write {binary}"), "{unused:?}");
+}
+
+#[test]
+fn several_models_are_fetched_at_once_but_not_all() {
+    const AT_ONCE: usize = 4;
+    let root = root();
+    let asked = Arc::new((Mutex::new(BTreeSet::new()), Condvar::new()));
+    let known = Arc::clone(&asked);
+    let content = vec![1; 1000];
+    // Nobody gets anything before as many were asked for as are fetched at once.
+    let server = Server::start(move |ask, _| {
+        let (paths, changed) = &*known;
+        let mut paths = paths.lock().expect("no panic");
+        paths.insert(ask.path.clone());
+        changed.notify_all();
+        let few = |paths: &mut BTreeSet<String>| paths.len() < AT_ONCE;
+        let (paths, limit) = changed.wait_timeout_while(paths, harness::PATIENCE, few).expect("no panic");
+        assert!(!limit.timed_out(), "one after the other: {paths:?}");
+        drop(paths);
+        Reply::of(&content, "\"v1\"", ask)
+    });
+    let replica = |n: usize| {
+        format!(
+            "[[pools]]\nid = \"p{n}\"\nmodel = \"{}\"\ncommand = [\"{LLORCH}\", \"demo-engine\", \"--port\", \"{{port}}\", \"--model\", \"{{model}}\"]\n",
+            server.url(&format!("/{n}.bin"))
+        )
+    };
+    let file = root.path().join("engines.toml");
+    fs::write(&file, (0..AT_ONCE + 2).map(replica).collect::<String>()).expect("written");
+    let mut child = Command::new(PROGRAM)
+        .args(["up", "-c"])
+        .arg(&file)
+        .env("ENGINE_PROVISIONER_CACHE_DIR", root.path().join("cache"))
+        .env("ENGINE_PROVISIONER_HANDOFF_DIR", root.path().join("engines"))
+        .env("POOL_MANAGERD_URL", "http://127.0.0.1:1")
+        .env_remove("LLORCH_REQUIRE_GPU")
+        .spawn()
+        .expect("it starts");
+    let handoffs = || (0..AT_ONCE + 2).all(|n| root.path().join(format!("engines/p{n}-r0.json")).exists());
+    let served = std::panic::catch_unwind(|| until("all handoffs", || handoffs().then_some(())));
+    rustix::process::kill_process(pid(child.id()), Signal::TERM).expect("it runs");
+    assert!(child.wait().expect("it ends").success());
+    served.expect("all were served");
+}
+
+#[test]
+fn one_model_that_cannot_be_had_ends_the_other_fetches() {
+    let root = root();
+    let slow = slow();
+    let missing = Server::start(|_, _| Reply::status(404));
+    let replica = |n: usize, url: String| {
+        format!(
+            "[[pools]]\nid = \"p{n}\"\nmodel = \"{url}\"\ncommand = [\"{LLORCH}\", \"demo-engine\", \"--port\", \"{{port}}\", \"--model\", \"{{model}}\"]\n"
+        )
+    };
+    let file = root.path().join("engines.toml");
+    fs::write(&file, replica(0, slow.url("/m.bin")) + &replica(1, missing.url("/n.bin"))).expect("written");
+    let output = provisioner(root.path(), &["up", "-c", &file.display().to_string()]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("p1/r0") && said.contains("404"), "{said}");
+    assert!(!root.path().join("logs").exists(), "something was started");
 }

@@ -19,6 +19,7 @@ use std::time::Duration;
 use harness::{Provisioner, client, group, until_group_is_gone};
 use rustix::process::Signal;
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 /// The first start downloads some 30 MB and generates the model.
 const FIRST_START: Duration = Duration::from_secs(170);
@@ -27,22 +28,31 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 /// Tokens of the answer. The model never ends by itself.
 const TOKENS: usize = 24;
 
-#[test]
+/// Starts llama.cpp with the tiny model, and the port and the slots behind it.
+const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/real_llama/engine.sh");
+
+/// llama.cpp with so many slots, handed over; `None` where nobody asked for the test.
 #[allow(clippy::print_stderr, reason = "a skipped test has to say so")]
-fn a_real_llama_cpp_is_handed_over_streams_and_is_stopped() {
+fn start(slots: u32) -> Option<(TempDir, Provisioner)> {
     if std::env::var_os("REQUIRE_REAL_LLAMA").is_none_or(|value| value != "1") {
         eprintln!("skipped: set REQUIRE_REAL_LLAMA=1 to fetch llama.cpp and test with it");
-        return;
+        return None;
     }
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let root = tempfile::tempdir().expect("a temporary directory");
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/real_llama/engine.sh");
-    let flags = ["--slots=2", "--model=tiny-random", "--health-timeout-ms=165000"];
-    let mut provisioner = Provisioner::start(root.path(), &flags, &["sh", script, "{port}", "2"]);
+    let slots_flag = format!("--slots={slots}");
+    let flags = [&slots_flag, "--model=tiny-random", "--health-timeout-ms=165000"];
+    let command = ["sh", SCRIPT, "{port}", &slots.to_string()];
+    let mut provisioner = Provisioner::start(root.path(), &flags, &command);
     provisioner.event("spawned");
     provisioner.event_within("healthy", FIRST_START);
     provisioner.event("handoff_written");
+    Some((root, provisioner))
+}
 
+#[test]
+fn a_real_llama_cpp_is_handed_over_streams_and_is_stopped() {
+    let Some((root, mut provisioner)) = start(2) else { return };
     let handoff = provisioner.handoff().expect("the handoff was written");
     assert_eq!((handoff.pid, handoff.slots), (Some(provisioner.engine()), 2));
     assert_eq!(handoff.models, ["tiny-random"]);
@@ -106,7 +116,7 @@ fn a_real_llama_cpp_is_handed_over_streams_and_is_stopped() {
     assert_eq!(provisioner.files(), [""; 0]);
     // The same engine on the whole road: provisioner, handoff, probe, placement, relay.
     let up = std::process::Command::new(env!("CARGO_BIN_EXE_llorch"))
-        .args(["up", "--once", "--max-tokens", "8", "--engine", "sh", script, "{port}", "2"])
+        .args(["up", "--once", "--max-tokens", "8", "--engine", "sh", SCRIPT, "{port}", "2"])
         .env("TMPDIR", root.path())
         .output()
         .expect("llorch runs");
@@ -124,20 +134,8 @@ const SEEDS: u32 = 64;
 const SEED_TOKENS: usize = 8;
 
 #[test]
-#[allow(clippy::print_stderr, reason = "a skipped test has to say so")]
 fn the_same_seed_gives_the_same_tokens_byte_for_byte() {
-    if std::env::var_os("REQUIRE_REAL_LLAMA").is_none_or(|value| value != "1") {
-        eprintln!("skipped: set REQUIRE_REAL_LLAMA=1 to fetch llama.cpp and test with it");
-        return;
-    }
-    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    let root = tempfile::tempdir().expect("a temporary directory");
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/real_llama/engine.sh");
-    let flags = ["--slots=1", "--model=tiny-random", "--health-timeout-ms=165000"];
-    let mut provisioner = Provisioner::start(root.path(), &flags, &["sh", script, "{port}", "1"]);
-    provisioner.event("spawned");
-    provisioner.event_within("healthy", FIRST_START);
-    provisioner.event("handoff_written");
+    let Some((_root, provisioner)) = start(1) else { return };
     let url = provisioner.handoff().expect("the handoff was written").url;
     let ask = |seed: u32| -> Vec<String> {
         let body = json!({

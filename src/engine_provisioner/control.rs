@@ -42,6 +42,12 @@ pub(super) struct PreparedEngine {
     pub(super) pool_id: PoolId,
     pub(super) replica_id: ReplicaId,
     pub(super) device_mask: Option<String>,
+    /// Kind of engine; llama.cpp's where it is not said.
+    pub(super) engine: Option<String>,
+    /// Of the model's file.
+    pub(super) digest: Option<String>,
+    /// What the program was built from: its version where no other is given.
+    pub(super) build_ref: Option<String>,
 }
 
 /// What is to be done to a pool.
@@ -67,6 +73,7 @@ impl Order {
 #[serde(tag = "op", rename_all = "snake_case")]
 enum Asked {
     Status { pool: PoolId },
+    Preparing,
     Reload { pool: PoolId, new_model_ref: String },
     Preload { prepared: Box<PreparedEngine> },
 }
@@ -75,8 +82,18 @@ enum Asked {
 #[derive(Debug, Default)]
 struct Known {
     pools: BTreeSet<PoolId>,
-    /// The last order of each pool: `None` while it is under way.
-    orders: BTreeMap<PoolId, Option<Value>>,
+    /// The last order of each pool.
+    orders: BTreeMap<PoolId, Taken>,
+    /// Number of the last order of all.
+    last: u64,
+}
+
+/// An order that was accepted.
+#[derive(Clone, Debug)]
+struct Taken {
+    number: u64,
+    /// `None` while it is under way.
+    outcome: Option<Value>,
 }
 
 /// What is answered from.
@@ -102,21 +119,26 @@ impl Book {
 
     /// An order is over.
     pub(super) fn ended(&self, pool: &PoolId, outcome: Value) {
-        self.with(|known| known.orders.insert(pool.clone(), Some(outcome)));
+        self.with(|known| {
+            if let Some(order) = known.orders.get_mut(pool) {
+                order.outcome = Some(outcome);
+            }
+        });
     }
 
     fn status(&self, pool: &PoolId) -> Value {
         let (keeps, order) = self.with(|known| (known.pools.contains(pool), known.orders.get(pool).cloned()));
-        if !keeps && order.is_none() {
+        if !keeps && order.is_none() && !self.steps.has(pool) {
             return json!({"status": 404, "error": format!("pool {pool} is not kept here")});
         }
         let state = match &order {
             None => "none",
-            Some(None) => "running",
-            Some(Some(_)) => "ended",
+            Some(Taken { outcome: None, .. }) => "running",
+            Some(Taken { outcome: Some(_), .. }) => "ended",
         };
         json!({
-            "status": 200, "state": state, "outcome": order.flatten(),
+            "status": 200, "state": state, "order": order.as_ref().map(|order| order.number),
+            "outcome": order.and_then(|order| order.outcome),
             "preparation": {"steps": self.steps.of(pool)},
         })
     }
@@ -128,14 +150,15 @@ impl Book {
             if matches!(order, Order::Reload(..)) && !known.pools.contains(pool) {
                 return Err(json!({"status": 404, "error": format!("pool {pool} is not kept here")}));
             }
-            if known.orders.get(pool) == Some(&None) {
+            if known.orders.get(pool).is_some_and(|order| order.outcome.is_none()) {
                 let error = format!("pool {pool} is being reloaded: wait until that has ended");
                 return Err(json!({"status": 409, "error": error}));
             }
             if known.orders.len() >= ENGINES_MAX && !known.orders.contains_key(pool) {
                 return Err(json!({"status": 503, "error": "too many pools"}));
             }
-            known.orders.insert(pool.clone(), None);
+            known.last += 1;
+            known.orders.insert(pool.clone(), Taken { number: known.last, outcome: None });
             Ok(())
         })
     }
@@ -144,6 +167,7 @@ impl Book {
         let order = match serde_json::from_str(line) {
             Err(error) => return json!({"status": 400, "error": error.to_string()}),
             Ok(Asked::Status { pool }) => return self.status(&pool),
+            Ok(Asked::Preparing) => return json!({"status": 200, "pools": self.steps.under_way()}),
             Ok(Asked::Reload { pool, new_model_ref }) => Order::Reload(pool, new_model_ref),
             Ok(Asked::Preload { prepared }) => Order::Preload(prepared),
         };

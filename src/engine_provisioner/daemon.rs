@@ -7,57 +7,53 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ffi::OsString;
 use std::io;
-use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
-use std::time::Duration;
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use super::asking;
 use super::control::{Book, Control};
+use super::file::ENGINES_MAX;
 use super::guardian::Guardian;
 use super::kept::Kept;
-use super::notify::{NoticeId, Notices};
+use super::notify::Notices;
 use super::options::{Options, Orphans};
-use super::output::EngineLog;
-use super::plan::{Config, Plan};
+use super::plan::Config;
 use super::preflight::{self, Prepared};
-use super::process::{Cgroup, Engine};
+use super::process::is_removed;
 use super::progress::Screen;
-use super::publish::Published;
-use super::supervision::{Effect, Input, InstanceId, Replace, Seen, SpecId, Supervision, Terms, Told};
-use crate::net::{self, Limits, Net, NetEvent, Outcome};
+use super::supervision::{Effect, Input, InstanceId, Replace, SpecId, Supervision, Terms, Told};
+use crate::net::{Limits, Net, NetEvent};
 use crate::reactor::signal::Signals;
 use crate::reactor::token::{Kind, Table, Token};
-use crate::reactor::{Descriptor, Reactor, Registry, Waker, now};
-use crate::replicas::profile::Engine as Profile;
-use crate::replicas::{ProbeKind, ProbeOutcome, probe};
+use crate::reactor::{Reactor, Registry, Waker, now};
+use crate::replicas::ProbeKind;
 use crate::service::credentials::Credentials;
 use crate::settings::Exit;
 use crate::time::{Mono, earliest};
-use crate::wire::handoff::Handoff;
 use crate::wire::id::ReplicaKey;
 
+mod instances;
 mod managed;
+mod questions;
 
+use instances::{Running, Watched};
 pub(super) use managed::Orders;
+use questions::About;
 
 /// Exchanges at once: a probe for each of the most engines, and notices.
 const EXCHANGES_MAX: usize = 1_024;
-/// How long it is tried to reach a port of this machine, only to see whether somebody listens there.
-const LOCAL_CONNECT: Duration = Duration::from_millis(100);
-/// So long, in milliseconds, an instance counts as used after its handoff was withdrawn: whoever watches the
-/// directory has heard of it by then.
-const WITHDRAWN_SEEN_MS: u64 = 50;
-/// The same for one that was replaced: control planes on other machines hear of it by a heartbeat.
-const REPLACED_SEEN_MS: u64 = 1_000;
 /// Longest that the end of this program waits for notices, in milliseconds.
 const LAST_NOTICES_MS: u64 = 2_000;
 /// Longest that it waits for what is being fetched or built to stop.
 const LAST_PREPARING: Duration = Duration::from_secs(5);
+/// Longest that it waits until killed processes have left their cgroups, and how often it looks.
+const LAST_LEAVING: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_millis(5);
 
 /// Reads what is wanted, at the start and at every SIGHUP.
 pub(super) type Prepare = Arc<dyn Fn(&Wish) -> Result<Prepared, Exit> + Send + Sync>;
@@ -72,46 +68,22 @@ pub(super) struct Wish {
     pub(super) orders: Orders,
     /// Stops it.
     pub(super) cancel: Arc<AtomicBool>,
+    /// To be called when all that costs nothing was looked at.
+    pub(super) on_looked: Box<dyn Fn() + Send + Sync>,
 }
 
 /// The thread that gets ready what is wanted: it may fetch for hours, and nothing waits for it.
 struct Preparing {
     outcome: Receiver<Result<Prepared, Exit>>,
     cancel: Arc<AtomicBool>,
+    /// All that costs nothing was looked at: it may take hours from here.
+    has_looked: Arc<AtomicBool>,
     /// The configuration has changed meanwhile, and is read once more.
     again: bool,
 }
 
-/// What an exchange is about.
-enum About {
-    Health(InstanceId, ProbeKind),
-    Fact(InstanceId, usize, ProbeKind),
-    InUse(InstanceId),
-    Notice(NoticeId),
-}
-
-/// An instance's processes and files.
-struct Running {
-    config: Arc<Config>,
-    plan: Plan,
-    engine: Engine,
-    log: EngineLog,
-    handoff: Handoff,
-    published: Option<Published>,
-    watch: Option<Token>,
-    /// It answered once, and was told of.
-    was_healthy: bool,
-    began: Mono,
-    progress: Option<f64>,
-    leaving_since: Option<Mono>,
-    was_replaced: bool,
-}
-
-/// Whose end a descriptor tells.
-enum Watched {
-    Engine(InstanceId, Descriptor),
-    Guardian(Descriptor),
-}
+/// The main process of an instance's container.
+type MainProcess = (InstanceId, u32);
 
 struct Daemon {
     options: Options,
@@ -131,9 +103,15 @@ struct Daemon {
     /// Engines whose last change failed: it is tried again at the next occasion.
     to_retry: BTreeSet<ReplicaKey>,
     running: BTreeMap<InstanceId, Running>,
+    /// Main processes of containers, as they are found.
+    contained: (SyncSender<MainProcess>, Receiver<MainProcess>),
     watched: Table<Watched>,
     exchanges: BTreeMap<Token, About>,
     notices: Notices,
+    /// Those that kill containers: a few seconds at most, and not left behind.
+    killers: Vec<std::thread::JoinHandle<()>>,
+    /// Cgroups of engines that ended, until they can be removed.
+    emptied: Vec<PathBuf>,
     guardian: Option<Guardian>,
     kept: Option<Kept>,
     preparing: Option<Preparing>,
@@ -141,6 +119,8 @@ struct Daemon {
     has_begun: bool,
     book: Book,
     control: Option<Control>,
+    /// It was tried to.
+    is_listening: bool,
     orders: Orders,
     managed: Option<managed::Managed>,
     screen: Screen,
@@ -195,14 +175,18 @@ pub(super) fn run(
         next_spec: 1,
         to_retry: BTreeSet::new(),
         running: BTreeMap::new(),
+        contained: sync_channel(ENGINES_MAX),
         watched: Table::new(Kind::Process),
         exchanges: BTreeMap::new(),
+        killers: Vec::new(),
+        emptied: Vec::new(),
         guardian: None,
         kept,
         preparing: None,
         has_begun: false,
         book,
         control: None,
+        is_listening: false,
         orders: Orders::default(),
         managed: None,
         gave_up: None,
@@ -242,12 +226,15 @@ impl Daemon {
                     _ => self.net.on_edge(token, edge),
                 }
             }
+            self.take_contained(at);
+            self.emptied.retain(|directory| !is_removed(directory));
             self.net.turn(at);
             while let Some(event) = self.net.next_event() {
                 if let NetEvent::Finished { exchange, outcome, .. } = event {
                     self.finished(exchange, outcome, at);
                 }
             }
+            self.listen();
             self.take_prepared(at)?;
             self.look_after_order(at);
             self.take_order(at);
@@ -270,6 +257,14 @@ impl Daemon {
         for (_, running) in std::mem::take(&mut self.running) {
             // Not even SIGKILL ended it; nothing more can be done.
             running.engine.let_go();
+        }
+        let deadline = Instant::now() + LAST_LEAVING;
+        while !self.emptied.is_empty() && Instant::now() < deadline {
+            std::thread::sleep(LOOK);
+            self.emptied.retain(|directory| !is_removed(directory));
+        }
+        for killer in self.killers {
+            let _ = killer.join();
         }
         self.gave_up.map_or(Ok(()), Err)
     }
@@ -312,19 +307,38 @@ impl Daemon {
         let (sender, outcome) = sync_channel(1);
         let (prepare, waker) = (Arc::clone(&self.prepare), self.waker.clone());
         let cancel = Arc::new(AtomicBool::new(false));
+        let has_looked = Arc::new(AtomicBool::new(false));
+        let (looked, looked_waker) = (Arc::clone(&has_looked), self.waker.clone());
         let wish = Wish {
             is_first: !self.has_begun,
             is_order: self.has_begun && self.managed.is_some(),
             orders: self.orders.clone(),
             cancel: Arc::clone(&cancel),
+            on_looked: Box::new(move || {
+                looked.store(true, Ordering::Release);
+                let _ = looked_waker.wake();
+            }),
         };
         let started = std::thread::Builder::new().name("prepare".into()).spawn(move || {
             let _ = sender.send(prepare(&wish));
             let _ = waker.wake();
         });
         started.map_err(|error| Exit::runtime(format!("cannot start a thread: {error}")))?;
-        self.preparing = Some(Preparing { outcome, cancel, again: false });
+        self.preparing = Some(Preparing { outcome, cancel, has_looked, again: false });
         Ok(())
+    }
+
+    /// Lets pool-managerd ask, once it is clear that there will be engines: what is got ready for them may take
+    /// hours, and is asked about.
+    fn listen(&mut self) {
+        let has_looked = |preparing: &Preparing| preparing.has_looked.load(Ordering::Acquire);
+        if self.is_listening || !self.preparing.as_ref().is_some_and(has_looked) {
+            return;
+        }
+        self.is_listening = true;
+        let listening = Control::listen(&self.options.handoff_dir, self.book.clone(), self.waker.clone());
+        self.control =
+            listening.map_err(|error| log::warn!("pool-managerd cannot reach this program: {error}")).ok();
     }
 
     /// Takes what has been got ready.
@@ -348,11 +362,6 @@ impl Daemon {
             Ok(prepared) => {
                 if !std::mem::replace(&mut self.has_begun, true) {
                     self.guard()?;
-                    let listening =
-                        Control::listen(&self.options.handoff_dir, self.book.clone(), self.waker.clone());
-                    self.control = listening
-                        .map_err(|error| log::warn!("pool-managerd cannot reach this program: {error}"))
-                        .ok();
                 }
                 self.order_prepared(&prepared.configs);
                 self.want(prepared, now);
@@ -376,6 +385,7 @@ impl Daemon {
         for key in gone {
             log::info!("{key} is not wanted any more");
             self.newest.remove(&key);
+            self.book.steps.forget(&key);
             self.tell(Input::Unwant(key), now);
         }
         for config in configs {
@@ -490,301 +500,6 @@ impl Daemon {
                 None
             }
         }
-    }
-
-    fn start(&mut self, id: InstanceId, key: &ReplicaKey, spec: SpecId, now: Mono) -> Result<(), String> {
-        let config = Arc::clone(self.specs.get(&spec).ok_or("nobody knows what to start")?);
-        let port = preflight::choose_port(config.port).map_err(|exit| exit.message)?;
-        let plan = Plan::new(&config, port).map_err(|exit| exit.message)?;
-        let log = EngineLog::open(&config.log_file).map_err(|exit| exit.message)?;
-        let cgroup = Cgroup::create(&format!("{}-{}-{id}", key.pool, key.replica));
-        let at_ns = crate::reactor::now().wall.0;
-        let engine = Engine::spawn(&plan, &log.file, cgroup)?;
-        // The time in milliseconds: of two engines that claim one name, the one that started later counts.
-        let wall_ms = crate::reactor::now().wall.unix_ms();
-        self.generation = wall_ms.max(self.generation + 1);
-        let handoff = engine.complete(&plan.handoff, self.generation)?;
-        if let (Some(guardian), Some(start)) = (&mut self.guardian, handoff.pid_start) {
-            guardian.keep(engine.pid(), start, engine.cgroup());
-        }
-        if let Some(kept) = &self.kept {
-            kept.remember(&config, &handoff, engine.cgroup())?;
-        }
-        log::info!("started {key} as pid {}, output in {}", engine.pid(), log.path.display());
-        self.report("spawned", Some(key), json!({"pid": engine.pid(), "at_ns": at_ns}));
-        self.add(id, config, plan, engine, log, handoff, now)
-    }
-
-    /// An engine that an earlier run of this program started and left behind.
-    fn take_over(&mut self, id: InstanceId, key: &ReplicaKey, spec: SpecId, now: Mono) -> Result<(), String> {
-        let config = Arc::clone(self.specs.get(&spec).ok_or("nobody knows what is taken over")?);
-        let found = self.kept.as_ref().and_then(|kept| kept.find(&config));
-        let found = found.ok_or("the engine that was to be taken over is gone")?;
-        let mut plan = Plan::new(&config, found.handoff.url.port()).map_err(|exit| exit.message)?;
-        plan.handoff.url = found.handoff.url.clone();
-        let log = EngineLog::open(&config.log_file).map_err(|exit| exit.message)?;
-        let engine = Engine::found(found.pid, found.cgroup);
-        self.generation = self.generation.max(found.handoff.generation);
-        let handoff = engine.complete(&plan.handoff, found.handoff.generation)?;
-        log::info!("took over {key}, which runs as pid {}", engine.pid());
-        self.report("adopted", Some(key), json!({"pid": engine.pid()}));
-        self.add(id, config, plan, engine, log, handoff, now)
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "the parts of one record")]
-    fn add(
-        &mut self,
-        id: InstanceId,
-        config: Arc<Config>,
-        plan: Plan,
-        engine: Engine,
-        log: EngineLog,
-        handoff: Handoff,
-        now: Mono,
-    ) -> Result<(), String> {
-        let cannot = |error: io::Error| format!("cannot watch pid {}: {error}", engine.pid());
-        let descriptor = engine.descriptor().map_err(cannot)?;
-        let registry = &self.registry;
-        let watch = self.watched.insert_with(|token| {
-            Ok::<_, io::Error>(Watched::Engine(id, Descriptor::register(descriptor, registry, token)?))
-        });
-        let watch = Some(watch.map_err(cannot)?);
-        self.running.insert(
-            id,
-            Running {
-                config,
-                plan,
-                engine,
-                log,
-                handoff,
-                published: None,
-                watch,
-                was_healthy: false,
-                began: now,
-                progress: None,
-                leaving_since: None,
-                was_replaced: false,
-            },
-        );
-        Ok(())
-    }
-
-    fn ask(&mut self, id: InstanceId, kind: ProbeKind, about: About, now: Mono) {
-        let Some(running) = self.running.get(&id) else { return };
-        let order = asking::order(&running.handoff, kind, id);
-        let exchange = self.net.start(probe::outbound(&order), now);
-        self.exchanges.insert(exchange, about);
-    }
-
-    fn finished(&mut self, exchange: Token, ended: Outcome, now: Mono) {
-        let Some(about) = self.exchanges.remove(&exchange) else { return };
-        match about {
-            About::Health(id, kind) => self.probed(id, kind, ended, now),
-            About::Fact(id, index, kind) => {
-                let Some(running) = self.running.get_mut(&id) else { return };
-                let order = asking::order(&running.handoff, kind, id);
-                if let ProbeOutcome::Facts(facts) = probe::outcome(&order, ended)
-                    && let Some(warning) = asking::learn(&mut running.handoff, running.config.slots, facts)
-                {
-                    log::warn!("{warning}");
-                }
-                self.ask_fact(id, index + 1, now);
-            }
-            About::InUse(id) => {
-                let Some(running) = self.running.get(&id) else { return };
-                let key = running.config.key();
-                let known = match &ended {
-                    Outcome::Complete { status, body } => asking::is_known(*status, body, &key),
-                    _ => None,
-                };
-                let answers = matches!(ended, Outcome::Complete { .. });
-                if known.is_none() && answers && !std::mem::replace(&mut self.agent_trouble_told, true) {
-                    log::warn!("{} does not say whether {key} is drained", self.options.pool_managerd);
-                }
-                let in_use = known.unwrap_or_else(|| self.has_connections(id)) || self.may_be_unseen(id, now);
-                self.tell(Input::InUse(id, in_use), now);
-            }
-            About::Notice(id) => {
-                let answer = match &ended {
-                    Outcome::Complete { status, body } => Ok((*status, body.as_slice())),
-                    Outcome::Failed(fault) => Err(fault.reason.clone()),
-                    Outcome::ClientGone | Outcome::Cancelled => Err("given up".into()),
-                };
-                if let Some(text) = self.notices.ended(&id, answer, now) {
-                    log::warn!("{text}");
-                }
-            }
-        }
-    }
-
-    fn probed(&mut self, id: InstanceId, kind: ProbeKind, ended: net::Outcome, now: Mono) {
-        let Some(running) = self.running.get_mut(&id) else { return };
-        if let Outcome::Complete { body, .. } = &ended {
-            running.progress = asking::progress(body).or(running.progress);
-        }
-        let order = asking::order(&running.handoff, kind, id);
-        let outcome = probe::outcome(&order, ended);
-        let seen = match asking::seen(outcome, &running.handoff) {
-            None if kind == ProbeKind::Health => {
-                return self.ask(id, ProbeKind::Models, About::Health(id, ProbeKind::Models), now);
-            }
-            None => Seen::Soft("HTTP 404".into()),
-            Some(seen) => seen,
-        };
-        if seen == Seen::Ready && !std::mem::replace(&mut running.was_healthy, true) {
-            let (key, url) = (running.config.key(), running.handoff.url.to_string());
-            let pid = running.engine.pid();
-            log::info!("{key} is healthy at {url}");
-            self.report("healthy", Some(&key), json!({"pid": pid, "url": url}));
-            return self.ask_fact(id, 0, now);
-        }
-        self.tell(Input::Probed(id, seen), now);
-    }
-
-    /// Asks the engine about itself, one question after the other; then it is ready.
-    fn ask_fact(&mut self, id: InstanceId, index: usize, now: Mono) {
-        let Some(running) = self.running.get(&id) else { return };
-        let questions = Profile::named(&running.plan.handoff.engine).questions(&running.plan.handoff);
-        match questions.get(index) {
-            Some(kind) => self.ask(id, *kind, About::Fact(id, index, *kind), now),
-            None => self.tell(Input::Probed(id, Seen::Ready), now),
-        }
-    }
-
-    fn publish(&mut self, id: InstanceId, now: Mono) -> Result<(), String> {
-        let running = self.running.get_mut(&id).ok_or("its process is gone")?;
-        let key = running.config.key();
-        let (published, at_ns) = Published::write(&running.plan.handoff_file, &running.handoff)?;
-        running.published = Some(published);
-        let (path, handoff) = (running.plan.handoff_file.clone(), running.handoff.clone());
-        self.report("handoff_written", Some(&key), json!({"path": path.to_string_lossy(), "at_ns": at_ns}));
-        log::info!("handed over in {}", path.display());
-        // The file was its predecessor's until now.
-        for (other, running) in &mut self.running {
-            if *other != id
-                && running.config.key() == key
-                && let Some(published) = running.published.take()
-            {
-                published.let_go();
-                running.was_replaced = true;
-            }
-        }
-        self.notices.changed(&handoff, true, now);
-        Ok(())
-    }
-
-    fn withdraw(&mut self, id: InstanceId, now: Mono) {
-        let Some(running) = self.running.get_mut(&id) else { return };
-        if running.published.take().is_some() {
-            self.notices.changed(&running.handoff, false, now);
-        }
-    }
-
-    /// pool-managerd is asked; where nobody answers there, the kernel's table of connections.
-    fn ask_in_use(&mut self, id: InstanceId, now: Mono) -> Option<Input> {
-        let running = self.running.get_mut(&id)?;
-        running.leaving_since.get_or_insert(now);
-        if running.was_replaced {
-            // pool-managerd knows the name by its new engine.
-            let in_use = self.has_connections(id) || self.may_be_unseen(id, now);
-            return Some(Input::InUse(id, in_use));
-        }
-        let token = self.credentials.bearer(now);
-        let outbound =
-            asking::about_pool(&self.options.pool_managerd, &running.config.key(), token.as_deref());
-        let exchange = self.net.start(outbound, now);
-        self.exchanges.insert(exchange, About::InUse(id));
-        None
-    }
-
-    fn may_be_unseen(&self, id: InstanceId, now: Mono) -> bool {
-        self.running.get(&id).is_some_and(|running| {
-            let limit = if running.was_replaced { REPLACED_SEEN_MS } else { WITHDRAWN_SEEN_MS };
-            running.leaving_since.is_some_and(|since| now.ms_since(since) < limit)
-        })
-    }
-
-    fn has_connections(&self, id: InstanceId) -> bool {
-        let Some(running) = self.running.get(&id) else { return false };
-        let port = running.handoff.url.port();
-        ["/proc/net/tcp", "/proc/net/tcp6"].iter().any(|table| {
-            std::fs::read_to_string(table).is_ok_and(|text| asking::connections(&text, port) > 0)
-        })
-    }
-
-    fn signal(&mut self, id: InstanceId, signal: Signal) {
-        if let Some(running) = self.running.get(&id) {
-            running.engine.signal(signal);
-        }
-    }
-
-    /// A process ended.
-    fn ended(&mut self, token: Token, now: Mono) {
-        match self.watched.remove(token) {
-            None => {}
-            Some(Watched::Guardian(descriptor)) => {
-                descriptor.deregister(&self.registry);
-                log::warn!("the guardian of the engines ended: starting another one");
-                if let Some(guardian) = self.guardian.take() {
-                    guardian.reap();
-                }
-                if let Err(exit) = self.guard() {
-                    log::error!("{exit}");
-                }
-            }
-            Some(Watched::Engine(id, descriptor)) => {
-                descriptor.deregister(&self.registry);
-                let Some(running) = self.running.get_mut(&id) else { return };
-                running.watch = None;
-                let how = running.engine.ending();
-                let address = SocketAddr::from(([127, 0, 0, 1], running.handoff.url.port()));
-                let is_starting = !running.was_healthy && self.core.is_starting(id);
-                let port_taken = is_starting && TcpStream::connect_timeout(&address, LOCAL_CONNECT).is_ok();
-                self.tell(Input::Exited { instance: id, how, port_taken }, now);
-            }
-        }
-    }
-
-    fn reap(&mut self, id: InstanceId) {
-        let Some(mut running) = self.running.remove(&id) else { return };
-        let key = running.config.key();
-        let (pid, how) = (running.engine.pid(), running.engine.ending());
-        running.engine.reap();
-        if let Some(guardian) = &mut self.guardian {
-            guardian.forget(pid);
-        }
-        if let Some(kept) = &self.kept {
-            kept.forget(&key, pid);
-        }
-        log::info!("pid {pid} ended: {how}");
-        self.report("stopped", Some(&key), json!({"pid": pid, "status": how}));
-    }
-
-    /// Starts the guardian, unless engines are to outlive this program, and tells it what runs.
-    fn guard(&mut self) -> Result<(), Exit> {
-        if self.options.orphans == Orphans::Keep {
-            return Ok(());
-        }
-        let failed = |error: io::Error| {
-            Exit::runtime(format!(
-                "cannot start the guardian of the engines: {error}; --orphans=keep does without it"
-            ))
-        };
-        let mut guardian = Guardian::start(&self.prefix).map_err(failed)?;
-        let descriptor = guardian.descriptor().map_err(failed)?;
-        let registry = &self.registry;
-        self.watched
-            .insert_with(|token| {
-                Ok::<_, io::Error>(Watched::Guardian(Descriptor::register(descriptor, registry, token)?))
-            })
-            .map_err(failed)?;
-        for running in self.running.values() {
-            if let Some(start) = running.handoff.pid_start {
-                guardian.keep(running.engine.pid(), start, running.engine.cgroup());
-            }
-        }
-        self.guardian = Some(guardian);
-        Ok(())
     }
 
     fn send_notices(&mut self, now: Mono) {

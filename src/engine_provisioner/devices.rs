@@ -3,6 +3,10 @@
 use serde::{Deserialize, Serialize};
 
 use super::plan::Config;
+use crate::replicas::profile::Engine as Profile;
+
+/// As many layers as no model has: what is usually said for all.
+const LAYERS_ALL: u32 = 999;
 
 /// A GPU as the driver tells it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,7 +27,15 @@ pub struct Gpu {
 ///
 /// # Errors
 /// What is wrong, and what to do.
-pub fn check(config: &Config, gpus: &Result<Vec<Gpu>, String>, require_gpu: bool) -> Result<(), String> {
+///
+/// Without a mask the engine sees all GPUs, or those of `inherited`: what this program's own
+/// `CUDA_VISIBLE_DEVICES` leaves.
+pub fn check(
+    config: &Config,
+    gpus: &Result<Vec<Gpu>, String>,
+    require_gpu: bool,
+    inherited: Option<&str>,
+) -> Result<(), String> {
     let key = config.key();
     let gate = |why: String| {
         Err(format!(
@@ -44,16 +56,24 @@ pub fn check(config: &Config, gpus: &Result<Vec<Gpu>, String>, require_gpu: bool
     check_split(config).map_err(|why| format!("{key}: {why}"))?;
     // Without a driver nothing can be said about devices: they may be somebody else's kind.
     let Ok(gpus) = gpus else { return Ok(()) };
+    let Some(devices) = mask(config) else {
+        // llama.cpp spreads a model over all that it sees, by their memory; others may take one, and then have
+        // less. What stays on the CPU where there is no room is no error unless it was asked for.
+        let is_visible = |gpu: &&Gpu| inherited.is_none_or(|mask| split(mask).any(|device| is(gpu, device)));
+        let visible: Vec<&Gpu> = gpus.iter().filter(is_visible).collect();
+        let fills = require_gpu || fills_gpus(config);
+        return if fills {
+            check_memory(config, &visible).map_err(|why| format!("{key}: {why}"))
+        } else {
+            Ok(())
+        };
+    };
     let mut used = Vec::new();
-    for device in config.devices() {
-        let name = device.strip_prefix("GPU").filter(|rest| rest.parse::<u32>().is_ok()).unwrap_or(device);
-        if name == "-1" || name.starts_with("MIG-") {
+    for device in split(devices) {
+        if device == "-1" || device.starts_with("MIG-") {
             continue;
         }
-        let found = gpus.iter().find(|gpu| {
-            name.parse() == Ok(gpu.index) || (name.starts_with("GPU-") && gpu.uuid.starts_with(name))
-        });
-        match found {
+        match gpus.iter().find(|gpu| is(gpu, device)) {
             Some(gpu) if used.contains(&gpu) => {
                 return Err(format!("{key}: device {device} is named twice: name each GPU once"));
             }
@@ -69,6 +89,36 @@ pub fn check(config: &Config, gpus: &Result<Vec<Gpu>, String>, require_gpu: bool
         }
     }
     check_memory(config, &used).map_err(|why| format!("{key}: {why}"))
+}
+
+/// What says which GPUs an engine sees, where anything does: the mask, or the variable that it becomes.
+fn mask(config: &Config) -> Option<&str> {
+    config.device_mask.as_deref().or_else(|| config.env.get("CUDA_VISIBLE_DEVICES").map(String::as_str))
+}
+
+fn split(mask: &str) -> impl Iterator<Item = &str> {
+    mask.split(',').map(str::trim).filter(|device| !device.is_empty())
+}
+
+/// Whether a mask's word means a GPU: its number, with or without `GPU` before it, or the begin of its UUID.
+fn is(gpu: &Gpu, device: &str) -> bool {
+    let name = device.strip_prefix("GPU").filter(|rest| rest.parse::<u32>().is_ok()).unwrap_or(device);
+    name.parse() == Ok(gpu.index) || (name.starts_with("GPU-") && gpu.uuid.starts_with(name))
+}
+
+/// Whether GPUs decide if an engine can be started.
+#[must_use]
+pub fn concern(config: &Config) -> bool {
+    mask(config).is_some() || fills_gpus(config)
+}
+
+/// Whether the whole model goes to GPUs, because the command says so or the engine can do nothing else.
+fn fills_gpus(config: &Config) -> bool {
+    match Profile::named(&config.engine) {
+        Profile::LlamaCpp => layers(config).is_some_and(|layers| layers >= LAYERS_ALL),
+        Profile::Vllm | Profile::Sglang | Profile::Tgi => config.model.is_some(),
+        Profile::OpenAi => false,
+    }
 }
 
 fn check_split(config: &Config) -> Result<(), String> {
@@ -95,7 +145,7 @@ fn check_split(config: &Config) -> Result<(), String> {
 /// The model against the memory of its GPUs: a part of it may stay on the CPU only where that is asked for.
 fn check_memory(config: &Config, used: &[&Gpu]) -> Result<(), String> {
     let Some((_, model)) = config.model_file.as_ref().filter(|_| !used.is_empty()) else { return Ok(()) };
-    if layers(config).is_some_and(|layers| layers < 999) {
+    if layers(config).is_some_and(|layers| layers < LAYERS_ALL) {
         return Ok(());
     }
     let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
@@ -179,6 +229,13 @@ mod tests {
             ("devices = \"MIG-1\"", 10, None),
             ("devices = []", 500, None),
             ("", 500, None),
+            ("flags = [\"-ngl\", \"999\"]", 104, None),
+            ("flags = [\"-ngl\", \"999\"]", 105, Some("give it more devices")),
+            ("env = { CUDA_VISIBLE_DEVICES = \"1\" }", 25, Some("give it more devices")),
+            ("env = { CUDA_VISIBLE_DEVICES = \"5\" }", 1, Some("does not exist")),
+            ("env = { CUDA_VISIBLE_DEVICES = \"\" }", 500, None),
+            ("engine = \"vllm\"\ncommand = [\"vllm\", \"{port}\"]", 105, Some("its GPUs 104.0 GiB")),
+            ("engine = \"other\"\ncommand = [\"other\", \"{port}\"]", 105, None),
             ("devices = [2]", 10, Some("this machine has: 0 (H100), 1 (H100)")),
             ("devices = [0, 0]", 10, Some("named twice")),
             ("devices = [1]", 25, Some("give it more devices")),
@@ -189,7 +246,7 @@ mod tests {
             ("devices = [0, 1]\ntensor_split = [1.5, -0.5]", 1, Some("add up to 1")),
             ("devices = [0, 1]\ntensor_split = [1.0]", 1, Some("give one a device")),
         ] {
-            match (check(&engine(pool, model_gib), &gpus(), false), why) {
+            match (check(&engine(pool, model_gib), &gpus(), false, None), why) {
                 (Ok(()), None) => {}
                 (Err(error), Some(why)) => assert!(error.contains(why), "{pool}: {error}"),
                 other => panic!("{pool}: {other:?}"),
@@ -198,19 +255,33 @@ mod tests {
     }
 
     #[test]
+    fn what_this_program_may_see_is_all_that_an_engine_sees() {
+        let all = "flags = [\"-ngl\", \"999\"]";
+        for (inherited, model_gib, fits) in
+            [(None, 100, true), (Some("0"), 80, true), (Some("1"), 25, false), (Some("GPU-111"), 25, false)]
+        {
+            let checked = check(&engine(all, model_gib), &gpus(), false, inherited);
+            assert_eq!(checked.is_ok(), fits, "{inherited:?}: {checked:?}");
+        }
+        // Where it must not be computed on the CPU, all of it has to fit.
+        assert!(check(&engine("", 105), &gpus(), true, None).is_err_and(|why| why.contains("smaller model")));
+        assert_eq!(check(&engine("", 105), &gpus(), false, None), Ok(()));
+    }
+
+    #[test]
     fn without_a_driver_masks_are_believed_and_the_gate_is_shut() {
         let none = Err("no NVIDIA driver".to_string());
-        assert_eq!(check(&engine("devices = [7]", 1), &none, false), Ok(()));
+        assert_eq!(check(&engine("devices = [7]", 1), &none, false, None), Ok(()));
         for (pool, gpus) in [
             ("devices = [0]", none),
             ("", Ok(vec![])),
             ("devices = []", gpus()),
             ("flags = [\"--gpu-layers=0\"]", gpus()),
         ] {
-            let error = check(&engine(pool, 1), &gpus, true).expect_err(pool);
+            let error = check(&engine(pool, 1), &gpus, true, None).expect_err(pool);
             assert!(error.contains("GPU-only enforcement") && error.contains("--allow-cpu"), "{error}");
         }
-        assert_eq!(check(&engine("devices = [0]", 1), &gpus(), true), Ok(()));
+        assert_eq!(check(&engine("devices = [0]", 1), &gpus(), true, None), Ok(()));
         assert_eq!(free_bytes(&engine("devices = [0, 1]", 1), &gpus().expect("two")), 52 * GIB);
     }
 }

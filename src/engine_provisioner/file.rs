@@ -51,6 +51,7 @@ struct Entry {
     ctx: Option<u64>,
     #[serde(default)]
     port: u16,
+    container: Option<String>,
     auth_file: Option<String>,
     log_file: Option<String>,
     #[serde(default = "health_path")]
@@ -275,6 +276,7 @@ fn config(entry: Entry, handoff_dir: &Path) -> Result<Config, String> {
         },
         device_mask,
         tensor_split: entry.tensor_split,
+        container: entry.container.map(|name| named("container", plan::container(&name))).transpose()?,
         auth_file: entry.auth_file.map(|file| named("auth_file", plan::absolute(&file))).transpose()?,
         env: entry.env,
         command,

@@ -6,7 +6,7 @@
 //! are still on its list, politely first, and then itself.
 
 use std::collections::BTreeMap;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal};
 
+use super::container::{id_in, kill};
 use super::process::{kill_cgroup, members};
 use crate::service::machine::process;
 use crate::settings::Exit;
@@ -28,6 +29,9 @@ pub(super) const COMMAND: &str = "guard";
 const GRACE: Duration = Duration::from_secs(3);
 /// Pause between looks at groups that were told to end.
 const LOOK: Duration = Duration::from_millis(20);
+/// Variables without which no container can be killed; it has no others.
+const CONTAINER_VARIABLES: &[&str] =
+    &["PATH", "HOME", "XDG_RUNTIME_DIR", "DOCKER_HOST", "DOCKER_CONTEXT", "CONTAINER_HOST"];
 /// Groups that it keeps at most: more engines than any machine runs.
 const GROUPS_MAX: usize = 1_024;
 /// Buffer for reading, in bytes: many lines of numbers and a path.
@@ -55,6 +59,7 @@ impl Guardian {
             .args(prefix)
             .arg(COMMAND)
             .env_clear()
+            .envs(CONTAINER_VARIABLES.iter().filter_map(|name| Some((name, std::env::var_os(name)?))))
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -76,6 +81,11 @@ impl Guardian {
     pub(super) fn keep(&mut self, group: u32, start: u64, cgroup: Option<&Path>) {
         let cgroup = cgroup.map(|path| path.display().to_string()).unwrap_or_default();
         self.tell(&format!("+ {group} {start} {cgroup}\n"));
+    }
+
+    /// A group is only the client of a container, which `tool` knows by the id in a file.
+    pub(super) fn contains(&mut self, group: u32, tool: &OsStr, id_file: &Path) {
+        self.tell(&format!("c {group} {}\t{}\n", tool.to_string_lossy(), id_file.display()));
     }
 
     /// A group has ended.
@@ -107,6 +117,8 @@ impl Drop for Guardian {
 struct Group {
     start: u64,
     cgroup: Option<PathBuf>,
+    /// Who knows its container, and the file with that one's id.
+    container: Option<(OsString, PathBuf)>,
 }
 
 /// The guardian itself: reads standard input to its end, then ends what is left.
@@ -128,12 +140,19 @@ pub(super) fn run() -> Result<(), Exit> {
 }
 
 fn take(line: &str, groups: &mut BTreeMap<u32, Group>) {
+    if let Some((group, container)) = line.strip_prefix("c ").and_then(|rest| rest.split_once(' ')) {
+        let known = group.parse().ok().and_then(|group| groups.get_mut(&group));
+        if let (Some(known), Some((tool, file))) = (known, container.split_once('\t')) {
+            known.container = Some((tool.into(), file.into()));
+        }
+        return;
+    }
     let mut words = line.splitn(4, ' ');
     let (Some(sign), Some(Ok(group))) = (words.next(), words.next().map(str::parse)) else { return };
     match (sign, words.next().map(str::parse)) {
         ("+", Some(Ok(start))) if groups.len() < GROUPS_MAX => {
             let cgroup = words.next().filter(|path| !path.is_empty()).map(PathBuf::from);
-            groups.insert(group, Group { start, cgroup });
+            groups.insert(group, Group { start, cgroup, container: None });
         }
         ("-", _) => {
             groups.remove(&group);
@@ -161,6 +180,13 @@ fn end(groups: &BTreeMap<u32, Group>) {
         thread::sleep(LOOK);
     }
     all(Signal::KILL);
+    // A client passes SIGTERM on, and nothing after its own end.
+    for (tool, file) in groups.values().filter_map(|known| known.container.as_ref()) {
+        if let Some(id) = id_in(file) {
+            kill(tool, &id);
+        }
+        let _ = std::fs::remove_file(file);
+    }
     thread::sleep(LOOK);
     for cgroup in groups.values().filter_map(|known| known.cgroup.as_ref()) {
         let _ = std::fs::remove_dir(cgroup);
@@ -183,12 +209,27 @@ mod tests {
     #[test]
     fn only_what_was_told_and_not_taken_back_is_ended() {
         let mut groups = BTreeMap::new();
-        for line in ["+ 5 100 ", "+ 6 200 /a b/c", "- 5", "+ x 1 ", "", "+ 7", "? 6 1", "- 99"] {
+        for line in [
+            "+ 5 100 ",
+            "+ 6 200 /a b/c",
+            "- 5",
+            "+ x 1 ",
+            "",
+            "+ 7",
+            "? 6 1",
+            "- 99",
+            "c 6 docker\t/a b",
+            "c 9 x\ty",
+        ] {
             take(line, &mut groups);
         }
         assert_eq!(groups.keys().copied().collect::<Vec<_>>(), [6]);
         assert_eq!(groups[&6].cgroup.as_deref(), Some(Path::new("/a b/c")));
-        assert!(!is_it(std::process::id(), &Group { start: 1, cgroup: None }), "another process by now");
+        assert_eq!(groups[&6].container, Some(("docker".into(), "/a b".into())));
+        assert!(
+            !is_it(std::process::id(), &Group { start: 1, cgroup: None, container: None }),
+            "another process by now"
+        );
         for n in 0..2 * GROUPS_MAX {
             take(&format!("+ {n} 1 "), &mut groups);
         }

@@ -38,6 +38,7 @@ use preflight::How;
 use provide::{Effort, Provider};
 
 pub mod asking;
+mod container;
 pub mod control;
 mod daemon;
 pub mod devices;
@@ -189,6 +190,7 @@ fn keep(
             is_first: wish.is_first,
             effort: Effort::Get,
             cancel: &wish.cancel,
+            on_looked: &*wish.on_looked,
         };
         let mut prepared = preflight::prepare(configs, &own, &provider, how)?;
         *known() = Some(as_read);
@@ -214,7 +216,14 @@ fn show(
 ) -> Result<(), Exit> {
     let ((configs, base), prefix) = (read, prefix());
     let cancel = Arc::default();
-    let how = How { base: &base, prefix: &prefix, is_first: true, effort: Effort::Look, cancel: &cancel };
+    let how = How {
+        base: &base,
+        prefix: &prefix,
+        is_first: true,
+        effort: Effort::Look,
+        cancel: &cancel,
+        on_looked: &|| (),
+    };
     let mut prepared = preflight::prepare(configs, options, provider, how)?;
     for config in &mut prepared.configs {
         if let (Some(source), true) = (&config.source, in_full) {

@@ -105,6 +105,12 @@ pub static RUN_TABLE: &[Setting] = &[
         help: "GPUs for the engine, such as 0 or 0,1: becomes its CUDA_VISIBLE_DEVICES",
     },
     flag("gpu", None, "MASK", "The same, shorter"),
+    flag(
+        "container",
+        None,
+        "NAME",
+        "Container of the engine, where the command is none of docker's or podman's `run`: its name, or the path of its --cidfile",
+    ),
     flag("auth-file", None, "FILE", "File with the engine's own API key; its absolute path is handed over"),
     flag(
         "log-file",
@@ -165,6 +171,8 @@ pub struct Config {
     pub device_mask: Option<String>,
     /// The share of the model that each of them takes.
     pub tensor_split: Vec<f64>,
+    /// The container that it runs in, where the command does not say.
+    pub container: Option<String>,
     /// File with the engine's API key.
     pub auth_file: Option<String>,
     /// Where the engine's output goes.
@@ -256,6 +264,7 @@ impl Config {
             restart: settings.need("restart", restart)?,
             device_mask,
             tensor_split: Vec::new(),
+            container: settings.get("container", container)?,
             auth_file: settings.get("auth-file", absolute)?,
             env: BTreeMap::new(),
             command: settings.rest.clone(),
@@ -442,6 +451,12 @@ pub(super) fn absolute(path: &str) -> Result<String, String> {
     if path.starts_with('/') { text(path) } else { Err("allowed is an absolute path".into()) }
 }
 
+/// A name that no command takes for a flag, or a path.
+pub(super) fn container(name: &str) -> Result<String, String> {
+    let is_name = !name.starts_with('-') && !name.contains(char::is_whitespace);
+    text(name).ok().filter(|_| is_name).ok_or_else(|| "allowed is a container's name, id or --cidfile".into())
+}
+
 fn restart(text: &str) -> Result<bool, String> {
     match text {
         "always" => Ok(true),
@@ -539,6 +554,7 @@ mod tests {
             (&["--health-timeout-ms=0", "--", "e", "{port}"], 78, "--health-timeout-ms"),
             (&["--device-mask=0;rm", "--", "e", "{port}"], 78, "--device-mask"),
             (&["--device-mask=0,", "--", "e", "{port}"], 78, "--device-mask"),
+            (&["--container=--all", "--", "e", "{port}"], 78, "--cidfile"),
             (&["--auth-file=key", "--", "e", "{port}"], 78, "absolute"),
             (&["--model=a\u{7}b", "--", "e", "{port}"], 78, "printable"),
         ] {

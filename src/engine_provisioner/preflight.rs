@@ -8,8 +8,8 @@ use std::io;
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::devices::{self, Gpu};
 use super::gpus;
@@ -26,6 +26,9 @@ use crate::settings::Exit;
 /// engine was loaded for minutes.
 const DISK_BYTES_MIN: u64 = 1 << 20;
 
+/// Engines whose models are fetched at the same time: each fetch has several connections, and all share one line.
+const FILLS_AT_ONCE: usize = 4;
+
 /// Engines that may be started.
 #[derive(Debug)]
 pub(super) struct Prepared {
@@ -38,7 +41,7 @@ pub(super) struct Prepared {
 }
 
 /// How thoroughly it is looked.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub(super) struct How<'a> {
     /// Where relative paths of models count from.
     pub(super) base: &'a Path,
@@ -50,6 +53,8 @@ pub(super) struct How<'a> {
     pub(super) effort: Effort,
     /// Stops what takes long.
     pub(super) cancel: &'a Arc<AtomicBool>,
+    /// Called when all that costs nothing was looked at, and what takes long begins.
+    pub(super) on_looked: &'a (dyn Fn() + Sync),
 }
 
 /// Looks at everything, and gets what has to be got.
@@ -89,7 +94,8 @@ pub(super) fn prepare(
     }
     create_directory(&options.handoff_dir)?;
     has_room(&options.handoff_dir)?;
-    let needs_gpus = options.require_gpu || configs.iter().any(|config| config.device_mask.is_some());
+    let needs_gpus = options.require_gpu || configs.iter().any(devices::concern);
+    let inherited = std::env::var("CUDA_VISIBLE_DEVICES").ok();
     // Devices that do not exist are found out about before, models that do not fit after they are here.
     let found: Result<Vec<Gpu>, String> = match needs_gpus {
         true => gpus::read(how.prefix),
@@ -98,12 +104,14 @@ pub(super) fn prepare(
     let check = |configs: &[Config]| match needs_gpus {
         true => configs
             .iter()
-            .try_for_each(|config| devices::check(config, &found, options.require_gpu).map_err(Exit::config)),
+            .try_for_each(|config| devices::check(config, &found, options.require_gpu, inherited.as_deref()))
+            .map_err(Exit::config),
         false => Ok(()),
     };
     check(&configs)?;
-    for config in &mut configs {
-        provider.fill(config, how.base, how.effort, how.cancel)?;
+    (how.on_looked)();
+    fill_all(&mut configs, provider, how)?;
+    for config in &configs {
         let program = match (&config.source, &config.program) {
             (Some(_), None) => continue,
             (Some(_), Some(program)) => program.clone(),
@@ -122,6 +130,36 @@ pub(super) fn prepare(
     let free_vram_bytes =
         found.as_ref().ok().and_then(|gpus| masked.map(|config| devices::free_bytes(config, gpus)).min());
     Ok(Prepared { configs, free_vram_bytes, replace_all: false })
+}
+
+/// Gets what engines need, some of them at once. The first that fails ends the others, which keep what they have
+/// fetched so far.
+fn fill_all(configs: &mut [Config], provider: &Provider, how: How<'_>) -> Result<(), Exit> {
+    let helpers = configs.len().min(FILLS_AT_ONCE) - usize::from(!configs.is_empty());
+    let (left, failed) = (Mutex::new(configs.iter_mut()), Mutex::new(None));
+    let work = || {
+        loop {
+            let next = left.lock().unwrap_or_else(PoisonError::into_inner).next();
+            let Some(config) = next.filter(|_| !how.cancel.load(Ordering::Relaxed)) else { return };
+            if let Err(exit) = provider.fill(config, how.base, how.effort, how.cancel) {
+                failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(exit);
+                how.cancel.store(true, Ordering::Relaxed);
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..helpers {
+            // Without one there are the others, and this thread.
+            let _ = std::thread::Builder::new().name("fetch".into()).spawn_scoped(scope, work);
+        }
+        work();
+    });
+    let is_cancelled = how.cancel.load(Ordering::Relaxed);
+    match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(exit) => Err(exit),
+        None if is_cancelled => Err(Exit::runtime("it was stopped")),
+        None => Ok(()),
+    }
 }
 
 /// The program as the kernel would find it.

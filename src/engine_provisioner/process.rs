@@ -130,16 +130,15 @@ impl Engine {
         }
     }
 
-    /// Its first process has ended: ends the others, and takes it out of the process table.
-    pub(super) fn reap(&mut self) {
+    /// Its first process has ended: ends the others, and takes it out of the process table. Returns its cgroup's
+    /// directory where that cannot be removed yet, because what was killed takes a moment to leave.
+    pub(super) fn reap(&mut self) -> Option<PathBuf> {
         self.signal(Signal::KILL);
         if let Some(child) = &mut self.child {
             let _ = child.try_wait();
         }
         self.reaped = true;
-        if let Some(cgroup) = self.cgroup.take() {
-            cgroup.remove();
-        }
+        self.cgroup.take().map(|cgroup| cgroup.0).filter(|directory| !is_removed(directory))
     }
 
     /// Leaves the processes to themselves.
@@ -151,7 +150,7 @@ impl Engine {
 impl Drop for Engine {
     fn drop(&mut self) {
         if !self.reaped {
-            self.reap();
+            let _ = self.reap();
         }
     }
 }
@@ -222,11 +221,11 @@ impl Cgroup {
     fn kill(&self) {
         kill_cgroup(&self.0);
     }
+}
 
-    /// What was killed may take a moment to leave it; a directory that stays is empty and harms nobody.
-    fn remove(&self) {
-        let _ = fs::remove_dir(&self.0);
-    }
+/// Whether a cgroup is gone: nobody is in it any more.
+pub(super) fn is_removed(directory: &Path) -> bool {
+    fs::remove_dir(directory).is_ok() || !directory.exists()
 }
 
 /// Kills everything in a cgroup. Kernels before 5.14 cannot; there the group alone must do.

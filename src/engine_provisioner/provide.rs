@@ -6,8 +6,8 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::model_ref;
 use super::models::{self, Display, ModelError, Progress, Reference, Request};
@@ -35,6 +35,8 @@ pub(super) struct Provider {
     /// An error where no place for them is known; engines with models of their own do not need one.
     models: Result<models::Options, Exit>,
     sources: Result<PathBuf, Exit>,
+    /// A build takes all processors: there is one at a time.
+    building: Arc<Mutex<()>>,
     /// How far it has come.
     pub(super) steps: Steps,
 }
@@ -52,7 +54,7 @@ impl Provider {
             Err(exit) => Err(exit.clone()),
         };
         let sources = cache.map(|cache| cache.join("source"));
-        Ok(Provider { models, sources, steps: Steps::default() })
+        Ok(Provider { models, sources, building: Arc::default(), steps: Steps::default() })
     }
 
     /// Fills in what `config` only names. Relative paths count from `base`.
@@ -81,6 +83,7 @@ impl Provider {
         let directory = self.sources.clone()?;
         let env = |name: &str| -> Option<OsString> { std::env::var_os(name) };
         steps.begin(kind, &key, "source");
+        let _alone = self.building.lock().unwrap_or_else(PoisonError::into_inner);
         let mut display = source::command::Display::new();
         let mut tell = |step: Step<'_>| {
             match &step {

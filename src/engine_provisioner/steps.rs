@@ -3,12 +3,13 @@
 //! Written by the thread that prepares, read by the loop. One list for everything that is under way or was
 //! last; a new preparation of a pool takes the place of its earlier one.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use serde::Serialize;
 use serde_json::Value;
 
 use crate::wire::id::{PoolId, ReplicaKey};
+use crate::wire::preparation::{PoolPreparation, PreparationStep};
 
 /// Most steps that are remembered: a few for each of the most engines.
 const STEPS_MAX: usize = 1_024;
@@ -16,8 +17,7 @@ const STEPS_MAX: usize = 1_024;
 const DETAIL_CHARS_MAX: usize = 1_000;
 
 /// What is done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     /// The engine's program is found or built.
     EngineProvision,
@@ -28,8 +28,7 @@ pub(super) enum Kind {
 }
 
 /// How it is with a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Status {
     Running,
     Completed,
@@ -37,22 +36,42 @@ pub(super) enum Status {
 }
 
 /// One step.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug)]
 pub(super) struct Step {
     kind: Kind,
     /// The replica that it is for.
     id: String,
-    #[serde(skip)]
     pool: PoolId,
     status: Status,
-    #[serde(skip_serializing_if = "String::is_empty")]
     detail: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
     bytes_done: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     bytes_total: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     pct: Option<u64>,
+}
+
+impl Step {
+    /// As others read it.
+    fn told(&self) -> PreparationStep {
+        let kind = match self.kind {
+            Kind::EngineProvision => "engine_provision",
+            Kind::ModelFetch => "model_fetch",
+            Kind::PoolWarmup => "pool_warmup",
+        };
+        let status = match self.status {
+            Status::Running => "running",
+            Status::Completed => "completed",
+            Status::Failed => "failed",
+        };
+        PreparationStep {
+            kind: kind.into(),
+            id: self.id.clone(),
+            status: status.into(),
+            detail: self.detail.clone(),
+            bytes_done: self.bytes_done,
+            bytes_total: self.bytes_total,
+            pct: self.pct,
+        }
+    }
 }
 
 /// The list, shared.
@@ -75,6 +94,9 @@ impl Steps {
         let detail: String = detail.chars().take(DETAIL_CHARS_MAX).collect();
         self.with(|steps| {
             if let Some(step) = find(steps, kind, key) {
+                if step.status != Status::Running {
+                    (step.bytes_done, step.bytes_total, step.pct) = (None, None, None);
+                }
                 (step.status, step.detail) = (Status::Running, detail);
                 return;
             }
@@ -127,10 +149,35 @@ impl Steps {
         });
     }
 
+    /// Whether anything was done for a pool.
+    pub(super) fn has(&self, pool: &PoolId) -> bool {
+        self.with(|steps| steps.iter().any(|step| step.pool == *pool))
+    }
+
+    /// Nobody wants that engine any more.
+    pub(super) fn forget(&self, key: &ReplicaKey) {
+        let id = key.to_string();
+        self.with(|steps| steps.retain(|step| step.id != id));
+    }
+
+    /// The pools in which something is under way, with all their steps.
+    pub(super) fn under_way(&self) -> Vec<PoolPreparation> {
+        self.with(|steps| {
+            let running = steps.iter().filter(|step| step.status == Status::Running);
+            let pools: BTreeSet<&PoolId> = running.map(|step| &step.pool).collect();
+            let told = |pool: &PoolId| PoolPreparation {
+                pool_id: pool.clone(),
+                steps: steps.iter().filter(|step| step.pool == *pool).map(Step::told).collect(),
+            };
+            pools.into_iter().map(told).collect()
+        })
+    }
+
     /// Those of a pool, as they are shown.
     pub(super) fn of(&self, pool: &PoolId) -> Value {
         self.with(|steps| {
-            let of_pool: Vec<&Step> = steps.iter().filter(|step| step.pool == *pool).collect();
+            let of_pool: Vec<PreparationStep> =
+                steps.iter().filter(|step| step.pool == *pool).map(Step::told).collect();
             serde_json::to_value(of_pool).unwrap_or_default()
         })
     }

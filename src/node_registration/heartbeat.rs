@@ -269,6 +269,7 @@ impl<F: FnMut() -> Vec<PoolStatus>> Beating<F> {
             boot_id: self.plan.boot_id.clone(),
             seq: Some(seq),
             draining: false,
+            preparation: Vec::new(),
         }))
     }
 }

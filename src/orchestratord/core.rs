@@ -492,6 +492,10 @@ impl Core {
                 let known = self.registry.models().into_iter().map(|model| model.name).collect();
                 self.refuse(id, Refusal::UnknownModel { model, known }, effects);
             }
+            Choice::UnknownPin if first && self.registry.is_prepared(ask) => {
+                let reason = "what it asks for is being prepared".to_string();
+                self.wait(id, Some(reason), now, effects);
+            }
             Choice::UnknownPin if first => {
                 let ask = request.asked.ask.clone();
                 let refusal = match ask.node.as_ref().filter(|node| self.registry.node(node).is_none()) {

@@ -15,6 +15,7 @@ use crate::http::server::Response;
 use crate::time::Now;
 use crate::wire::id::{NodeId, PoolId, ReplicaId};
 use crate::wire::node::Capabilities;
+use crate::wire::preparation::PoolPreparation;
 use crate::wire::url::BaseUrl;
 
 use super::poller::Poller;
@@ -165,6 +166,8 @@ struct NodeView<'a> {
     last_address: &'a str,
     incarnation: Option<u64>,
     unconfirmed: bool,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    preparation: &'a [PoolPreparation],
     replicas: Vec<ReplicaView<'a>>,
 }
 
@@ -188,6 +191,7 @@ impl<'a> NodeView<'a> {
             last_address: &node.peer,
             incarnation: node.incarnation,
             unconfirmed: node.restored,
+            preparation: &node.preparation,
             replicas: replicas.map(|replica| ReplicaView::new(replica, now)).collect(),
         }
     }

@@ -46,6 +46,7 @@ use crate::wire::id::{NodeId, ReplicaKey};
 use crate::wire::node::{
     Capabilities, Heartbeat, HeartbeatReply, POOLS_MAX, PoolBeat, RegisterReply, RegisterRequest,
 };
+use crate::wire::preparation::PoolPreparation;
 use crate::wire::url::BaseUrl;
 
 mod addresses;
@@ -56,6 +57,7 @@ mod expiry;
 mod newcomers;
 mod polled;
 mod pools;
+mod preparing;
 mod restore;
 mod shared;
 mod snapshot;
@@ -202,6 +204,8 @@ pub struct Node {
     pub last_heartbeat_at: Option<Wall>,
     /// Its pools as last reported. Their replicas: [`ServiceRegistry::replicas_of`].
     pub pools: Vec<KnownPool>,
+    /// What is under way in those of them that are being prepared.
+    pub preparation: Vec<PoolPreparation>,
     /// An earlier start of the control plane knew it, and this one has not heard of it yet.
     pub restored: bool,
     /// Something in it that is saved has changed.
@@ -246,6 +250,8 @@ pub struct ServiceRegistry {
     epoch: u64,
     nodes: Slab<Node>,
     by_id: BTreeMap<NodeId, usize>,
+    /// Nodes that prepare something.
+    preparing: BTreeSet<usize>,
     /// Ends of leases: exactly the nodes that beat. Those whose first heartbeat is awaited do not count
     /// when most are silent, or names that nobody stands behind would keep the dead alive.
     leases: BTreeSet<(Mono, usize)>,
@@ -274,6 +280,7 @@ impl ServiceRegistry {
             epoch,
             nodes: Slab::new(),
             by_id: BTreeMap::new(),
+            preparing: BTreeSet::new(),
             leases: BTreeSet::new(),
             lapsed: BTreeSet::new(),
             retries: BTreeSet::new(),
@@ -451,6 +458,7 @@ impl ServiceRegistry {
         self.contact(index, peer, now);
         // Replicas first: when the node turns Online, they are already what it says they are.
         self.take_snapshot(index, &beat.pools, now, changes);
+        self.set_preparation(index, &beat.preparation);
         let (status, reason) = if beat.draining {
             (NodeStatus::Draining, "the node asks for no new work")
         } else {
@@ -688,6 +696,7 @@ impl ServiceRegistry {
             registered_at: now.wall,
             last_heartbeat_at: None,
             pools: Vec::new(),
+            preparation: Vec::new(),
             restored: false,
             touched: false,
             seq: None,
@@ -712,6 +721,7 @@ impl ServiceRegistry {
             self.drop_replica(index, &key, replica, reason, changes);
         }
         let node = self.nodes.remove(index);
+        self.preparing.remove(&index);
         self.revision += u64::from(node.registered);
         self.by_id.remove(&node.id);
         if let Some(ticket) = node.newcomer {

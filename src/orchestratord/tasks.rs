@@ -35,7 +35,7 @@ pub mod request;
 mod tests;
 
 use self::answer::{Answer, Failure};
-pub use self::request::{NewTask, Standing, admission_body, parse};
+pub use self::request::{NewTask, Standing, admission_body, parse, steps};
 
 /// Tasks that are remembered at once.
 pub const TASKS_MAX: usize = 10_000;

@@ -25,6 +25,7 @@ use crate::wire::handoff::Handoff;
 use crate::wire::id::{NodeId, PoolId, ReplicaKey};
 use crate::wire::node::{Capabilities, Heartbeat, PoolBeat, RegisterRequest};
 use crate::wire::pool::PoolStatus;
+use crate::wire::preparation::PoolPreparation;
 use crate::wire::url::BaseUrl;
 
 use super::callbacks::{Delivery, Notifier};
@@ -32,8 +33,10 @@ use super::gpus::{Engine, GpuId, Gpus, Report};
 use super::membership::{Answer, Call, Note, Order, Plane, PlaneState};
 use super::operations::DrainTally;
 use super::saved::{Keeper, Saved};
+use preparing::Preparing;
 
 mod operations;
+mod preparing;
 #[cfg(test)]
 mod tests;
 
@@ -132,6 +135,8 @@ pub enum Input {
     },
     /// A pool is said to be ready: its engines are asked at once.
     Ask(PoolId),
+    /// What provisioners prepare, as a whole.
+    Preparing(Vec<PoolPreparation>),
     /// Something about the GPUs.
     Gpu(Report),
     /// A GPU is sound, an operator says.
@@ -214,6 +219,7 @@ pub struct Core {
     counts: Counts,
     drain_tally: DrainTally,
     notifier: Notifier,
+    preparing: Preparing,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -275,6 +281,7 @@ impl Core {
             counts: Counts::default(),
             drain_tally: DrainTally::default(),
             notifier: Notifier::default(),
+            preparing: Preparing::default(),
         }
     }
 
@@ -327,6 +334,7 @@ impl Core {
             Input::Delivered(callback, event, outcome) => {
                 self.delivered((callback, event, outcome), now, effects);
             }
+            Input::Preparing(pools) => self.preparing.set(pools),
             Input::Gpu(report) => self.gpus.report(report, now, &mut happenings),
             Input::ClearGpu(gpu) => self.gpus.clear(gpu, now, &mut happenings),
             Input::Shutdown => self.begin_shutdown(now, &mut changes),
@@ -397,8 +405,9 @@ impl Core {
     /// A pool; a configured one without replicas is known and not ready.
     #[must_use]
     pub fn pool_status(&self, pool: &PoolId) -> Option<PoolStatus> {
-        let configured = || self.identity.pools.contains(pool).then(|| self.empty_pool(pool));
-        self.replicas.pool_status(pool).map(|status| self.with_memory(status)).or_else(configured)
+        let is_expected = self.preparing.has(pool) || self.identity.pools.contains(pool);
+        let expected = || is_expected.then(|| self.empty_pool(pool));
+        self.replicas.pool_status(pool).map(|status| self.with_memory(status)).or_else(expected)
     }
 
     /// Every pool, configured ones without replicas included.
@@ -406,7 +415,7 @@ impl Core {
     pub fn pools(&self) -> Vec<PoolStatus> {
         let mut pools: Vec<PoolStatus> =
             self.replicas.pools().into_iter().map(|status| self.with_memory(status)).collect();
-        for pool in &self.identity.pools {
+        for pool in self.expected_pools() {
             if !pools.iter().any(|known| known.pool_id == *pool) {
                 pools.push(self.empty_pool(pool));
             }
@@ -418,9 +427,9 @@ impl Core {
     /// The numbers of every pool, configured ones without replicas included.
     #[must_use]
     pub fn pool_counts(&self) -> BTreeMap<PoolId, PoolCounts> {
-        let configured = self.identity.pools.iter().map(|pool| (pool.clone(), PoolCounts::default()));
+        let expected = self.expected_pools().map(|pool| (pool.clone(), PoolCounts::default()));
         let found = self.replicas.pool_counts().into_iter().map(|(pool, counts)| (pool.clone(), counts));
-        configured.chain(found).collect()
+        expected.chain(found).collect()
     }
 
     /// The replicas of this machine.
@@ -688,7 +697,7 @@ impl Core {
         }
         let due = self.notifier.poll(now);
         effects.extend(due.into_iter().map(|delivery| Effect::Deliver(Box::new(delivery))));
-        let revision = self.replicas.revision() + u64::from(self.shutdown != Shutdown::No);
+        let revision = self.told_revision();
         for index in 0..self.planes.len() {
             self.planes[index].on_change(revision, self.replicas.len(), now);
             if let Some(order) = self.planes[index].poll(now) {
@@ -709,9 +718,15 @@ impl Core {
         }
     }
 
+    /// Grows with everything that control planes must hear of at once.
+    fn told_revision(&self) -> u64 {
+        let is_ending = u64::from(self.shutdown != Shutdown::No);
+        self.replicas.revision() + self.preparing.revision() + is_ending
+    }
+
     /// Whether every control plane that counts on this node knows that it takes no new work.
     fn drain_is_told(&self) -> bool {
-        let revision = self.replicas.revision() + 1;
+        let revision = self.told_revision();
         self.planes.iter().all(|plane| {
             !matches!(plane.state(), PlaneState::Registered { failures: 0, .. })
                 || plane.told() == Some(revision)
@@ -738,11 +753,18 @@ impl Core {
                 boot_id: identity.boot_id.clone(),
                 seq: Some(seq),
                 draining: self.is_node_draining(),
+                preparation: self.preparing.pools().to_vec(),
             })),
             (Call::Deregister | Call::Register, _) => {
                 CallBody::Deregister { incarnation: identity.incarnation }
             }
         }
+    }
+
+    /// Pools of which there may be no replica yet: those that are configured, and those that are being prepared.
+    fn expected_pools(&self) -> impl Iterator<Item = &PoolId> {
+        let prepared = self.preparing.pools().iter().map(|preparation| &preparation.pool_id);
+        self.identity.pools.iter().chain(prepared)
     }
 
     fn empty_pool(&self, pool: &PoolId) -> PoolStatus {
@@ -754,7 +776,7 @@ impl Core {
         for beat in &mut beats {
             beat.vram_free_bytes = self.gpus.memory_of(&beat.pool_id).free_bytes;
         }
-        for pool in &self.identity.pools {
+        for pool in self.expected_pools() {
             if !beats.iter().any(|beat| beat.pool_id == *pool) {
                 let draining = self.replicas.drain_of_pool(pool).is_some();
                 beats.push(PoolBeat { draining, ..empty_beat(pool) });

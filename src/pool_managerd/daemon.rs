@@ -171,6 +171,7 @@ impl Daemon {
             let deadline = earliest(deadline, self.supervisor.deadline());
             let deadline = earliest(deadline, self.tls.deadline());
             let deadline = earliest(deadline, self.guard.deadline());
+            let deadline = earliest(deadline, self.managed.deadline());
             if let Some(slow) = self.lag.worked(now.mono, crate::reactor::now().mono) {
                 log::warn!("{slow}");
             }
@@ -211,6 +212,7 @@ impl Daemon {
             self.take_gpu_reports(logged, now);
             self.take_saved(now);
             self.take_ordered(now);
+            self.ask_provisioners(now);
             self.tls.turn(&mut self.net, now);
             self.look_after_guard(tokens_changed, now);
             self.net.turn(now.mono);

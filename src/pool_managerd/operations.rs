@@ -24,6 +24,9 @@ const GPU_INDEX_MAX: u32 = u16::MAX as u32;
 const TABLE_FULL_RETRY_MS: u64 = 60_000;
 /// Longest reference of a model, in bytes: paths and signed URLs are shorter.
 const REFERENCE_BYTES_MAX: usize = 4_096;
+/// Longest that the answer to a preload waits for the engine, in milliseconds: an engine with a model that is
+/// here loads in minutes. Beyond it, and where the caller wants that, it is told how far it has come.
+const PRELOAD_WAIT_MS_MAX: u64 = 600_000;
 /// Longest value that an error repeats, in characters.
 const SHOWN_CHARS_MAX: usize = 80;
 
@@ -49,8 +52,8 @@ pub enum PoolOrder {
     Status(PoolId),
     /// Its engines get another model, by this reference.
     Reload(PoolId, String),
-    /// An engine that was prepared is started in it.
-    Preload(PoolId, Value),
+    /// An engine that was prepared is started in it; the answer waits so long for it, in milliseconds.
+    Preload(PoolId, Value, u64),
 }
 
 impl PoolOrder {
@@ -58,7 +61,7 @@ impl PoolOrder {
     #[must_use]
     pub fn pool(&self) -> &PoolId {
         match self {
-            PoolOrder::Status(pool) | PoolOrder::Reload(pool, _) | PoolOrder::Preload(pool, _) => pool,
+            PoolOrder::Status(pool) | PoolOrder::Reload(pool, _) | PoolOrder::Preload(pool, ..) => pool,
         }
     }
 }
@@ -88,8 +91,11 @@ pub fn route(segments: &[&str], request: &Request, core: &Core) -> Option<Result
                 _ => Err(not_allowed("GET, POST")),
             })
         }
-        ["pools", pool, "preload" | "reload"] => match method {
-            "POST" => pool_id(pool).and_then(|pool| order(pool, &request.body)).map(Operation::Order),
+        ["pools", pool, verb @ ("preload" | "reload")] => match method {
+            "POST" => {
+                let wait_ms = if *verb == "preload" { wait_ms(request.head.fields.get("prefer")) } else { 0 };
+                pool_id(pool).and_then(|pool| order(pool, &request.body, wait_ms)).map(Operation::Order)
+            }
             _ => Err(not_allowed("POST")),
         },
         [of @ .., verb @ ("drain" | "resume")] => match scope(of, core)? {
@@ -228,7 +234,7 @@ fn scope(segments: &[&str], core: &Core) -> Option<Result<Scope, Response>> {
 }
 
 /// Reads `{"new_model_ref": string}` or `{"prepared": {...}}`.
-fn order(pool: PoolId, body: &[u8]) -> Result<PoolOrder, Response> {
+fn order(pool: PoolId, body: &[u8], wait_ms: u64) -> Result<PoolOrder, Response> {
     let shape =
         "the body must be {\"new_model_ref\": REFERENCE} or {\"prepared\": {\"binary_path\": PATH, ...}}";
     let body: Value = serde_json::from_slice(body).map_err(|_| bad(shape))?;
@@ -245,10 +251,24 @@ fn order(pool: PoolId, body: &[u8]) -> Result<PoolOrder, Response> {
             if !prepared.get("binary_path").and_then(Value::as_str).is_some_and(is_text) {
                 return Err(bad("`prepared.binary_path` is missing"));
             }
-            Ok(PoolOrder::Preload(pool, Value::Object(prepared)))
+            Ok(PoolOrder::Preload(pool, Value::Object(prepared), wait_ms))
         }
         _ => Err(bad(shape)),
     }
+}
+
+/// How long a caller wants to wait for a preload, by the field `Prefer`: `respond-async`, or `wait=SECONDS`.
+fn wait_ms(prefer: Option<&str>) -> u64 {
+    let mut wait_ms = PRELOAD_WAIT_MS_MAX;
+    for preference in prefer.unwrap_or_default().split([',', ';']).map(str::trim) {
+        let seconds = preference.strip_prefix("wait=").and_then(|seconds| seconds.parse::<u64>().ok());
+        if preference.eq_ignore_ascii_case("respond-async") {
+            wait_ms = 0;
+        } else if let Some(seconds) = seconds {
+            wait_ms = wait_ms.min(seconds.saturating_mul(1_000));
+        }
+    }
+    wait_ms
 }
 
 /// Whether it can be a reference or a path.
@@ -392,6 +412,22 @@ mod tests {
         ] {
             let (status, text) = message(&deadline_ms(wrong.as_bytes()).expect_err(wrong));
             assert!(status == 400 && text.contains(names), "{wrong}: {text}");
+        }
+    }
+
+    #[test]
+    fn a_caller_waits_as_long_as_it_prefers() {
+        for (prefer, expected_ms) in [
+            (None, PRELOAD_WAIT_MS_MAX),
+            (Some("handling=lenient"), PRELOAD_WAIT_MS_MAX),
+            (Some("wait=x"), PRELOAD_WAIT_MS_MAX),
+            (Some("respond-async"), 0),
+            (Some("Respond-Async, wait=7"), 0),
+            (Some("handling=lenient; wait=7"), 7_000),
+            (Some("wait=99999999999999999999999"), PRELOAD_WAIT_MS_MAX),
+            (Some("wait=999999999999"), PRELOAD_WAIT_MS_MAX),
+        ] {
+            assert_eq!(wait_ms(prefer), expected_ms, "{prefer:?}");
         }
     }
 

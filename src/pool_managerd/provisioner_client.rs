@@ -5,6 +5,7 @@
 //! is meant. Talking to them blocks, and is done on a helper thread; an order is only accepted there, so that
 //! an answer takes milliseconds, whatever it starts.
 
+use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
@@ -16,6 +17,7 @@ use serde_json::{Value, json};
 use super::operations::PoolOrder;
 use crate::wire::id::PoolId;
 use crate::wire::pool::PROVISIONER_DIRECTORY;
+use crate::wire::preparation::{POOL_STEPS_MAX, PREPARED_POOLS_MAX, PoolPreparation};
 
 /// How long one provisioner may take: it answers from memory.
 const TALK: Duration = Duration::from_secs(2);
@@ -44,7 +46,7 @@ pub(crate) fn ask(runtime_dir: &Path, order: &PoolOrder) -> (u16, Value) {
             return keeper.map_or_else(|| nobody(pool, living.len()), |(_, answer)| (200, answer));
         }
         PoolOrder::Reload(_, model) => json!({"op": "reload", "pool": pool, "new_model_ref": model}),
-        PoolOrder::Preload(_, prepared) => json!({"op": "preload", "prepared": prepared}),
+        PoolOrder::Preload(_, prepared, _) => json!({"op": "preload", "prepared": prepared}),
     };
     let to = match (keeper, order, living.as_slice()) {
         (Some((socket, _)), ..) => socket,
@@ -65,6 +67,22 @@ pub(crate) fn ask(runtime_dir: &Path, order: &PoolOrder) -> (u16, Value) {
             (503, json!({"error": format!("the engine-provisioner of pool {pool} went away: {error}")}))
         }
     }
+}
+
+/// The pools in which something is under way, as all provisioners of this machine tell it.
+pub(crate) fn preparing(runtime_dir: &Path) -> Vec<PoolPreparation> {
+    let mut pools: BTreeMap<PoolId, PoolPreparation> = BTreeMap::new();
+    for socket in sockets(runtime_dir) {
+        let told = talk(&socket, r#"{"op":"preparing"}"#).ok();
+        // One that is older does not know the question.
+        let told = told.and_then(|mut told| serde_json::from_value(told["pools"].take()).ok());
+        let told: Vec<PoolPreparation> = told.unwrap_or_default();
+        for mut pool in told {
+            pool.steps.truncate(POOL_STEPS_MAX);
+            pools.insert(pool.pool_id.clone(), pool);
+        }
+    }
+    pools.into_values().take(PREPARED_POOLS_MAX).collect()
 }
 
 fn nobody(pool: &PoolId, living: usize) -> (u16, Value) {

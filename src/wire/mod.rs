@@ -12,4 +12,5 @@ pub mod id;
 pub mod json_place;
 pub mod node;
 pub mod pool;
+pub mod preparation;
 pub mod url;

@@ -9,6 +9,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::id::{NodeId, PoolId, ReplicaId};
+use super::preparation::PoolPreparation;
 use super::url::BaseUrl;
 
 /// Most pools in a registration or heartbeat.
@@ -116,6 +117,9 @@ pub struct Heartbeat {
     /// The agent is shutting down: no new work.
     #[serde(default)]
     pub draining: bool,
+    /// Pools in which something is built, fetched or loaded.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub preparation: Vec<PoolPreparation>,
 }
 
 /// A pool in a heartbeat.

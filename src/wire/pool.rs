@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::drain::DrainStatus;
 use super::id::{NodeId, PoolId, ReplicaId};
 use super::node::Capabilities;
+use super::preparation::PoolPreparation;
 use super::url::BaseUrl;
 
 /// Directory below that of the handoffs in which provisioners listen for what is to become of their pools.
@@ -38,6 +39,9 @@ pub struct AgentReport {
     /// Every pool of the node, by name.
     #[serde(default)]
     pub pools: Vec<PoolStatus>,
+    /// Pools in which something is built, fetched or loaded.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub preparation: Vec<PoolPreparation>,
 }
 
 /// State of one pool. The first six fields are what the oldest clients look for.

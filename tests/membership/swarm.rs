@@ -188,6 +188,7 @@ impl Hive {
             boot_id: None,
             seq: None,
             draining: false,
+            preparation: Vec::new(),
         };
         let mut hive = Hive {
             poll: Poll::new().expect("a poll"),

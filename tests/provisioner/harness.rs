@@ -27,6 +27,7 @@ pub(crate) struct Provisioner {
     events: Receiver<Value>,
     errors: Option<JoinHandle<String>>,
     engine: Option<u32>,
+    spawned: Option<u32>,
     /// The directory that its handoff goes to.
     pub(crate) handoff_dir: PathBuf,
 }
@@ -82,7 +83,7 @@ impl Provisioner {
             let _ = err.read_to_string(&mut text);
             text
         });
-        Provisioner { child, events, errors: Some(errors), engine: None, handoff_dir }
+        Provisioner { child, events, errors: Some(errors), engine: None, spawned: None, handoff_dir }
     }
 
     /// Waits for the event `name`, which has to be the next one.
@@ -94,8 +95,10 @@ impl Provisioner {
     pub(crate) fn event_within(&mut self, name: &str, limit: Duration) -> Value {
         match self.events.recv_timeout(limit) {
             Ok(event) => {
-                if let Some(pid) = event["pid"].as_u64() {
-                    self.engine = u32::try_from(pid).ok();
+                let pid = event["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok());
+                self.engine = pid.or(self.engine);
+                if event["event"] == "spawned" {
+                    self.spawned = pid;
                 }
                 assert_eq!(event["event"], name, "{event}");
                 event
@@ -108,6 +111,16 @@ impl Provisioner {
     /// Process and group of the engine, once its first event was seen.
     pub(crate) fn engine(&self) -> u32 {
         self.engine.expect("the engine was started")
+    }
+
+    /// The process that was started last: the engine's, or a client of its container.
+    pub(crate) fn spawned(&self) -> u32 {
+        self.spawned.expect("something was started")
+    }
+
+    /// The provisioner's own process.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// Where the handoff of `pool-0/r0` belongs.

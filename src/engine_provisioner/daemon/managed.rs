@@ -10,7 +10,10 @@ use serde_json::json;
 
 use super::Daemon;
 use crate::engine_provisioner::control::{Order, PreparedEngine};
-use crate::engine_provisioner::plan::{Config, HEALTH_EVERY_MS_MIN, Lease, default_log_file, device_mask};
+use crate::engine_provisioner::models::Digest;
+use crate::engine_provisioner::plan::{
+    Config, HEALTH_EVERY_MS_MIN, Lease, default_log_file, device_mask, text,
+};
 use crate::engine_provisioner::steps::Kind;
 use crate::engine_provisioner::supervision::{Input, SpecId, Told};
 use crate::settings::Exit;
@@ -42,6 +45,8 @@ impl Orders {
 /// The order that is under way.
 pub(super) struct Managed {
     pool: PoolId,
+    /// The engine that was prepared elsewhere, if that is what was ordered.
+    preloaded: Option<ReplicaKey>,
     began: Mono,
     /// What was ordered before, for the case that it fails.
     before: Orders,
@@ -58,6 +63,7 @@ impl Daemon {
         let Some(order) = self.control.as_ref().and_then(|control| control.next()) else { return };
         let pool = order.pool().clone();
         let before = self.orders.clone();
+        let mut preloaded = None;
         match order {
             Order::Reload(pool, model) => {
                 log::info!("pool {pool} is to serve {model}");
@@ -65,6 +71,7 @@ impl Daemon {
             }
             Order::Preload(engine) => match self.prepared_config(*engine) {
                 Ok(config) => {
+                    preloaded = Some(config.key());
                     self.orders.engines.insert(config.key(), config);
                 }
                 Err(exit) => {
@@ -74,7 +81,7 @@ impl Daemon {
                 }
             },
         }
-        self.managed = Some(Managed { pool, began: now, before, pending: BTreeMap::new() });
+        self.managed = Some(Managed { pool, preloaded, began: now, before, pending: BTreeMap::new() });
         if let Err(exit) = self.prepare() {
             self.order_failed(&exit.message, now);
         }
@@ -93,11 +100,11 @@ impl Daemon {
             log_file: default_log_file(&handoff_dir, &engine.pool_id, &engine.replica_id),
             handoff_dir,
             slots: None,
-            engine: "llamacpp".into(),
-            engine_version: engine.engine_version,
+            engine: text(engine.engine.as_deref().unwrap_or("llamacpp")).map_err(Exit::config)?,
+            engine_version: engine.engine_version.or(engine.build_ref),
             model: engine.model_path,
             model_name: None,
-            digest: None,
+            digest: engine.digest.as_deref().map(Digest::parse).transpose().map_err(Exit::config)?,
             model_file: None,
             lease: Lease::default(),
             source: None,
@@ -113,6 +120,7 @@ impl Daemon {
             restart: true,
             device_mask: mask,
             tensor_split: Vec::new(),
+            container: None,
             auth_file: None,
             env: BTreeMap::new(),
             command,
@@ -132,7 +140,6 @@ impl Daemon {
             let is_same =
                 before.and_then(|spec| self.specs.get(&spec)).is_some_and(|before| **before == *config);
             if !is_same {
-                self.book.steps.begin(Kind::PoolWarmup, &key, "loading");
                 managed.pending.insert(key, before);
             }
         }
@@ -147,37 +154,49 @@ impl Daemon {
         let Some(managed) = self.managed.take() else { return };
         let config = self.specs.values().rev().find(|config| config.pool_id == managed.pool);
         log::info!("pool {}: what was ordered is done", managed.pool);
-        self.book.ended(
-            &managed.pool,
-            json!({
-                "success": true, "rolled_back": false, "duration_ms": now.ms_since(managed.began),
-                "new_engine_version": config.and_then(|config| config.engine_version.clone()),
-            }),
-        );
+        let mut outcome = json!({
+            "success": true, "rolled_back": false, "duration_ms": now.ms_since(managed.began),
+            "new_engine_version": config.and_then(|config| config.engine_version.clone()),
+        });
+        let is_it = |key: &ReplicaKey| Some(key) == managed.preloaded.as_ref();
+        let mut serving = self.running.values().rev().filter(|running| running.published.is_some());
+        if let Some(running) = serving.find(|running| is_it(&running.config.key())) {
+            outcome["pid"] = json!(running.handoff.pid);
+            // Whoever reads it may stand in another directory.
+            outcome["handoff_path"] = json!(std::path::absolute(&running.plan.handoff_file).ok());
+        }
+        self.book.ended(&managed.pool, outcome);
     }
 
     /// An engine is told of: perhaps one that an order waits for.
     pub(super) fn order_told(&mut self, key: &ReplicaKey, told: &Told, now: Mono) {
+        match told {
+            Told::Serving(_) => self.book.steps.end(Kind::PoolWarmup, key, Ok(())),
+            Told::Failed { reason: why, .. } | Told::KeptOld(why) => {
+                self.book.steps.end(Kind::PoolWarmup, key, Err(why));
+            }
+            _ => {}
+        }
         let Some(managed) = &mut self.managed else { return };
         let Some(before) = managed.pending.get(key).copied() else { return };
         match told {
             Told::Serving(_) => {
                 managed.pending.remove(key);
-                self.book.steps.end(Kind::PoolWarmup, key, Ok(()));
             }
             Told::KeptOld(why) => {
-                self.book.steps.end(Kind::PoolWarmup, key, Err(why));
                 if let Some(before) = before {
                     self.newest.insert(key.clone(), before);
                 }
                 self.to_retry.remove(key);
-                let why = why.clone();
+                let why = match managed.preloaded {
+                    Some(_) => format!("health check failed: {why}"),
+                    None => why.clone(),
+                };
                 self.order_failed(&why, now);
             }
             Told::Failed { reason, .. } if before.is_none() => {
-                self.book.steps.end(Kind::PoolWarmup, key, Err(reason));
                 self.newest.remove(key);
-                let reason = format!("preload failed: health check failed: {reason}");
+                let reason = format!("health check failed: {reason}");
                 self.effects_unwant(key, now);
                 self.order_failed(&reason, now);
             }
@@ -196,6 +215,10 @@ impl Daemon {
         let Some(managed) = self.managed.take() else { return };
         log::error!("pool {}: what was ordered failed, what was there before goes on: {why}", managed.pool);
         self.orders = managed.before;
+        let why = match managed.preloaded {
+            Some(_) => format!("preload failed: {why}"),
+            None => why.to_string(),
+        };
         self.book.ended(
             &managed.pool,
             json!({

@@ -1,9 +1,10 @@
 //! How it goes, and how that is shown: a bar on a terminal, lines in a log.
 
 use std::io::IsTerminal;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::error::size;
 
@@ -61,6 +62,21 @@ pub struct Display {
     line: Instant,
 }
 
+/// All bars of this program, one below the other: several models may be fetched at once.
+fn bars() -> &'static MultiProgress {
+    static BARS: OnceLock<MultiProgress> = OnceLock::new();
+    BARS.get_or_init(|| MultiProgress::with_draw_target(ProgressDrawTarget::stderr_with_hz(10)))
+}
+
+impl Drop for Display {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+            bars().remove(bar);
+        }
+    }
+}
+
 impl Default for Display {
     fn default() -> Display {
         Display::new()
@@ -72,10 +88,8 @@ impl Display {
     #[must_use]
     pub fn new() -> Display {
         let now = Instant::now();
-        let bar = std::io::stderr().is_terminal().then(|| {
-            ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr_with_hz(10))
-                .with_style(style(false))
-        });
+        let bar =
+            std::io::stderr().is_terminal().then(|| bars().add(ProgressBar::new(0)).with_style(style(false)));
         Display { bar, name: String::new(), started: now, kept_bytes: 0, line: now }
     }
 

@@ -183,8 +183,12 @@ fn is_servable(registry: &ServiceRegistry, wanted: &Wanted) -> bool {
 fn is_servable_ever(registry: &ServiceRegistry, ask: &Ask) -> bool {
     match choose(registry, ask, &[], Strategy::LeastLoaded, &mut StrategyState::new(0)).choice {
         Choice::Busy | Choice::Replica { .. } => true,
-        Choice::NotReady { .. } => registry.replicas().any(|(_, replica)| may_serve(replica, ask)),
-        Choice::Nothing | Choice::ContextTooLong { .. } | Choice::UnknownModel | Choice::UnknownPin => false,
+        Choice::NotReady { .. } => {
+            registry.replicas().any(|(_, replica)| may_serve(replica, ask)) || registry.is_prepared(ask)
+        }
+        Choice::Nothing | Choice::ContextTooLong { .. } | Choice::UnknownModel | Choice::UnknownPin => {
+            registry.is_prepared(ask)
+        }
     }
 }
 

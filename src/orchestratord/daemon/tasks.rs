@@ -75,10 +75,11 @@ impl Daemon {
         }
         let created = self.tasks.create(&task, request, &standing, now);
         debug_assert!(created.is_ok(), "checked above");
+        let steps = tasks::steps(self.core.registry().preparations(&task.asked.ask));
         if let Some(name) = &task.session {
             self.join_session(request, name.clone(), now);
         }
-        let mut response = Response::json(202, &tasks::admission_body(&task.id, &standing));
+        let mut response = Response::json(202, &tasks::admission_body(&task.id, &standing, steps));
         let budget = Budget { tokens: u64::from(task.tokens_max), time_ms: task.deadline_ms };
         for (name, value) in budget_fields(budget) {
             response = response.with(name, value);

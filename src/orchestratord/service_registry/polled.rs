@@ -125,6 +125,7 @@ impl ServiceRegistry {
         self.contact(index, url.host(), now);
         // Replicas first, as with heartbeats.
         self.take_snapshot(index, &pools, now, changes);
+        self.set_preparation(index, &report.preparation);
         let (status, reason) = if report.draining {
             (NodeStatus::Draining, "the node asks for no new work")
         } else {

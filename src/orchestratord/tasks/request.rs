@@ -15,11 +15,14 @@ use crate::orchestratord::refusal::Refusal;
 use crate::orchestratord::sessions;
 use crate::wire::id::{NodeId, PoolId};
 use crate::wire::json_place;
+use crate::wire::preparation::PoolPreparation;
 
 /// Most tokens that one task may ask for.
 const MAX_TOKENS_MAX: i64 = 50_000;
 /// Tokens of a task that does not say.
 const MAX_TOKENS_DEFAULT: i64 = 256;
+/// Most steps of preparation that one answer shows.
+const STEPS_SHOWN_MAX: usize = 64;
 /// Longest context that any engine is asked for, in tokens.
 const CTX_MAX: i64 = 32_768 * 32;
 
@@ -215,13 +218,29 @@ impl Standing {
     }
 }
 
-/// The answer to an admitted task. `predicted_start_ms` is null where it is not known.
+/// What nodes do for the pools that could serve a task, as its answer shows it.
+pub fn steps<'a>(preparations: impl Iterator<Item = (&'a NodeId, &'a PoolPreparation)>) -> Vec<Value> {
+    let of_pool = |(node, pool): (&NodeId, &'a PoolPreparation)| {
+        let node = node.clone();
+        pool.steps.iter().filter_map(move |step| {
+            let mut shown = serde_json::to_value(step).ok()?;
+            (shown["group"], shown["node_id"]) = (json!(pool.pool_id), json!(node));
+            Some(shown)
+        })
+    };
+    preparations.flat_map(of_pool).take(STEPS_SHOWN_MAX).collect()
+}
+
+/// The answer to an admitted task. `predicted_start_ms` is null where it is not known. `steps` are what nodes
+/// tell; where none does, and nobody is ready, the reason is all that is known.
 #[must_use]
-pub fn admission_body(id: &str, standing: &Standing) -> Value {
+pub fn admission_body(id: &str, standing: &Standing, mut steps: Vec<Value>) -> Value {
     let sse = format!("/v2/tasks/{id}/events");
     let warming =
         |reason: &String| json!({"kind": "pool_warmup", "status": "pending", "description": reason});
-    let steps: Vec<Value> = standing.not_ready.iter().map(warming).collect();
+    if steps.is_empty() {
+        steps = standing.not_ready.iter().map(warming).collect();
+    }
     let mut body = standing.to_json();
     body["task_id"] = json!(id);
     body["backoff_ms"] = json!(0);
@@ -233,6 +252,7 @@ pub fn admission_body(id: &str, standing: &Standing) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire::preparation::PreparationStep;
 
     fn parse(text: &str) -> Result<NewTask, Refusal> {
         super::parse(text.as_bytes(), "c".into(), &Aliases::parse("gpt=org/qwen").expect("aliases"))
@@ -306,11 +326,27 @@ mod tests {
     #[test]
     fn an_admission_says_where_to_listen_and_what_is_not_known() {
         let waits = Standing { position: Some(3), predicted_ms: None, not_ready: Some("it loads".into()) };
-        let body = admission_body("t", &waits);
+        let body = admission_body("t", &waits, Vec::new());
         assert_eq!((body["queue_position"].as_u64(), &body["predicted_start_ms"]), (Some(3), &Value::Null));
         assert_eq!(body["streams"]["sse_verbose"], "/v2/tasks/t/events?verbose=true");
         assert_eq!(body["preparation"]["steps"][0]["kind"], "pool_warmup");
-        let body = admission_body("t", &Standing::placed());
+        let (pool, node) = (PoolId::new("p").expect("an id"), NodeId::new("n").expect("an id"));
+        let fetch = PreparationStep {
+            kind: "model_fetch".into(),
+            id: "p/r0".into(),
+            status: "running".into(),
+            bytes_done: Some(1),
+            ..PreparationStep::default()
+        };
+        let told = PoolPreparation { pool_id: pool, steps: vec![fetch] };
+        let body = admission_body("t", &waits, steps(std::iter::once((&node, &told))));
+        assert_eq!(
+            body["preparation"]["steps"],
+            json!([{"kind": "model_fetch", "id": "p/r0", "group": "p", "node_id": "n", "status": "running", "bytes_done": 1}])
+        );
+        let many = std::iter::repeat_n((&node, &told), 2 * STEPS_SHOWN_MAX);
+        assert_eq!(steps(many).len(), STEPS_SHOWN_MAX);
+        let body = admission_body("t", &Standing::placed(), Vec::new());
         assert_eq!(
             (body["queue_position"].as_u64(), body["predicted_start_ms"].as_u64()),
             (Some(0), Some(0))

@@ -61,6 +61,7 @@ impl Core {
             draining: self.is_node_draining(),
             capabilities: identity.capabilities.clone(),
             pools: self.pools(),
+            preparation: self.preparing.pools().to_vec(),
         }
     }
 
