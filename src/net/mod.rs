@@ -675,14 +675,16 @@ impl Net {
     }
 }
 
+/// The field in which control planes count each other on a request's way. It is passed on whatever else is said of
+/// it: without it a circle of control planes would not be noticed.
+pub const HOPS_FIELD: &str = "X-LLorch-Hops";
+
 /// The fields of a client's request that may go to an engine: nothing hop by hop, no credentials of
 /// ours, nothing that the client cannot vouch for.
 pub fn forwardable(head: &RequestHead) -> Vec<(String, Vec<u8>)> {
     // `x-conversation-id` makes llama-server go on after its client has left.
     const NOT_FORWARDED: [&str; 7] =
         ["host", "content-length", "expect", "authorization", "x-conversation-id", "forwarded", "x-real-ip"];
-    // Without it a circle of control planes would not be noticed.
-    const HOPS_FIELD: &str = "x-llorch-hops";
     const NOT_FORWARDED_PREFIXES: [&str; 2] = ["x-llorch-", "x-forwarded-"];
     head.fields
         .iter()

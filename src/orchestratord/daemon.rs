@@ -16,6 +16,7 @@ use crate::replicas::{Activity, AllowList, EnginePolicy, ProbeOrder, Processes, 
 use crate::service::guard::{Admission, Guard};
 use crate::service::lag::LoopLag;
 use crate::service::shell::{self, Shell};
+use crate::service::state_lock::StateLock;
 use crate::service::supervisor::Supervisor;
 use crate::service::tls::Tls;
 use crate::service::{logging, machine, routes};
@@ -68,6 +69,8 @@ pub struct Daemon {
     signals: Signals,
     waker: Waker,
     saver: Option<Saver>,
+    /// The state directory is this process's alone.
+    _lock: Option<StateLock>,
     watch: Option<Watch>,
     processes: Processes,
     net: Net,
@@ -144,6 +147,11 @@ impl Daemon {
             config.memory,
         )?;
         shell::note_other_address(config.addr, bound, config.guard.credentials.keys());
+        // Without nodes nothing is kept.
+        let lock = config.cloud.then(|| {
+            StateLock::take(&config.state_dir, "orchestratord", "ORCHESTRATORD_STATE_DIR")
+        });
+        let lock = lock.transpose()?;
         let rules = address_rules(bound);
         net.set_dial_rule(DialRule::new(move |url, ip| rules.check_address(url, ip)));
         net.keep_streams_alive(config.stream_keepalive_ms);
@@ -170,6 +178,7 @@ impl Daemon {
             signals,
             waker,
             saver: None,
+            _lock: lock,
             watch,
             processes: Processes::new(),
             net,

@@ -6,12 +6,10 @@
 //! that is well formed. The answer keeps every field of the engine, and says which replica gave it.
 
 use crate::http::head::{Fields, RequestHead};
-use crate::net::forwardable;
+use crate::net::{HOPS_FIELD, forwardable};
 
 use super::core::Dispatch;
 
-/// The field in which control planes count each other on a request's way. Agents pass it on.
-pub const HOPS_FIELD: &str = "X-LLorch-Hops";
 /// A request that has passed so many control planes is refused: one behind another is somebody's wish, one
 /// more is a circle, in which every request would take all slots there are.
 pub const HOPS_MAX: u32 = 2;

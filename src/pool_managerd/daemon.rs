@@ -21,6 +21,7 @@ use crate::replicas::{
 use crate::service::guard::{Admission, Guard};
 use crate::service::lag::LoopLag;
 use crate::service::shell::{self, Shell};
+use crate::service::state_lock::StateLock;
 use crate::service::supervisor::Supervisor;
 use crate::service::tls::Tls;
 use crate::service::{durable, logging, machine, routes};
@@ -65,6 +66,8 @@ pub struct Daemon {
     encoder: Option<Encoder>,
     waker: Waker,
     saver: Option<Saver>,
+    /// The state directory is this process's alone.
+    _lock: StateLock,
     /// Where callbacks may go.
     callback_rule: DialRule,
     lag: LoopLag,
@@ -108,6 +111,7 @@ impl Daemon {
             config.memory,
         )?;
         shell::note_other_address(config.addr, bound, config.guard.credentials.keys());
+        let lock = StateLock::take(&config.state_dir, "pool-managerd", "POOL_MANAGERD_STATE_DIR")?;
         net.set_dial_rule(dial_rule(&config, bound.port()));
         let mut core = make_core(&config, bound.port());
         let policy = callback_policy(&config, bound.port());
@@ -140,6 +144,7 @@ impl Daemon {
             encoder: None,
             waker,
             saver: None,
+            _lock: lock,
             callback_rule: callback_client::dial_rule(policy),
             lag: LoopLag::default(),
             supervisor,
