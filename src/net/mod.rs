@@ -51,7 +51,8 @@ use upstream::Upstreams;
 /// Sizes and times; each has a default that suits both daemons.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Connections from clients at once; more are closed as they come.
+    /// Connections from clients at once; more are told 503 and closed. Where clients speak TLS, the last few of
+    /// these are for those that are told.
     pub clients_max: usize,
     /// Largest request body, in bytes.
     pub body_bytes_max: usize,
