@@ -569,6 +569,18 @@ impl Net {
         Some(std::mem::replace(&mut session.body, self.server.bodies.hold()))
     }
 
+    /// Makes room in the budget of bodies for so many bytes of something else that is kept; with none of them, gives
+    /// it back. False if there is none; then it is as it was.
+    pub fn keep(&mut self, room: &mut Option<BodyHold>, bytes: usize) -> bool {
+        if bytes == 0 {
+            *room = None;
+            return true;
+        }
+        let bodies = &mut self.server.bodies;
+        let room = room.get_or_insert_with(|| bodies.hold());
+        bodies.grow(room, bytes)
+    }
+
     /// Bytes of request bodies in memory.
     #[must_use]
     pub fn bodies_bytes(&self) -> usize {

@@ -148,9 +148,9 @@ impl Daemon {
         )?;
         shell::note_other_address(config.addr, bound, config.guard.credentials.keys());
         // Without nodes nothing is kept.
-        let lock = config.cloud.then(|| {
-            StateLock::take(&config.state_dir, "orchestratord", "ORCHESTRATORD_STATE_DIR")
-        });
+        let lock = config
+            .cloud
+            .then(|| StateLock::take(&config.state_dir, "orchestratord", "ORCHESTRATORD_STATE_DIR"));
         let lock = lock.transpose()?;
         let rules = address_rules(bound);
         net.set_dial_rule(DialRule::new(move |url, ip| rules.check_address(url, ip)));
@@ -183,14 +183,14 @@ impl Daemon {
             processes: Processes::new(),
             net,
             core,
-            tasks: Tasks::default(),
-            sessions: Sessions::default(),
+            tasks: Tasks::new(config.tables.tasks_max, config.tables.gone_max),
+            sessions: Sessions::new(config.tables.sessions_max),
             jobs: BTreeMap::new(),
             by_client: BTreeMap::new(),
             exchanges: BTreeMap::new(),
             reloads: BTreeMap::new(),
             reload_serial: 0,
-            explain: Explain::default(),
+            explain: Explain::new(config.tables.explain_max),
             lag: LoopLag::default(),
             supervisor,
             next_request: 1,
@@ -734,6 +734,7 @@ fn options(config: &Config, bound: SocketAddr) -> Result<Options, Exit> {
         addresses: config.cloud.then(|| address_rules(bound)),
         strategy: config.strategy,
         prefix_affinity: config.prefix_affinity,
+        served_sessions_max: config.tables.served_sessions_max,
         admission_capacity: config.admission_capacity,
         admission_timeout_ms: config.admission_timeout_ms,
         drain_timeout_ms: config.drain_timeout_ms,

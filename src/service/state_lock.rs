@@ -39,7 +39,9 @@ impl StateLock {
                 let _ = note_pid(&mut file);
                 Ok(StateLock { _file: Some(file) })
             }
-            Err(error) if error == rustix::io::Errno::WOULDBLOCK => Err(taken(&file, directory, program, variable)),
+            Err(error) if error == rustix::io::Errno::WOULDBLOCK => {
+                Err(taken(&file, directory, program, variable))
+            }
             // A file system without locks.
             Err(_) => Ok(StateLock { _file: None }),
         }
