@@ -158,7 +158,8 @@ fn main() {
     };
     let post = |body: &str| {
         let length = body.len();
-        format!("POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n{body}").into_bytes()
+        format!("POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n{body}")
+            .into_bytes()
     };
     let words = "a word and another one ".repeat(60);
     let chat = post(&format!(r#"{{"messages":[{{"role":"user","content":"{words}"}}]}}"#));

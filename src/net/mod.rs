@@ -569,8 +569,8 @@ impl Net {
         Some(std::mem::replace(&mut session.body, self.server.bodies.hold()))
     }
 
-    /// Makes room in the budget of bodies for so many bytes of something else that is kept; with none of them, gives
-    /// it back. False if there is none; then it is as it was.
+    /// Makes room in the budget of bodies for so many bytes of something else that is kept, which may take half of it;
+    /// with none of them, gives it back. False if there is none; then it is as it was.
     pub fn keep(&mut self, room: &mut Option<BodyHold>, bytes: usize) -> bool {
         if bytes == 0 {
             *room = None;
@@ -578,7 +578,7 @@ impl Net {
         }
         let bodies = &mut self.server.bodies;
         let room = room.get_or_insert_with(|| bodies.hold());
-        bodies.grow(room, bytes)
+        bodies.keep(room, bytes)
     }
 
     /// Bytes of request bodies in memory.
