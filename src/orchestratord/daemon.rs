@@ -12,6 +12,7 @@ use crate::net::{DialRule, Net, NetEvent, Outbound, Outcome, Patience, Sink, Tim
 use crate::reactor::signal::Signals;
 use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Reactor, Registry, Waker, now};
+use crate::replicas::directory::FILE_BYTES;
 use crate::replicas::{Activity, AllowList, EnginePolicy, ProbeOrder, Processes, Watch, probe};
 use crate::service::guard::{Admission, Guard};
 use crate::service::lag::LoopLag;
@@ -158,7 +159,10 @@ impl Daemon {
         let at = now();
         let core = Core::new(options(&config, bound)?, at);
         let watch = config.watches().then(|| {
+            // In this profile files have the memory that nodes would have.
+            let files_max = config.tables.registry_bytes_max / FILE_BYTES;
             Watch::new(config.runtime_dir.clone(), config.watch_interval_ms, Token::only(Kind::DirWatch))
+                .limited_to(files_max)
         });
         let profile = if config.cloud {
             "CLOUD profile".to_string()

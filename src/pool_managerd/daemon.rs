@@ -118,7 +118,8 @@ impl Daemon {
         let mut effects = Vec::new();
         enable_callbacks(&mut core, &config, &policy, &mut effects)?;
         let watch =
-            Watch::new(config.runtime_dir.clone(), config.watch_interval_ms, Token::only(Kind::DirWatch));
+            Watch::new(config.runtime_dir.clone(), config.watch_interval_ms, Token::only(Kind::DirWatch))
+                .limited_to(config.files_max());
         let gpus = GpuReader::start(config.gpu_discovery_interval_ms, waker.clone())
             .map_err(|error| Exit::runtime(format!("cannot start a helper thread: {error}")))?;
         let guard = Guard::new(std::mem::take(&mut config.guard), &own_names(&config));
