@@ -158,12 +158,13 @@ fn main() {
     };
     let post = |body: &str| {
         let length = body.len();
-        format!("POST {CHAT} HTTP/1.1\r\nHost: h\r\nContent-Length: {length}\r\n\r\n{body}").into_bytes()
+        format!("POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n{body}")
+            .into_bytes()
     };
     let words = "a word and another one ".repeat(60);
     let chat = post(&format!(r#"{{"messages":[{{"role":"user","content":"{words}"}}]}}"#));
     let stream = post(r#"{"stream":true,"messages":[{"role":"user","content":"Hello"}]}"#);
-    let health = b"GET /health HTTP/1.1\r\nHost: h\r\n\r\n".to_vec();
+    let health = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n".to_vec();
     let case = |name, count, request, end| Case { name, count, request, end };
     let cases = [
         case("an answer of its own", REQUESTS, health, &b"}"[..]),

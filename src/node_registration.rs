@@ -76,7 +76,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::pool_managerd::core::CallBody;
 use crate::pool_managerd::membership::{
-    Answer, Call, DEREGISTER_TIMEOUT_MS, INTERVAL_MS_MAX, INTERVAL_MS_MIN, Order,
+    Answer, Call, DEREGISTER_TIMEOUT_MS, INTERVAL_MS_MAX, INTERVAL_MS_MIN, Order, explain,
 };
 use crate::service::auth::Tokens;
 use crate::service::machine;
@@ -466,6 +466,10 @@ impl Plan {
             }
             Answer::CloudDisabled => RegistrationError::CloudDisabled { url },
             Answer::Failed(why) => RegistrationError::Failed { url, node_id, why },
+            Answer::ForeignName => {
+                let why = explain(&answer, &self.control_plane);
+                RegistrationError::Failed { url, node_id, why }
+            }
             Answer::UnknownNode | Answer::Ok { .. } => {
                 let why = "nothing is at this path (status 404)".to_string();
                 RegistrationError::Failed { url, node_id, why }

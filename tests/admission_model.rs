@@ -72,6 +72,7 @@ fn options() -> Options {
         local: None,
         polled: Vec::new(),
         prefix_affinity: true,
+        served_sessions_max: 16_384,
         addresses: None,
         seed: 3,
     }

@@ -14,6 +14,7 @@ mod harness;
 mod swarm;
 
 use std::fs;
+use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::thread;
@@ -270,6 +271,25 @@ fn a_farewell_ends_in_time_whatever_the_control_plane_does() {
     node.agent.signal(Signal::TERM);
     assert_eq!(node.agent.end(), Some(0));
     assert!(begun.elapsed() < Duration::from_millis(5_000), "{:?}", begun.elapsed());
+}
+
+#[test]
+fn an_agent_whose_control_plane_goes_by_another_name_says_what_to_set_there() {
+    let (listener, port) = deaf();
+    thread::spawn(move || {
+        for mut tcp in listener.incoming().map_while(Result::ok) {
+            thread::spawn(move || {
+                let _ = tcp.read(&mut [0; 16 * 1024]);
+                let refusal =
+                    "HTTP/1.1 421 Misdirected Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+                let _ = tcp.write_all(refusal.as_bytes());
+            });
+        }
+    });
+    let url = format!("http://localhost:{port}");
+    let node = Node::bare("n", port, &[("ORCHESTRATORD_URL", &url)]);
+    let told = "it does not go by the name localhost (421): set ORCHESTRATORD_ALLOW_HOSTS=localhost there";
+    until("what to set", || node.agent.log().contains(told).then_some(()));
 }
 
 /// Where the agent relays chats for its replica.

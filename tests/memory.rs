@@ -8,14 +8,68 @@ mod harness;
 #[allow(dead_code, reason = "shared with another test, which uses other parts")]
 mod plane;
 
+use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use harness::{ORCHESTRATORD, POOL_MANAGERD, Process, get, until};
+use harness::{ORCHESTRATORD, POOL_MANAGERD, Process, get, metric, open, post, until};
 use llama_orch::service::machine::raise_descriptor_limit;
 use plane::Plane;
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
+
+/// A control group with so much memory, while it lives.
+struct Group(PathBuf);
+
+impl Group {
+    /// `None` where this test may make none.
+    #[allow(clippy::print_stderr, reason = "what is left out has to say so")]
+    fn make(mib: u64) -> Option<Group> {
+        for (root, file) in
+            [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")]
+        {
+            let path = Path::new(root).join(format!("llorch-test-{}-{mib}", std::process::id()));
+            if fs::create_dir(&path).is_err() {
+                continue;
+            }
+            let group = Group(path);
+            let limit = group.0.join(file);
+            if limit.exists() && fs::write(limit, (mib << 20).to_string()).is_ok() {
+                return Some(group);
+            }
+        }
+        eprintln!("no control group can be made here: without one");
+        None
+    }
+
+    fn processes(&self) -> PathBuf {
+        self.0.join("cgroup.procs")
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // Its processes are gone, and the kernel may need a moment to notice.
+        let begun = Instant::now();
+        while fs::remove_dir(&self.0).is_err() && begun.elapsed() < Duration::from_secs(5) {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+#[test]
+fn the_control_group_says_how_much_memory_there_is() {
+    let Some(group) = Group::make(192) else { return };
+    let directory = tempfile::tempdir().expect("a directory");
+    for (program, prefix) in [(ORCHESTRATORD, "ORCHESTRATORD"), (POOL_MANAGERD, "POOL_MANAGERD")] {
+        let (addr, address) = (format!("{prefix}_ADDR"), format!("127.0.0.1:{}", harness::free_port()));
+        let script = format!("echo $$ > {} && exec {program}", group.processes().display());
+        let daemon = Process::start("/bin/sh", &["-c", &script], &[(&addr, &address)], directory.path());
+        let told = || daemon.log().contains("of the 192 MiB that the control group gives").then_some(());
+        until("limits that fit", told);
+    }
+}
 
 /// What the daemon is given, in MiB.
 const MEMORY_MIB: u64 = 256;
@@ -104,6 +158,11 @@ fn thousands_of_hostile_clients_are_refused_before_memory_ends() {
     let pid = Pid::from_raw(plane.control.pid().cast_signed()).expect("a pid");
     let limit = Some(MEMORY_MIB << 20);
     prlimit(Some(pid), Resource::Data, Rlimit { current: limit, maximum: limit }).expect("a limit");
+    // And beyond this the kernel's killer ends it indeed.
+    let group = Group::make(MEMORY_MIB);
+    if let Some(group) = &group {
+        fs::write(group.processes(), plane.control.pid().to_string()).expect("it goes there");
+    }
 
     let payloads: Vec<Vec<u8>> = (0..4).map(hostile).collect();
     let begun = Instant::now();
@@ -159,4 +218,76 @@ fn thousands_of_hostile_clients_are_refused_before_memory_ends() {
     assert!(peak < MEMORY_MIB << 20, "{peak} bytes");
     drop(open);
     until("the daemon to serve again", || get(plane.port, "/health").filter(|answer| answer.status == 200));
+    drop(plane);
+    drop(group);
+}
+
+/// An engine that is healthy and answers every POST with tokens without an end.
+fn endless_engine() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let url = format!("http://{}", listener.local_addr().expect("an address"));
+    std::thread::spawn(move || {
+        for mut tcp in listener.incoming().map_while(Result::ok) {
+            std::thread::spawn(move || {
+                let mut piece = [0; 4096];
+                let length = tcp.read(&mut piece).unwrap_or(0);
+                if !piece[..length].starts_with(b"POST ") {
+                    let is_health = piece[..length].starts_with(b"GET /health");
+                    let status = if is_health { "200 OK" } else { "404 Not Found" };
+                    let _ = write!(
+                        tcp,
+                        "HTTP/1.1 {status}\r\nContent-Length: 15\r\nConnection: close\r\n\r\n{{\"status\":\"ok\"}}"
+                    );
+                    return;
+                }
+                let event = "data: {\"choices\":[{\"index\":0,\"text\":\"a word or two\",\"finish_reason\":null}]}\n\n";
+                let chunk = format!("{:x}\r\n{event}\r\n", event.len());
+                let head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n";
+                let mut written = tcp.write_all(head.as_bytes());
+                while written.is_ok() {
+                    written = tcp.write_all(chunk.as_bytes());
+                }
+            });
+        }
+    });
+    url
+}
+
+#[test]
+fn tasks_that_nobody_reads_leave_room_for_everybody_else() {
+    const TASKS: usize = 60;
+    const BUDGET: f64 = (2 << 20) as f64;
+    let limits = [("ORCHESTRATORD_MAX_BODY_MIB", "1"), ("ORCHESTRATORD_BODY_BUDGET_MIB", "2")];
+    let plane = Plane::start(false, &limits);
+    plane.announce("m", &endless_engine(), 64);
+    plane.until_routable(1);
+    let held = || metric(plane.port, "orchestratord_request_body_bytes").expect("a metric");
+    for number in 0..TASKS {
+        let body = format!(r#"{{"task_id":"t{number}","prompt":"p","max_tokens":50000}}"#);
+        assert_eq!(post(plane.port, "/v2/tasks", &body).status, 202);
+    }
+    // Each would keep 64 KiB, and all of them nearly 4 MiB.
+    until("half of the budget to be taken", || (held() > 0.4 * BUDGET).then_some(()));
+    let (mut rests, begun) = (0, Instant::now());
+    while rests < 10 {
+        assert!(begun.elapsed() < Duration::from_secs(60), "they go on without a reader");
+        let before = held();
+        assert!(before <= 0.5 * BUDGET, "{before} bytes");
+        std::thread::sleep(Duration::from_millis(50));
+        rests = if held() == before { rests + 1 } else { 0 };
+    }
+    // One that is read goes on, and others have room.
+    let mut reader = open(plane.port, "GET", "/v2/tasks/t3/events", None, "").expect("events");
+    for _ in 0..5_000 {
+        assert!(reader.event().is_some(), "it goes on");
+    }
+    let large = format!(r#"{{"model":"m","prompt":"{}","stream":true}}"#, "x".repeat(400_000));
+    let other = open(plane.port, "POST", "/v1/completions", None, &large).expect("an answer");
+    assert_eq!(other.status, 200, "{}", other.head);
+    drop((reader, other));
+    for number in 0..TASKS {
+        post(plane.port, &format!("/v2/tasks/t{number}/cancel"), "");
+        let _ = get(plane.port, &format!("/v2/tasks/t{number}/events"));
+    }
+    until("all room to be given back", || (held() == 0.0).then_some(()));
 }

@@ -12,7 +12,8 @@ mod secured_streams;
 
 use std::io::Write;
 
-use secured::relay_support::{Client, Engine, Gateway};
+use llama_orch::net::Limits;
+use secured::relay_support::{Client, Engine, Gateway, PATIENT, eventually};
 
 /// An engine that vanishes without a farewell has not ended its answer, however whole it looks.
 #[test]
@@ -58,5 +59,35 @@ fn records_of_any_size_are_one_stream() {
     }
     assert!(engine.requests().iter().all(|request| request.body.len() == 70_000));
     drop(client);
+    gateway.settle();
+}
+
+/// What is one too many cannot be told so before its handshake, for which there are two places here.
+#[test]
+fn one_connection_too_many_is_told_so_as_long_as_there_is_a_place_to_tell_it() {
+    let engine = Engine::answering("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
+    let limits = Limits { clients_max: 32, ..Limits::default() };
+    let gateway = Gateway::with(engine.address, limits, PATIENT);
+    let mut served: Vec<Client> = (0..30).map(|_| gateway.client()).collect();
+    served.iter_mut().for_each(|client| assert_eq!(client.get("/").status, 200));
+    // Whether they have asked for something already or not.
+    let mut told: Vec<Client> = (0..2).map(|_| gateway.client()).collect();
+    let _ = told[0].tcp.write_all(b"GET / HTTP/1.1\r\nHost: g\r\n\r\n");
+    for client in &mut told {
+        let answer = client.receive();
+        assert_eq!((answer.status, answer.field("retry-after")), (503, Some("1")), "{}", answer.head);
+        assert!(answer.text().contains("too many connections"), "{}", answer.text());
+    }
+    let mut closed = gateway.client();
+    assert!(closed.is_closed(), "there is no place to tell it");
+    assert_eq!(engine.requests().len(), 30, "none of them got through");
+    drop(told);
+    eventually("places to tell it are free again", || gateway.clients() == 30);
+    assert_eq!(gateway.client().receive().status, 503);
+    eventually("the last one left", || gateway.clients() == 30);
+    served.pop();
+    eventually("a place is free", || gateway.clients() == 29);
+    assert_eq!(gateway.client().get("/").status, 200);
+    drop(served);
     gateway.settle();
 }

@@ -103,6 +103,12 @@ pub struct Event {
 pub struct TooLong;
 
 impl Events {
+    /// Bytes that are kept until the next event is complete.
+    #[must_use]
+    pub fn kept_bytes(&self) -> usize {
+        self.line.capacity() + self.data.capacity() + self.name.capacity()
+    }
+
     /// Takes `bytes` and hands every event that they complete to `each`.
     ///
     /// # Errors

@@ -7,6 +7,9 @@
 //! A few large bodies must not keep out the many small ones, heartbeats of nodes among them: what grows
 //! beyond [`SMALL_BODY_BYTES`] may take [`large_share`] of the budget, and the rest is left to what is
 //! smaller.
+//!
+//! Parts of answers that somebody keeps for a client who has not come for them yet count too, and so do
+//! large answers that are read as a whole.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -18,6 +21,13 @@ pub const SMALL_BODY_BYTES: usize = 64 * 1024;
 #[must_use]
 pub fn large_share(budget_bytes: usize) -> usize {
     budget_bytes / 4 * 3
+}
+
+/// What of a budget may be taken when something else than bodies asks for more, which may stay for minutes: half, so
+/// that bodies still find room.
+#[must_use]
+fn kept_share(budget_bytes: usize) -> usize {
+    budget_bytes / 2
 }
 
 /// All bodies that are held.
@@ -52,6 +62,18 @@ impl BodyBudget {
         let share = if length > SMALL_BODY_BYTES { large_share(self.bytes_max) } else { self.bytes_max };
         let fits = self.held_bytes().saturating_add(length) <= share;
         self.refused += u64::from(!fits);
+        fits
+    }
+
+    /// Lets a hold of something else than a body grow to `bytes`. False if there is no room for them; then it stays as
+    /// it was.
+    pub(super) fn keep(&mut self, hold: &mut BodyHold, bytes: usize) -> bool {
+        let more = bytes.saturating_sub(hold.bytes);
+        let fits = more == 0 || self.held_bytes().saturating_add(more) <= kept_share(self.bytes_max);
+        if fits {
+            self.held.fetch_add(more, Ordering::Relaxed);
+            hold.bytes += more;
+        }
         fits
     }
 
@@ -102,6 +124,19 @@ mod tests {
         assert!(budget.grow(&mut two, 200_000));
         drop(two);
         assert_eq!(budget.held_bytes(), 0);
+    }
+
+    #[test]
+    fn what_is_kept_leaves_half_to_bodies() {
+        let mut budget = BodyBudget::new(1 << 20);
+        let (mut kept, mut body) = (budget.hold(), budget.hold());
+        assert!(budget.keep(&mut kept, 500_000) && !budget.keep(&mut kept, 600_000));
+        assert_eq!((budget.held_bytes(), budget.refused()), (500_000, 0));
+        assert!(budget.grow(&mut body, 200_000));
+        assert!(budget.keep(&mut kept, 400_000), "what it has already it may keep");
+        assert!(!budget.keep(&mut kept, 500_001));
+        drop(kept);
+        assert_eq!(budget.held_bytes(), 200_000);
     }
 
     #[test]

@@ -52,7 +52,8 @@ use upstream::Upstreams;
 /// Sizes and times; each has a default that suits both daemons.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Connections from clients at once; more are closed as they come.
+    /// Connections from clients at once; more are told 503 and closed. Where clients speak TLS, the last few of
+    /// these are for those that are told.
     pub clients_max: usize,
     /// Largest request body, in bytes.
     pub body_bytes_max: usize,
@@ -571,6 +572,18 @@ impl Net {
         Some(std::mem::replace(&mut session.body, self.server.bodies.hold()))
     }
 
+    /// Makes room in the budget of bodies for so many bytes of something else that is kept, which may take half of it;
+    /// with none of them, gives it back. False if there is none; then it is as it was.
+    pub fn keep(&mut self, room: &mut Option<BodyHold>, bytes: usize) -> bool {
+        if bytes == 0 {
+            *room = None;
+            return true;
+        }
+        let bodies = &mut self.server.bodies;
+        let room = room.get_or_insert_with(|| bodies.hold());
+        bodies.keep(room, bytes)
+    }
+
     /// Bytes of request bodies in memory.
     #[must_use]
     pub fn bodies_bytes(&self) -> usize {
@@ -678,7 +691,8 @@ impl Net {
     }
 }
 
-/// In which control planes count each other on a request's way.
+/// The field in which control planes count each other on a request's way. It is passed on whatever else is said of
+/// it: without it a circle of control planes would not be noticed.
 pub const HOPS_FIELD: &str = "X-LLorch-Hops";
 
 /// The fields of a client's request that may go to an engine: nothing hop by hop, no credentials of
@@ -696,7 +710,6 @@ pub fn forwardable(head: &RequestHead, replaced: impl Fn(&[u8]) -> bool) -> Fiel
             name.get(..prefix.len()).is_some_and(|s| s.eq_ignore_ascii_case(prefix.as_bytes()))
         };
         let is_ours = NOT_FORWARDED_PREFIXES.iter().any(starts_with) || head.fields.connection_names(name);
-        // Without it a circle of control planes would not be noticed.
         let may_pass = !is_ours || is(&HOPS_FIELD);
         if may_pass && !is_hop_by_hop(name) && !NOT_FORWARDED.iter().any(is) && !replaced(name) {
             lines.push(name, value);

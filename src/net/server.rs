@@ -40,6 +40,14 @@ const NO_ROOM: BadMessage =
 /// What a connection is told that is one too many.
 const CROWDED: &[u8] =
     b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+/// The same within TLS, where it has a place of its own until it has been told.
+const CROWDED_WITHIN_TLS: BadMessage =
+    BadMessage { status: 503, reason: "too many connections at once; try again shortly" };
+/// Places that are kept for connections within TLS that are only told that they are one too many: a handshake comes
+/// first, which takes memory and time, so only so many are told at a time and the others are just closed.
+const TOLD_MAX: usize = 64;
+/// One place in so many, where all of them are few.
+const TOLD_PER_CLIENTS: usize = 16;
 /// Bytes of an unread head that count for no budget: most heads are smaller.
 const SMALL_HEAD_BYTES: usize = 4 * 1024;
 /// Longest correlation id taken over from a client.
@@ -93,6 +101,8 @@ pub(super) struct Client {
     pub(super) above_high_water: bool,
     /// Not all that it sent has been read.
     refused: bool,
+    /// It is one too many, and told so once it can be.
+    is_crowd: bool,
 }
 
 impl Client {
@@ -265,9 +275,11 @@ impl Net {
     }
 
     fn admit(&mut self, tcp: mio::net::TcpStream, peer: SocketAddr, now: Mono) {
-        if self.server.clients.len() >= self.limits.clients_max {
+        let (count, most) = (self.server.clients.len(), self.limits.clients_max);
+        if count >= most {
             return self.turn_away(tcp);
         }
+        let told = if self.tls.is_served() { TOLD_MAX.min(most / TOLD_PER_CLIENTS) } else { 0 };
         let Ok(session) = self.tls.incoming() else { return };
         let is_secured = session.is_some();
         let admitted = self.server.clients.insert_with(|token| {
@@ -291,6 +303,7 @@ impl Net {
                 began: now,
                 above_high_water: false,
                 refused: false,
+                is_crowd: count >= most - told,
             })
         });
         if let Ok(client) = admitted {
@@ -300,6 +313,15 @@ impl Net {
             self.arm_client(client, self.limits.request_ms, now);
             self.client_ready(client, now);
         }
+    }
+
+    /// The handshake of a connection that is one too many is complete. True if there was such.
+    pub(super) fn turn_crowd_away(&mut self, client: Token, now: Mono) -> bool {
+        let is_crowd = self.server.clients.get(client).is_some_and(|session| session.is_crowd);
+        if is_crowd {
+            self.refuse(client, CROWDED_WITHIN_TLS, now);
+        }
+        is_crowd
     }
 
     /// One connection too many: it is told so where that takes neither memory nor time, and closed.

@@ -3,7 +3,9 @@
 //! A handshake costs about as much as a hundred requests, and anybody may ask for one. So handshakes wait in
 //! a list of their own, from which every turn takes a few; while many wait, no further connection is
 //! accepted: it is better off in the kernel's queue. One that is not complete in time is closed. When too
-//! many are unfinished at once, the oldest goes: whoever means it is done within milliseconds.
+//! many are unfinished at once, the oldest goes: whoever means it is done within milliseconds. A connection that
+//! is one too many can be told so within TLS only, so the last places are for those who are told and leave; once
+//! these are taken too, connections are closed as they come.
 //!
 //! Configurations are handed in, and may be replaced at any time: what is connected goes on with the one
 //! that it began with.
@@ -206,6 +208,9 @@ impl Net {
             Ok(Handshake::Done) => {
                 self.tls.left(true);
                 self.tls.counts.completed += 1;
+                if self.turn_crowd_away(client, now) {
+                    return true;
+                }
                 self.arm_client(client, self.limits.request_ms, now);
                 self.client_ready(client, now);
             }

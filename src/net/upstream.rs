@@ -17,6 +17,7 @@ use crate::reactor::token::{Kind, Table, Token};
 use crate::time::{Deadline, Mono};
 use crate::wire::url::BaseUrl;
 
+use super::budget::{BodyHold, SMALL_BODY_BYTES};
 use super::buffer::HIGH_WATER_BYTES;
 use super::relay::{Forward, Relay, Step};
 use super::resolve::Resolved;
@@ -71,7 +72,7 @@ impl Exchange {
 #[derive(Debug)]
 enum SinkState {
     Client(Token),
-    Collect { bytes_max: usize, bytes: Vec<u8> },
+    Collect { bytes_max: usize, bytes: Vec<u8>, room: Option<BodyHold> },
     Owner { paused: bool },
 }
 
@@ -146,7 +147,9 @@ impl Upstreams {
             relay: Relay::new(&outbound.method, &outbound.target, forward, outbound.sink.hold_back()),
             sink: match outbound.sink {
                 Sink::Client { client, .. } => SinkState::Client(client),
-                Sink::Collect { bytes_max } => SinkState::Collect { bytes_max, bytes: Vec::new() },
+                Sink::Collect { bytes_max } => {
+                    SinkState::Collect { bytes_max, bytes: Vec::new(), room: None }
+                }
                 Sink::Owner { .. } => SinkState::Owner { paused: false },
             },
             patience: outbound.patience,
@@ -460,8 +463,18 @@ impl Net {
                 let Some(sink) = self.server.clients.get_mut(*client) else { return false };
                 (Some(*client), session.relay.received(input, sink.out.end()))
             }
-            SinkState::Collect { bytes_max, bytes } => {
+            SinkState::Collect { bytes_max, bytes, room } => {
                 let result = session.relay.received(input, bytes);
+                // What is smaller counts as the exchange's own.
+                if bytes.len() > SMALL_BODY_BYTES {
+                    let bodies = &mut self.server.bodies;
+                    let room = room.get_or_insert_with(|| bodies.hold());
+                    if !bodies.grow(room, bytes.len()) {
+                        let reason = "there is no room in memory for an answer of this size at the moment";
+                        self.fail_exchange(exchange, FaultKind::Local, reason, now);
+                        return false;
+                    }
+                }
                 if bytes.len() > *bytes_max {
                     let reason = format!("the answer is larger than {bytes_max} bytes");
                     self.fail_exchange(exchange, FaultKind::Protocol, &reason, now);

@@ -19,10 +19,11 @@ use super::aliases::Aliases;
 use super::placement::Strategy;
 use super::poller::POLLED_MAX;
 use super::service_registry::{LEASE_POLLS, Limits};
+use super::tables::Tables;
 
-/// Memory of the program (8 MiB), of a registry of 10,000 replicas (16 MiB) and of what is remembered of the last
-/// requests for explanations (8 MiB), in bytes.
-const FIXED_BYTES: usize = 32 << 20;
+/// Memory of the program (8 MiB), and of what is small or short-lived beside its [`Tables`] (4 MiB): a thousand
+/// events, guessers' addresses, names that were resolved, goodbyes, rates and labels by model.
+const FIXED_BYTES: usize = 12 << 20;
 /// Memory of a waiting request beside its body, in bytes: its names, its place in the queue, some of its head.
 const WAITING_BYTES: usize = 2 * 1024;
 
@@ -284,6 +285,8 @@ pub struct Config {
     pub bodies: BodyLimits,
     /// All that the process may take.
     pub memory: Option<Given>,
+    /// How large tables may grow.
+    pub tables: Tables,
     /// From a request to the first byte of its answer.
     pub first_byte_timeout_ms: u64,
     /// Between two bytes of an answer.
@@ -340,7 +343,10 @@ impl Config {
         let required = settings.need("require-auth", boolean)?;
         auth::check_exposure(addr, credentials.keys(), required, "ORCHESTRATORD", &mut notes)?;
         let seconds = |flag| settings.need(flag, number(1, 60)).map(|seconds| seconds * 1000);
+        let memory = memory::given(&settings)?;
+        let tables = Tables::within(memory.map(|given| given.bytes));
         let registry = Limits {
+            bytes_max: tables.registry_bytes_max,
             node_timeout_ms: settings.need("node-timeout-ms", number(1_000, 300_000))?,
             offline_grace_ms: seconds("stale-check-interval-secs")?,
             heartbeat_interval_ms: seconds("heartbeat-interval-secs")?,
@@ -367,7 +373,8 @@ impl Config {
             admission_timeout_ms: settings.need("admission-timeout-ms", number(0, 3_600_000))?,
             aliases: settings.get("model-alias", Aliases::parse)?.unwrap_or_default(),
             bodies,
-            memory: memory::given(&settings)?,
+            memory,
+            tables,
             first_byte_timeout_ms: settings.need("first-byte-timeout-ms", number(100, 86_400_000))?,
             idle_timeout_ms: settings.need("idle-timeout-ms", number(100, 86_400_000))?,
             request_timeout_ms: settings.need("request-timeout-ms", number(0, 86_400_000))?,
@@ -403,7 +410,8 @@ impl Config {
     /// What it takes of memory beside connections, bodies and exchanges.
     #[must_use]
     pub fn fixed(&self) -> Fixed {
-        Fixed { bytes: FIXED_BYTES + self.admission_capacity * WAITING_BYTES, tls: self.tls.serves() }
+        let waiting = self.admission_capacity * WAITING_BYTES;
+        Fixed { bytes: FIXED_BYTES + self.tables.bytes() + waiting, tls: self.tls.serves() }
     }
 }
 

@@ -152,7 +152,7 @@ impl Core {
             local,
             strategy: options.strategy,
             strategy_state: StrategyState::new(options.seed),
-            sessions: ServedSessions::default(),
+            sessions: ServedSessions::new(options.served_sessions_max),
             wait_ms_max: options.admission_timeout_ms,
             drain_timeout_ms: options.drain_timeout_ms,
             ends_at: None,

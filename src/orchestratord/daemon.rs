@@ -13,10 +13,12 @@ use crate::net::{DialRule, Net, NetEvent, Outbound, Outcome, Patience, Sink, Tim
 use crate::reactor::signal::Signals;
 use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Reactor, Registry, Waker, now};
+use crate::replicas::directory::FILE_BYTES;
 use crate::replicas::{Activity, AllowList, EnginePolicy, ProbeOrder, Processes, Watch, probe};
 use crate::service::guard::{Admission, Guard};
 use crate::service::lag::LoopLag;
 use crate::service::shell::{self, Shell};
+use crate::service::state_lock::StateLock;
 use crate::service::supervisor::Supervisor;
 use crate::service::tls::Tls;
 use crate::service::{logging, machine, routes};
@@ -72,6 +74,8 @@ pub struct Daemon {
     signals: Signals,
     waker: Waker,
     saver: Option<Saver>,
+    /// The state directory is this process's alone.
+    _lock: Option<StateLock>,
     watch: Option<Watch>,
     processes: Processes,
     net: Net,
@@ -152,13 +156,21 @@ impl Daemon {
             config.memory,
         )?;
         shell::note_other_address(config.addr, bound, config.guard.credentials.keys());
+        // Without nodes nothing is kept.
+        let lock = config
+            .cloud
+            .then(|| StateLock::take(&config.state_dir, "orchestratord", "ORCHESTRATORD_STATE_DIR"));
+        let lock = lock.transpose()?;
         let rules = address_rules(bound);
         net.set_dial_rule(DialRule::new(move |url, ip| rules.check_address(url, ip)));
         net.keep_streams_alive(config.stream_keepalive_ms);
         let at = now();
         let core = Core::new(options(&config, bound)?, at);
         let watch = config.watches().then(|| {
+            // In this profile files have the memory that nodes would have.
+            let files_max = config.tables.registry_bytes_max / FILE_BYTES;
             Watch::new(config.runtime_dir.clone(), config.watch_interval_ms, Token::only(Kind::DirWatch))
+                .limited_to(files_max)
         });
         let profile = if config.cloud {
             "CLOUD profile".to_string()
@@ -178,18 +190,19 @@ impl Daemon {
             signals,
             waker,
             saver: None,
+            _lock: lock,
             watch,
             processes: Processes::new(),
             net,
             core,
-            tasks: Tasks::default(),
-            sessions: Sessions::default(),
+            tasks: Tasks::new(config.tables.tasks_max, config.tables.gone_max),
+            sessions: Sessions::new(config.tables.sessions_max),
             jobs: BTreeMap::new(),
             by_client: BTreeMap::new(),
             exchanges: BTreeMap::new(),
             reloads: BTreeMap::new(),
             reload_serial: 0,
-            explain: Explain::default(),
+            explain: Explain::new(config.tables.explain_max),
             lag: LoopLag::default(),
             board: Board::default(),
             history: History::new(at),
@@ -763,6 +776,7 @@ fn options(config: &Config, bound: SocketAddr) -> Result<Options, Exit> {
         addresses: config.cloud.then(|| address_rules(bound)),
         strategy: config.strategy,
         prefix_affinity: config.prefix_affinity,
+        served_sessions_max: config.tables.served_sessions_max,
         admission_capacity: config.admission_capacity,
         admission_timeout_ms: config.admission_timeout_ms,
         drain_timeout_ms: config.drain_timeout_ms,

@@ -306,6 +306,8 @@ pub struct Options {
     pub strategy: Strategy,
     /// Whether requests with the same beginning go to the same replica, where that costs no balance.
     pub prefix_affinity: bool,
+    /// Sessions of which placement remembers where they were served.
+    pub served_sessions_max: usize,
     /// Requests that may wait.
     pub admission_capacity: usize,
     /// How long one waits.

@@ -44,6 +44,7 @@ pub mod served_sessions;
 pub mod service_registry;
 pub mod sessions;
 mod status;
+pub mod tables;
 pub mod tasks;
 
 /// Runs the daemon until a signal ends it.

@@ -64,6 +64,7 @@ mod snapshot;
 #[cfg(test)]
 mod tests;
 mod together;
+mod weights;
 
 use self::addresses::Addresses;
 pub use self::change::{Change, Fenced};
@@ -83,6 +84,8 @@ pub use self::snapshot::{
     MODEL_BYTES_MAX, MODELS_MAX, NODE_REPLICAS_MAX, REPLICAS_TOTAL_MAX, TEXT_BYTES_MAX,
 };
 use self::snapshot::{cut, too_large};
+pub use self::weights::BYTES_MAX;
+use self::weights::Weight;
 use super::placement;
 use super::placement_index::GroupId;
 pub use super::replica_table::{
@@ -105,6 +108,8 @@ pub struct Limits {
     pub forget_ms: u64,
     /// Most nodes, offline ones included.
     pub nodes_max: usize,
+    /// Most bytes of all that nodes tell of themselves.
+    pub bytes_max: usize,
     /// The interval that nodes are told.
     pub heartbeat_interval_ms: u64,
     /// The interval in which agents are polled: a node that is known by polls has a lease of at least
@@ -122,6 +127,7 @@ impl Default for Limits {
             offline_grace_ms: 10_000,
             forget_ms: 24 * 3_600_000,
             nodes_max: 10_000,
+            bytes_max: BYTES_MAX,
             heartbeat_interval_ms: 10_000,
             poll_interval_ms: 5_000,
         }
@@ -226,6 +232,7 @@ pub struct Node {
     twins: Vec<String>,
     /// Until its first heartbeat.
     newcomer: Option<Ticket>,
+    weight: Weight,
 }
 
 impl Node {
@@ -267,6 +274,8 @@ pub struct ServiceRegistry {
     names: Shared<str>,
     machines: Shared<Capabilities>,
     hold: Option<Hold>,
+    /// What all nodes weigh.
+    bytes: usize,
     /// See [`ServiceRegistry::revision`].
     revision: u64,
 }
@@ -291,6 +300,7 @@ impl ServiceRegistry {
             names: Shared::default(),
             machines: Shared::default(),
             hold: None,
+            bytes: 0,
             revision: 0,
         }
     }
@@ -321,6 +331,9 @@ impl ServiceRegistry {
             return Err(Fenced::Departed);
         }
         let known = self.by_id.get(&request.node_id).copied();
+        let registered = weights::of_registration(request);
+        let weight = Weight { registered, pools: known.map_or(0, |index| self.nodes[index].weight.pools) };
+        self.check_weight(known, weight)?;
         let fresh = match known {
             None => {
                 self.make_room(peer, changes)?;
@@ -348,6 +361,7 @@ impl ServiceRegistry {
                 index
             }
         };
+        self.weighs(index, weight);
         let node = &mut self.nodes[index];
         node.machine_id = cut(request.machine_id.as_deref().unwrap_or(request.node_id.as_str()));
         node.version = request.version.as_deref().map(|version| self.names.keep(&cut(version)));
@@ -446,6 +460,9 @@ impl ServiceRegistry {
             return Err(Fenced::UnknownNode);
         }
         self.check_size(self.nodes[index].replicas.len(), &beat.pools)?;
+        let weight = Weight { pools: weights::of_pools(&beat.pools), ..self.nodes[index].weight };
+        self.check_weight(Some(index), weight)?;
+        self.weighs(index, weight);
         let known = &mut self.nodes[index];
         known.touched |= known.incarnation.is_none() && beat.incarnation.is_some();
         known.incarnation = known.incarnation.or(beat.incarnation);
@@ -709,6 +726,7 @@ impl ServiceRegistry {
             replicas: SortedList::default(),
             twins: Vec::new(),
             newcomer: None,
+            weight: Weight::default(),
         });
         self.by_id.insert(id.clone(), index);
         index
@@ -720,6 +738,7 @@ impl ServiceRegistry {
         for (key, replica) in replicas {
             self.drop_replica(index, &key, replica, reason, changes);
         }
+        self.weighs(index, Weight::default());
         let node = self.nodes.remove(index);
         self.preparing.remove(&index);
         self.revision += u64::from(node.registered);

@@ -54,8 +54,9 @@ pub struct Turn {
 }
 
 /// All sessions.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Sessions {
+    capacity: usize,
     table: BTreeMap<Arc<str>, Session>,
     by_expiry: BTreeSet<(Mono, Arc<str>)>,
 }
@@ -66,11 +67,23 @@ pub fn is_name(text: &str) -> bool {
     (1..=NAME_BYTES_MAX).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic() && b != b'/')
 }
 
+impl Default for Sessions {
+    fn default() -> Sessions {
+        Sessions::new(SESSIONS_MAX)
+    }
+}
+
 impl Sessions {
+    /// No session yet; at most `capacity`, and at least one, are remembered.
+    #[must_use]
+    pub fn new(capacity: usize) -> Sessions {
+        Sessions { capacity: capacity.max(1), table: BTreeMap::new(), by_expiry: BTreeSet::new() }
+    }
+
     /// A request of this session came. [`Sessions::ended`] must follow.
     pub fn began(&mut self, name: &Arc<str>, now: Mono) {
         if !self.table.contains_key(name) {
-            if self.table.len() >= SESSIONS_MAX
+            if self.table.len() >= self.capacity
                 && let Some((_, oldest)) = self.by_expiry.first().cloned()
             {
                 self.forget(&oldest);

@@ -23,6 +23,7 @@ use std::collections::{BTreeMap, VecDeque};
 use serde_json::{Value, json};
 
 use crate::http::sse;
+use crate::net::budget::BodyHold;
 use crate::time::{Mono, Now};
 
 use super::core::RequestId;
@@ -53,8 +54,10 @@ pub const NARRATED_MAX: usize = 50;
 pub const NARRATION_MS: u64 = 500;
 
 /// All tasks.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Tasks {
+    tasks_max: usize,
+    gone_max: usize,
     tasks: BTreeMap<String, Task>,
     by_request: BTreeMap<RequestId, String>,
     expiries: BTreeMap<(Mono, RequestId), ()>,
@@ -85,6 +88,8 @@ struct Task {
     attempts: u32,
     dispatched: Option<Mono>,
     answer: Answer,
+    /// Room in the budget of bodies for what is kept of it.
+    room: Option<BodyHold>,
     tokens: u64,
     first_token: Option<Mono>,
     last_token: Option<Mono>,
@@ -123,7 +128,30 @@ pub struct Budget {
     pub time_ms: Option<u64>,
 }
 
+impl Default for Tasks {
+    fn default() -> Tasks {
+        Tasks::new(TASKS_MAX, GONE_MAX)
+    }
+}
+
 impl Tasks {
+    /// No tasks yet; so many may be, and so many names of forgotten ones are remembered.
+    #[must_use]
+    pub fn new(tasks_max: usize, gone_max: usize) -> Tasks {
+        Tasks {
+            tasks_max,
+            gone_max: gone_max.max(1),
+            tasks: BTreeMap::new(),
+            by_request: BTreeMap::new(),
+            expiries: BTreeMap::new(),
+            gone: BTreeMap::new(),
+            gone_order: VecDeque::new(),
+            gone_count: 0,
+            narrate_at: None,
+            narrated: RequestId::default(),
+        }
+    }
+
     /// Remembers an admitted task; its first event is there at once.
     ///
     /// # Errors
@@ -154,6 +182,7 @@ impl Tasks {
             attempts: 0,
             dispatched: None,
             answer: Answer::default(),
+            room: None,
             tokens: 0,
             first_token: None,
             last_token: None,
@@ -176,8 +205,9 @@ impl Tasks {
         if self.tasks.contains_key(id) {
             return Err(Refusal::Conflict(format!("a task named {id:?} exists already")));
         }
-        if self.tasks.len() >= TASKS_MAX {
-            return Err(Refusal::TooMany(format!("{TASKS_MAX} tasks exist already; read or cancel some")));
+        let most = self.tasks_max;
+        if self.tasks.len() >= most {
+            return Err(Refusal::TooMany(format!("{most} tasks exist already; read or cancel some")));
         }
         Ok(())
     }
@@ -235,6 +265,17 @@ impl Tasks {
     #[must_use]
     pub fn unread_bytes(&self, request: RequestId) -> usize {
         self.get(request).map_or(0, |task| task.events.len())
+    }
+
+    /// Bytes that are kept of a task's answer: of its events, and of an answer that can only be read as a whole.
+    #[must_use]
+    pub fn kept_bytes(&self, request: RequestId) -> usize {
+        self.get(request).map_or(0, Task::kept_bytes)
+    }
+
+    /// Where the room of what is kept is counted: it is given back with the task, or with what its reader is given.
+    pub fn room(&mut self, request: RequestId) -> Option<&mut Option<BodyHold>> {
+        self.of(request).map(|task| &mut task.room)
     }
 
     /// What limits a task.
@@ -414,7 +455,7 @@ impl Tasks {
         let Some(id) = self.by_request.remove(&request) else { return };
         let Some(task) = self.tasks.remove(&id) else { return };
         self.expiries.remove(&(task.expires, task.request));
-        if self.gone_order.len() >= GONE_MAX
+        if self.gone_order.len() >= self.gone_max
             && let Some((count, oldest)) = self.gone_order.pop_front()
             // The name may have been used and forgotten again since.
             && self.gone.get(&oldest).is_some_and(|(known, _)| *known == count)
@@ -441,7 +482,15 @@ impl Task {
         self.answer = answer;
     }
 
+    fn kept_bytes(&self) -> usize {
+        let narration: usize = self.narration.iter().map(|(_, event)| event.len()).sum();
+        self.events.capacity() + narration + self.answer.kept_bytes()
+    }
+
     fn take_events(&mut self) -> Vec<u8> {
+        if self.answer.kept_bytes() == 0 {
+            self.room = None;
+        }
         let events = std::mem::take(&mut self.events);
         let narration = std::mem::take(&mut self.narration);
         if narration.is_empty() || !self.verbose {

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use crate::replicas::AllowList;
+use crate::replicas::directory::{FILE_BYTES, FILES_MAX};
 use crate::service::auth::{self, Scope};
 use crate::service::bodies::{self, BodyLimits};
 use crate::service::credentials::{self, Credentials};
@@ -17,8 +18,11 @@ use crate::settings::{Alias, Exit, Setting, Settings, boolean, flag, listen_addr
 use crate::wire::id::{NodeId, PoolId};
 use crate::wire::url::BaseUrl;
 
-/// Memory of the program, of its replicas and of what it knows of the GPUs, in bytes.
+/// Memory of the program (8 MiB), and of what is small beside the files and their replicas (8 MiB): a thousand events,
+/// callbacks that wait, guessers' addresses, names that were resolved, and what it knows of the GPUs.
 const FIXED_BYTES: usize = 16 << 20;
+/// What files may take of memory that is given: one part in so many.
+const FILES_SHARE: usize = 4;
 
 /// Every setting, in the order of the help.
 pub static TABLE: &[Setting] = &[
@@ -370,7 +374,13 @@ impl Config {
     /// What it takes of memory beside connections, bodies and exchanges.
     #[must_use]
     pub fn fixed(&self) -> Fixed {
-        Fixed { bytes: FIXED_BYTES, tls: self.tls.serves() }
+        Fixed { bytes: FIXED_BYTES + self.files_max() * FILE_BYTES, tls: self.tls.serves() }
+    }
+
+    /// Files of the runtime directory that are looked at.
+    #[must_use]
+    pub fn files_max(&self) -> usize {
+        self.memory.map_or(FILES_MAX, |given| FILES_MAX.min(given.bytes / FILES_SHARE / FILE_BYTES))
     }
 }
 

@@ -103,6 +103,7 @@ fn understand(call: Call, status: u16, text: &str) -> Answer {
             Answer::Failed(format!("it refuses this node's certificate: {}", message(text)))
         }
         (401 | 403, _) => Answer::Unauthorized,
+        (421, _) => Answer::ForeignName,
         (503, _) if text.contains("CLOUD_DISABLED") || text.contains("ORCHESTRATORD_CLOUD_PROFILE") => {
             Answer::CloudDisabled
         }

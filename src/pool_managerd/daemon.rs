@@ -22,6 +22,7 @@ use crate::replicas::{
 use crate::service::guard::{Admission, Guard};
 use crate::service::lag::LoopLag;
 use crate::service::shell::{self, Shell};
+use crate::service::state_lock::StateLock;
 use crate::service::supervisor::Supervisor;
 use crate::service::tls::Tls;
 use crate::service::{durable, logging, machine, routes};
@@ -66,6 +67,8 @@ pub struct Daemon {
     encoder: Option<Encoder>,
     waker: Waker,
     saver: Option<Saver>,
+    /// The state directory is this process's alone.
+    _lock: StateLock,
     /// Where callbacks may go.
     callback_rule: DialRule,
     lag: LoopLag,
@@ -109,13 +112,15 @@ impl Daemon {
             config.memory,
         )?;
         shell::note_other_address(config.addr, bound, config.guard.credentials.keys());
+        let lock = StateLock::take(&config.state_dir, "pool-managerd", "POOL_MANAGERD_STATE_DIR")?;
         net.set_dial_rule(dial_rule(&config, bound.port()));
         let mut core = make_core(&config, bound.port());
         let policy = callback_policy(&config, bound.port());
         let mut effects = Vec::new();
         enable_callbacks(&mut core, &config, &policy, &mut effects)?;
         let watch =
-            Watch::new(config.runtime_dir.clone(), config.watch_interval_ms, Token::only(Kind::DirWatch));
+            Watch::new(config.runtime_dir.clone(), config.watch_interval_ms, Token::only(Kind::DirWatch))
+                .limited_to(config.files_max());
         let gpus = GpuReader::start(config.gpu_discovery_interval_ms, waker.clone())
             .map_err(|error| Exit::runtime(format!("cannot start a helper thread: {error}")))?;
         let guard = Guard::new(std::mem::take(&mut config.guard), &own_names(&config));
@@ -141,6 +146,7 @@ impl Daemon {
             encoder: None,
             waker,
             saver: None,
+            _lock: lock,
             callback_rule: callback_client::dial_rule(policy),
             lag: LoopLag::default(),
             supervisor,

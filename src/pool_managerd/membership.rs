@@ -96,6 +96,8 @@ pub enum Answer {
     CloudDisabled,
     /// 401 or 403.
     Unauthorized,
+    /// 421: it does not go by the name under which it was asked.
+    ForeignName,
     /// No answer, or any other.
     Failed(String),
 }
@@ -208,6 +210,7 @@ enum Introduction {
 enum Trouble {
     Failing,
     Unauthorized,
+    ForeignName,
     CloudDisabled,
     Unknown,
     Conflict,
@@ -345,7 +348,7 @@ impl Plane {
             Call::Deregister => {
                 let reason = match answer {
                     Answer::Ok { .. } | Answer::UnknownNode => "deregistered".to_string(),
-                    other => format!("the deregistration failed: {}", explain(&other)),
+                    other => format!("the deregistration failed: {}", explain(&other, &self.url)),
                 };
                 self.leave(now, &reason);
             }
@@ -474,9 +477,10 @@ impl Plane {
             Answer::Conflict(_) => Trouble::Conflict,
             Answer::CloudDisabled => Trouble::CloudDisabled,
             Answer::Unauthorized => Trouble::Unauthorized,
+            Answer::ForeignName => Trouble::ForeignName,
             Answer::Ok { .. } | Answer::Failed(_) => Trouble::Failing,
         };
-        self.reason = explain(&answer);
+        self.reason = explain(&answer, &self.url);
         // Whether the node is still a member, a registration settles.
         let is_doubtful = was_registered && self.beaten_since_registered;
         if trouble == Trouble::Conflict && !is_doubtful {
@@ -552,7 +556,8 @@ impl Plane {
     }
 }
 
-fn explain(answer: &Answer) -> String {
+/// What an answer means, for people.
+pub(crate) fn explain(answer: &Answer, url: &BaseUrl) -> String {
     match answer {
         Answer::Ok { .. } => "it agreed".into(),
         Answer::UnknownNode => "it does not know this node".into(),
@@ -561,6 +566,12 @@ fn explain(answer: &Answer) -> String {
             "it runs without node agents (ORCHESTRATORD_CLOUD_PROFILE=false there)".into()
         }
         Answer::Unauthorized => "it refuses this node's token".into(),
+        Answer::ForeignName => {
+            let host = url.host();
+            format!(
+                "it does not go by the name {host} (421): set ORCHESTRATORD_ALLOW_HOSTS={host} there, or name it here by its IP address"
+            )
+        }
         Answer::Failed(why) => why.clone(),
     }
 }

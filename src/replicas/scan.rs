@@ -64,6 +64,7 @@ const DELETING: &str = ".accepted";
 #[derive(Debug)]
 pub struct Scanner {
     directory: PathBuf,
+    files_max: usize,
     own_uid: u32,
     known: BTreeMap<Arc<str>, Known>,
     pass: Option<Pass>,
@@ -129,6 +130,7 @@ impl Scanner {
     pub fn of_user(directory: PathBuf, own_uid: u32) -> Scanner {
         Scanner {
             directory,
+            files_max: FILES_MAX,
             own_uid,
             known: BTreeMap::new(),
             pass: None,
@@ -175,12 +177,19 @@ impl Scanner {
             return;
         }
         let is_new = !self.known.contains_key(name);
-        if self.hints.len() >= HINTS_MAX || (is_new && self.known.len() + self.hints.len() >= FILES_MAX) {
+        if self.hints.len() >= HINTS_MAX || (is_new && self.known.len() + self.hints.len() >= self.files_max)
+        {
             // Beyond the limit, what one name more means depends on all the others.
             self.want_pass();
         } else {
             self.hints.insert(name.into());
         }
+    }
+
+    /// The same with at most so many files, and never more than [`FILES_MAX`].
+    #[must_use]
+    pub fn limited_to(self, files_max: usize) -> Scanner {
+        Scanner { files_max: files_max.clamp(1, FILES_MAX), ..self }
     }
 
     /// Whether [`Scanner::step`] has something to do at once.
@@ -357,7 +366,7 @@ impl Scanner {
             }
             if is_handoff_name(name) {
                 pass.names.insert(name.into());
-                if pass.names.len() > FILES_MAX {
+                if pass.names.len() > self.files_max {
                     pass.names.pop_last();
                     pass.truncated = true;
                 }

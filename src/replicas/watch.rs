@@ -88,6 +88,13 @@ impl Watch {
         }
     }
 
+    /// The same with at most so many files.
+    #[must_use]
+    pub fn limited_to(mut self, files_max: usize) -> Watch {
+        self.scanner = self.scanner.limited_to(files_max);
+        self
+    }
+
     /// How changes are noticed: `inotify`, `poll`, or both where the file system is shared with others.
     #[must_use]
     pub fn mode(&self) -> &'static str {

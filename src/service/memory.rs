@@ -15,6 +15,7 @@
 //! kill. Where not even the least fits, the daemon does not start.
 
 use std::fmt;
+use std::path::Path;
 
 use crate::net::Limits;
 use crate::net::budget::{SMALL_BODY_BYTES, large_share};
@@ -52,7 +53,11 @@ pub const fn setting(env: &'static str) -> Setting {
 pub fn given(settings: &Settings) -> Result<Option<Given>, Exit> {
     Ok(match settings.get("memory-max", bytes)? {
         Some(given) => given.map(|bytes| Given { bytes, by: "--memory-max" }),
-        None => of_control_group().map(|bytes| Given { bytes, by: "the control group" }),
+        None => {
+            let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+            let bytes = of_control_group(&groups, Path::new("/sys/fs/cgroup"));
+            bytes.map(|bytes| Given { bytes, by: "the control group" })
+        }
     })
 }
 
@@ -83,15 +88,25 @@ fn bytes(text: &str) -> Result<Option<usize>, String> {
         .ok_or_else(|| "allowed is a number of bytes, also with K, M or G behind it, or max".into())
 }
 
-/// `memory.max` of this process's control group (version 2), or of one around it where that is less.
-fn of_control_group() -> Option<usize> {
-    let own = std::fs::read_to_string("/proc/self/cgroup").ok()?;
-    let path = own.lines().find_map(|line| line.strip_prefix("0::"))?;
-    let limit = |group: &std::path::Path| {
-        let file = std::path::Path::new("/sys/fs/cgroup").join(group).join("memory.max");
-        std::fs::read_to_string(file).ok()?.trim().parse().ok()
+/// The least limit on memory of a process's control groups, as `/proc/self/cgroup` lists them, and of those around
+/// them. Of version 2, and of version 1, which names its controllers and writes a very large number for no limit.
+fn of_control_group(groups: &str, root: &Path) -> Option<usize> {
+    const NO_LIMIT: usize = 1 << 60;
+    let of_line = |line: &str| {
+        let mut parts = line.splitn(3, ':').skip(1);
+        let (controllers, path) = (parts.next()?, parts.next()?.trim_start_matches('/'));
+        let (root, file) = match controllers {
+            "" => (root.to_path_buf(), "memory.max"),
+            _ if controllers.split(',').any(|name| name == "memory") => {
+                (root.join("memory"), "memory.limit_in_bytes")
+            }
+            _ => return None,
+        };
+        let limit =
+            |group: &Path| std::fs::read_to_string(root.join(group).join(file)).ok()?.trim().parse().ok();
+        Path::new(path).ancestors().filter_map(limit).min()
     };
-    std::path::Path::new(path.trim_start_matches('/')).ancestors().filter_map(limit).min()
+    groups.lines().filter_map(of_line).filter(|bytes| *bytes < NO_LIMIT).min()
 }
 
 /// What counts beside [`Limits`].
@@ -207,6 +222,36 @@ mod tests {
         }
         for text in ["", "M", "-1", "+1M", "1.5G", "1T", "99999999999999999999", "18446744073709551615G"] {
             assert!(bytes(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_control_group_that_gives_least_counts() {
+        let root = tempfile::tempdir().expect("a directory");
+        let write = |path: &str, text: &str| {
+            let path = root.path().join(path);
+            std::fs::create_dir_all(path.parent().expect("a parent")).expect("a directory");
+            std::fs::write(path, format!("{text}\n")).expect("written");
+        };
+        let of = |groups: &str| of_control_group(groups, root.path());
+        assert_eq!(of("0::/a.slice/b.service\n"), None, "nothing is mounted");
+        write("a.slice/b.service/memory.max", "max");
+        assert_eq!(of("0::/a.slice/b.service\n"), None);
+        write("a.slice/memory.max", "536870912");
+        assert_eq!(of("0::/a.slice/b.service\n"), Some(512 << 20), "of the one around it");
+        write("a.slice/b.service/memory.max", "268435456");
+        assert_eq!(of("0::/a.slice/b.service\n"), Some(256 << 20));
+        // Within a container the path is the host's, and its own group is mounted at the top.
+        write("memory.max", "134217728");
+        assert_eq!(of("0::/docker/1f\n"), Some(128 << 20));
+        write("memory/docker/2f/memory.limit_in_bytes", "9223372036854771712");
+        let version_1 = "9:name=systemd:/x\n4:cpu,memory:/docker/2f\n2:memoryless:/docker\n";
+        assert_eq!(of(version_1), None, "no limit");
+        write("memory/docker/memory.limit_in_bytes", "1048576");
+        assert_eq!(of(version_1), Some(1 << 20));
+        for nonsense in ["", "0", "0:", "::", "0::\n\n", "x:y:z"] {
+            let found = of(nonsense);
+            assert!(found.is_none_or(|bytes| bytes == 128 << 20), "{nonsense:?}: {found:?}");
         }
     }
 

@@ -4,7 +4,7 @@
 //! fragment in one is a mistake, and refused rather than dropped.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -76,9 +76,16 @@ impl BaseUrl {
         if uri.query().is_some() {
             return error("it has a query");
         }
-        let host = uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
+        let written = uri.host().unwrap_or_default();
+        let literal = written.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+        let host = literal.unwrap_or(written);
         if host.is_empty() {
             return error("it names no host");
+        }
+        // It goes into `Host` fields, and is what rules about addresses are held against.
+        let is_letter = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_');
+        if literal.map_or(!host.bytes().all(is_letter), |literal| literal.parse::<Ipv6Addr>().is_err()) {
+            return error("its host is neither a name nor an address");
         }
         // `http://host:` and ports above 65535 leave no port behind although a colon was written.
         let authority = uri.authority().map_or("", |a| a.as_str());
@@ -222,6 +229,10 @@ mod tests {
             ("http://h:99999", "not a number"),
             ("http://:80", "no host"),
             ("http://h h/", "does not parse"),
+            ("http://127[1,null]/", "neither a name nor an address"),
+            ("http://[127.0.0.1]/", "neither a name nor an address"),
+            ("http://a,b/", "neither a name nor an address"),
+            ("http://a%41/", "does not parse"),
         ] {
             let error = BaseUrl::new(bad).expect_err(bad).to_string();
             assert!(error.contains(reason), "{bad:?}: {error}");

@@ -125,6 +125,7 @@ impl World {
             limits: self.limits(),
             strategy: Strategy::ALL[self.random.usize(..Strategy::ALL.len())],
             prefix_affinity: true,
+            served_sessions_max: 16_384,
             admission_capacity: self.scale.admission_capacity,
             admission_timeout_ms: 60_000,
             drain_timeout_ms: DRAIN_MS,

@@ -21,6 +21,7 @@ pub(super) fn options(local: bool) -> Options {
         limits: Limits::default(),
         strategy: Strategy::LeastLoaded,
         prefix_affinity: true,
+        served_sessions_max: 16_384,
         admission_capacity: 10,
         admission_timeout_ms: 60_000,
         drain_timeout_ms: 30_000,

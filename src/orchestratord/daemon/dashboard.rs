@@ -1,6 +1,7 @@
 //! The dashboard, as the shell sees it: watchers are clients whose answer is a stream that does not end by
 //! itself.
 
+use crate::http::fields::FieldLines;
 use crate::net::buffer::HIGH_WATER_BYTES;
 use crate::orchestratord::dashboard::board::{About, To, WATCHERS_MAX};
 use crate::orchestratord::dashboard::history::Sample;
@@ -19,8 +20,8 @@ impl Daemon {
             let text = format!("{WATCHERS_MAX} already watch; close a page that nobody looks at");
             return self.net.respond(client, &Refusal::Overloaded(text).response(false), now.mono);
         }
-        let fields = [("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no")];
-        self.net.stream_begin(client, "text/event-stream", &fields, now.mono);
+        let fields = FieldLines::new().with("Cache-Control", "no-cache").with("X-Accel-Buffering", "no");
+        self.net.stream_begin(client, "text/event-stream", fields, now.mono);
     }
 
     /// A client has read what it was sent.

@@ -11,13 +11,16 @@ use crate::net::buffer::HIGH_WATER_BYTES;
 use crate::orchestratord::blame;
 use crate::orchestratord::core::{Dispatch, Effect, Ending, Input, RequestId};
 use crate::orchestratord::explain;
-use crate::orchestratord::refusal::Refusal;
+use crate::orchestratord::refusal::{RETRY_MS_DEFAULT, Refusal};
 use crate::orchestratord::sessions::{self, Turn};
 use crate::orchestratord::tasks::{self, Budget, EVENTS_BYTES_MAX, Measured, NewTask, Progress, Standing};
 use crate::reactor::token::Token;
 use crate::time::{Mono, Now, earliest};
 
 use super::{Daemon, Front, Job};
+
+/// Bytes of its answer that a task may keep without room among the bodies: those that its record counts for.
+const KEPT_FREE_BYTES: usize = 1_024;
 
 impl Daemon {
     /// When [`Daemon::tasks_turn`] is wanted next.
@@ -167,9 +170,27 @@ impl Daemon {
             let why = "the engine's answer is of no use";
             self.explain.ended(request, explain::Outcome::Broken, "", why, now.mono);
             self.net.cancel(exchange, now.mono);
-        } else if !self.tasks.is_opened(request) && self.tasks.unread_bytes(request) > EVENTS_BYTES_MAX {
+            return;
+        }
+        let has_room = self.find_room(request);
+        let is_opened = self.tasks.is_opened(request);
+        if !has_room && is_opened {
+            // What is kept is an answer that must be whole before anybody can read it.
+            let why = "no room in memory for the engine's answer";
+            self.tasks.failed(request, "POOL_UNAVAILABLE", why, Some(RETRY_MS_DEFAULT));
+            self.push_task_events(request, now);
+            self.explain.ended(request, explain::Outcome::Broken, "", why, now.mono);
+            self.net.cancel(exchange, now.mono);
+        } else if !is_opened && (!has_room || self.tasks.unread_bytes(request) > EVENTS_BYTES_MAX) {
+            // Its reader lets it go on.
             self.net.pause(exchange, true);
         }
+    }
+
+    /// Counts what is kept of a task's answer among the bodies. False if there is no room for it.
+    fn find_room(&mut self, request: RequestId) -> bool {
+        let bytes = self.tasks.kept_bytes(request).saturating_sub(KEPT_FREE_BYTES);
+        self.tasks.room(request).is_none_or(|room| self.net.keep(room, bytes))
     }
 
     /// The exchange of a task ended with a whole answer, or with one that lacks nothing.

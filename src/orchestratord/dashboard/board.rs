@@ -511,6 +511,7 @@ mod tests {
                 admission_timeout_ms: 1_000,
                 drain_timeout_ms: 1_000,
                 hang_suspect_ms: 1_000,
+                served_sessions_max: 16,
                 local: None,
                 polled: Vec::new(),
                 addresses: None,

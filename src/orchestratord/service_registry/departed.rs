@@ -2,6 +2,10 @@
 //!
 //! A registration that was stuck on its way (in a stalled socket, or repeated by a proxy) must not
 //! bring back an agent that has ended: its replicas would look alive for a whole lease.
+//!
+//! Goodbyes are not saved over a restart of the control plane: what was stuck on its way to the old process has
+//! ended with that process's connections, and what a proxy repeats to the new one names a node without replicas,
+//! which takes no work and goes with its lease.
 
 use std::collections::BTreeMap;
 

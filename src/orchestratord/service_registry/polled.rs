@@ -19,6 +19,7 @@ use crate::wire::pool::{AgentReport, PoolStatus};
 use crate::wire::url::BaseUrl;
 
 use super::snapshot::{asked, cut, too_large};
+use super::weights::{self, Weight};
 use super::{
     Change, Fenced, GPUS_MAX, LEASE_POLLS, Node, NodeStatus, ServiceRegistry, is_other_boot, refs_of, shown,
 };
@@ -111,6 +112,11 @@ impl ServiceRegistry {
         }
         let pools: Vec<PoolBeat> = report.pools.iter().map(pool_beat).collect();
         self.check_size(known.map_or(0, |index| self.nodes[index].replicas.len()), &pools)?;
+        let weight = Weight {
+            pools: weights::of_pools(&pools),
+            ..known.map_or_else(Weight::default, |index| self.nodes[index].weight)
+        };
+        self.check_weight(known, weight)?;
         let index = match known {
             Some(index) => index,
             None if self.nodes.len() >= self.limits.nodes_max => {
@@ -118,6 +124,7 @@ impl ServiceRegistry {
             }
             None => self.add_node(&report.node_id, now),
         };
+        self.weighs(index, weight);
         let is_news = self.identify(index, report, url, now, changes);
         if let Some(ticket) = self.nodes[index].newcomer.take() {
             self.newcomers.remove(ticket);

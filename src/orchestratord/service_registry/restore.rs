@@ -26,6 +26,7 @@ use crate::wire::id::NodeId;
 
 use super::pools::{KnownPool, Sums};
 use super::snapshot::cut;
+use super::weights;
 use super::{
     Change, Circuit, Confirmation, Node, NodeStatus, Replica, ReplicaTable, ServiceRegistry, Target, shown,
 };
@@ -78,7 +79,9 @@ impl ServiceRegistry {
         for node in &saved.nodes {
             let silent_ms = node.heard_ms.map_or(0, |at| now.wall.unix_ms().saturating_sub(at));
             let is_over = node.standing == Standing::Silent && silent_ms > self.limits.forget_ms;
-            let is_full = self.nodes.len() >= self.limits.nodes_max;
+            let weight = weights::of_record(&node.node);
+            let is_full =
+                self.nodes.len() >= self.limits.nodes_max || self.check_weight(None, weight).is_err();
             if is_over || is_full || self.by_id.contains_key(&node.node.id) {
                 continue;
             }
@@ -100,6 +103,7 @@ impl ServiceRegistry {
             Standing::Draining => (NodeStatus::Draining, RESTORED, self.limits.node_timeout_ms),
             Standing::Silent => (NodeStatus::Suspect, RESTORED_SILENT, self.limits.offline_grace_ms),
         };
+        self.weighs(index, weights::of_record(record));
         let node = &mut self.nodes[index];
         node.machine_id = cut(&record.machine_id);
         node.address = Some(record.address.clone());

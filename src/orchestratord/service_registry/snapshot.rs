@@ -14,6 +14,7 @@ use crate::wire::pool::ReplicaStatus;
 
 use super::pools::KnownPool;
 use super::shared::Shared;
+use super::weights::{self, Weight};
 use super::{Change, Circuit, Confirmation, Fenced, Replica, ReplicaRef, ServiceRegistry, Target};
 
 /// Most replicas of one node: far above what GPUs allow, low enough to bound one heartbeat's work.
@@ -49,9 +50,9 @@ impl ServiceRegistry {
         let list: Vec<ReplicaBeat> = replicas.iter().map(asked).collect();
         let with_replicas = PoolBeat { replicas: Some(list), ..known.as_beat() };
         let own = self.nodes[index].replicas.len();
-        if self.check_size(own, std::slice::from_ref(&with_replicas)).is_err() {
-            return;
-        }
+        let more = self.check_more(index, &with_replicas);
+        let Ok(more) = self.check_size(own, std::slice::from_ref(&with_replicas)).and(more) else { return };
+        self.weighs(index, more);
         self.take_pool(index, &with_replicas, now, changes);
         self.note_changes(index);
     }
@@ -71,11 +72,13 @@ impl ServiceRegistry {
         let index = *self.by_id.get(node).ok_or(Fenced::UnknownNode)?;
         let known = &self.nodes[index];
         self.check_size(known.replicas.len(), std::slice::from_ref(pool))?;
+        let more = self.check_more(index, pool)?;
         let others = known.replicas.iter().filter(|(key, _)| key.pool != pool.pool_id).count();
         let own = pool.replicas.as_ref().map_or(1, Vec::len);
         too_large("replicas of a node", others + own, NODE_REPLICAS_MAX)?;
         let at = known.pools.iter().position(|known| known.pool_id == pool.pool_id);
         too_large("pools", known.pools.len() + usize::from(at.is_none()), POOLS_MAX)?;
+        self.weighs(index, more);
         self.take_pool(index, pool, now, changes);
         let shown = &mut self.nodes[index].pools;
         match at {
@@ -85,6 +88,14 @@ impl ServiceRegistry {
         self.nodes[index].touched = true;
         self.note_changes(index);
         Ok(())
+    }
+
+    /// What a node weighs with one more pool: whatever it replaces, the next heartbeat settles that.
+    fn check_more(&self, index: usize, pool: &PoolBeat) -> Result<Weight, Fenced> {
+        let old = self.nodes[index].weight;
+        let more = Weight { pools: old.pools + weights::of_pools(std::slice::from_ref(pool)), ..old };
+        self.check_weight(Some(index), more)?;
+        Ok(more)
     }
 
     /// Makes the replicas of one pool what `pool` says. What it had before and is not named is gone; other

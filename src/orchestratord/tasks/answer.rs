@@ -146,6 +146,16 @@ impl Answer {
         }
     }
 
+    /// Bytes that are kept until the answer, or its next event, is complete.
+    #[must_use]
+    pub fn kept_bytes(&self) -> usize {
+        match &self.form {
+            Form::Unknown => 0,
+            Form::Document(kept) | Form::Error(kept) => kept.capacity(),
+            Form::Events(events) => events.kept_bytes(),
+        }
+    }
+
     /// The connection said that this was all.
     ///
     /// # Errors

@@ -205,9 +205,11 @@ fn a_registration_that_is_refused_again_and_again_costs_no_heartbeats() {
 
 #[test]
 fn other_refusals_are_told_apart() {
-    for (answer, says) in
-        [(Answer::Unauthorized, "token"), (Answer::CloudDisabled, "ORCHESTRATORD_CLOUD_PROFILE")]
-    {
+    for (answer, says) in [
+        (Answer::Unauthorized, "token"),
+        (Answer::CloudDisabled, "ORCHESTRATORD_CLOUD_PROFILE"),
+        (Answer::ForeignName, "set ORCHESTRATORD_ALLOW_HOSTS=control there"),
+    ] {
         let (mut plane, mut now, mut notes) = (plane(), start(), Vec::new());
         step(&mut plane, &mut now, answer.clone(), &mut notes);
         step(&mut plane, &mut now, answer, &mut notes);
