@@ -370,6 +370,8 @@ const EXPIRED_PER_TURN_MAX: usize = 32;
 const FORWARDED_FIRST_ALLOCATION_BYTES: usize = 512;
 /// Bytes read from a socket at once.
 const SCRATCH_BYTES: usize = 64 * 1024;
+/// What malloc does not take from its heap, in bytes: beyond its threshold of 128 KiB.
+const FRESH_PAGES_BYTES: usize = 256 * 1024;
 
 impl Net {
     /// No listeners, no connections.
@@ -385,7 +387,7 @@ impl Net {
             tls: Tls::default(),
             dial_rule: None,
             events: VecDeque::new(),
-            scratch: vec![0; SCRATCH_BYTES],
+            scratch: scratch(),
             limits,
             token_gaps: Histogram::default(),
         }
@@ -689,6 +691,14 @@ impl Net {
             }
         }
     }
+}
+
+/// A buffer of which only what is used takes memory: as much comes from the kernel in pages of its own, which are
+/// there once they are written to.
+fn scratch() -> Vec<u8> {
+    let mut scratch = vec![0; FRESH_PAGES_BYTES];
+    scratch.truncate(SCRATCH_BYTES);
+    scratch
 }
 
 /// The field in which control planes count each other on a request's way. It is passed on whatever else is said of
