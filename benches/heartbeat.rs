@@ -1,7 +1,8 @@
 //! What does one heartbeat cost the control plane, and does it depend on how many nodes there are?
 //!
 //! One heartbeat of four pools with one replica each into registries of 10, 1,000 and 10,000 nodes,
-//! read from JSON before or not. The load of each pool changes with every heartbeat.
+//! read from JSON before or not. The load of each pool changes with every heartbeat; the node tells nothing of
+//! its GPUs, or the use of eight.
 
 use std::hint::black_box;
 
@@ -22,8 +23,8 @@ fn register(node: usize) -> RegisterRequest {
 }
 
 /// A heartbeat as it comes from the network. The number of digits of `seq` does not change, and it stands
-/// first.
-fn body(seq: u64) -> String {
+/// first. It tells the use of so many GPUs.
+fn body(seq: u64, gpus: u64) -> String {
     let pools: Vec<String> = (0..4)
         .map(|pool| {
             let free = (seq + pool) % 5;
@@ -35,11 +36,23 @@ fn body(seq: u64) -> String {
             )
         })
         .collect();
-    format!(r#"{{"seq":{:010},"incarnation":1,"pools":[{}]}}"#, SEQ_FIRST + seq, pools.join(","))
+    let loads: Vec<String> = (0..gpus)
+        .map(|gpu| {
+            format!(
+                r#"{{"device_id":{gpu},"vram_total_bytes":85899345920,"vram_free_bytes":{},
+                "utilization_percent":{},"temperature_celsius":61}}"#,
+                seq << 20,
+                (seq + gpu) % 100
+            )
+        })
+        .collect();
+    let loads =
+        if loads.is_empty() { String::new() } else { format!(r#","gpu_loads":[{}]"#, loads.join(",")) };
+    format!(r#"{{"seq":{:010},"incarnation":1,"pools":[{}]{loads}}}"#, SEQ_FIRST + seq, pools.join(","))
 }
 
 fn beat(seq: u64) -> Heartbeat {
-    serde_json::from_str(&body(seq)).expect("a heartbeat")
+    serde_json::from_str(&body(seq, 0)).expect("a heartbeat")
 }
 
 /// A registry with so many nodes that have each sent one heartbeat.
@@ -76,20 +89,22 @@ fn heartbeat(c: &mut Criterion) {
                 black_box(reply).expect("accepted")
             });
         });
-        let mut bodies: Vec<Vec<u8>> = (1..=2).map(|seq| body(seq).into_bytes()).collect();
-        group.bench_function(BenchmarkId::new("nodes, with JSON", nodes), |b| {
-            b.iter(|| {
-                turn = (turn + 7919) % nodes;
-                seq += 1;
-                now = now.plus_ms(1);
-                let body = &mut bodies[seq as usize % 2];
-                write_digits(&mut body[7..17], seq);
-                changes.clear();
-                let beat: Heartbeat = serde_json::from_slice(black_box(body)).expect("a heartbeat");
-                let reply = registry.heartbeat(&ids[turn], &beat, "10.0.0.1", now, &mut changes);
-                black_box(reply).expect("accepted")
+        for (name, gpus) in [("nodes, with JSON", 0), ("nodes, with JSON and 8 GPUs", 8)] {
+            let mut bodies: Vec<Vec<u8>> = (1..=2).map(|seq| body(seq, gpus).into_bytes()).collect();
+            group.bench_function(BenchmarkId::new(name, nodes), |b| {
+                b.iter(|| {
+                    turn = (turn + 7919) % nodes;
+                    seq += 1;
+                    now = now.plus_ms(1);
+                    let body = &mut bodies[seq as usize % 2];
+                    write_digits(&mut body[7..17], seq);
+                    changes.clear();
+                    let beat: Heartbeat = serde_json::from_slice(black_box(body)).expect("a heartbeat");
+                    let reply = registry.heartbeat(&ids[turn], &beat, "10.0.0.1", now, &mut changes);
+                    black_box(reply).expect("accepted")
+                });
             });
-        });
+        }
     }
     group.finish();
 }

@@ -116,6 +116,7 @@ fn registry_of(nodes: usize) -> ServiceRegistry {
             seq: Some(1),
             draining: false,
             preparation: Vec::new(),
+            gpu_loads: Vec::new(),
         };
         registry
             .heartbeat(&request.node_id, &beat, "127.0.0.1", Now::default(), &mut changes)

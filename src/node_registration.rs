@@ -440,6 +440,7 @@ impl Plan {
             address: self.address.clone(),
             pools: self.pools.clone(),
             capabilities: self.capabilities.clone(),
+            gpu_loads: Vec::new(),
             version: Some(env!("CARGO_PKG_VERSION").to_string()),
             incarnation: Some(incarnation),
             boot_id: self.boot_id.clone(),

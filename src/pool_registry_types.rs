@@ -159,6 +159,7 @@ impl TryFrom<Vec<PoolStatus>> for Heartbeat {
             seq: None,
             draining: false,
             preparation: Vec::new(),
+            gpu_loads: Vec::new(),
         })
     }
 }

@@ -162,6 +162,7 @@ impl TryFrom<NodeInfo> for RegisterRequest {
             address: BaseUrl::lenient(&node.address).map_err(InvalidStatus::of("address"))?,
             pools: pools.collect::<Result<_, _>>().map_err(InvalidStatus::of("pools"))?,
             capabilities: node.capabilities,
+            gpu_loads: Vec::new(),
             version: node.version,
             incarnation: node.incarnation,
             boot_id: node.boot_id,

@@ -266,6 +266,13 @@ impl Plane {
         let beat = json!({"timestamp": "2026-01-01T00:00:00Z", "incarnation": 1, "seq": seq, "pools": pools});
         post(&format!("/v2/nodes/{id}/heartbeat"), beat);
     }
+
+    /// The same, of an agent that tells how each GPU is used.
+    fn play_loads(&self, id: &str, loads: &Value, pools: &Value, seq: u64) {
+        let beat = json!({"incarnation": 1, "seq": seq, "pools": pools, "gpu_loads": loads});
+        let answer = post(self.port, &format!("/v2/nodes/{id}/heartbeat"), &beat.to_string());
+        assert_eq!(answer.status, 200, "{answer:?}");
+    }
 }
 
 fn played_pool(
@@ -433,6 +440,21 @@ fn two_nodes_are_shown_and_a_killed_engine_within_a_second() {
         browser.eval("document.querySelector('.memory .words .num').textContent"),
         "123 GiB of 160 GiB"
     );
+    let words =
+        "[...document.querySelectorAll('.memory .words .num')].map(words => words.textContent).join()";
+    assert_eq!(browser.eval(words), "123 GiB of 160 GiB,80 GiB, use not told");
+    // The agent is a newer one now: each GPU has a bar of its own, also where nobody uses it.
+    let load = |n: u32, free: u64, busy: u32| {
+        json!({"device_id": n, "vram_total_bytes": 80 * GIB, "vram_free_bytes": free * GIB,
+            "utilization_percent": busy, "temperature_celsius": 40 + n})
+    };
+    let pools = json!([played_pool("chat", &replicas, hostile, hostile, 37 * GIB)]);
+    plane.play_loads("gpu-3", &json!([load(0, 20, 97), load(1, 17, 100), load(2, 80, 0)]), &pools, 2);
+    let bars = "60 GiB of 80 GiB · 97 % busy · 40 °C,63 GiB of 80 GiB · 100 % busy · 41 °C,0 MiB of 80 GiB · 0 % busy · 42 °C";
+    browser.until(&format!("{words} === {bars:?}"));
+    let said =
+        browser.eval("document.querySelectorAll('.memory [role=\"img\"]')[1].getAttribute('aria-label')");
+    assert_eq!(said, "GPU 1 · NVIDIA H100 80GB: 63 GiB of 80 GiB · 100 % busy · 41 °C", "to a screen reader");
     browser.shot("light.png");
 
     // Best of a few: the machine may be busy.

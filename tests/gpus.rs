@@ -229,6 +229,28 @@ fn the_control_plane_learns_the_gpus_and_their_memory() {
     let at_control = |what: &str, ask: &dyn Fn(&Value) -> Option<()>| {
         until(what, || ask(&get(control_port, "/v2/nodes")?.json()["nodes"][0]));
     };
+    // Also those that no pool uses, at the first heartbeat.
+    at_control("the use of both", &|seen| (used_of(seen) == [(0, 1_000), (1, 2_000)]).then_some(()));
+    let one = get(control_port, "/v2/nodes/gpu-node").expect("an answer").json();
+    let load = &one["gpu_loads"][1];
+    for (field, value) in [
+        ("vram_total_bytes", 48_000 * MIB),
+        ("vram_free_bytes", 46_000 * MIB),
+        ("utilization_percent", 25),
+        ("temperature_celsius", 61),
+    ] {
+        assert_eq!(load[field], value, "{field} of {load}");
+    }
+    let shown = Command::new(env!("CARGO_BIN_EXE_llorch"))
+        .args(["status", "--url", &url])
+        .env_clear()
+        .output()
+        .expect("llorch runs");
+    let shown = String::from_utf8(shown.stdout).expect("text");
+    let line = shown.lines().find(|line| line.starts_with("gpu-node/1")).expect("the second GPU");
+    for part in ["2.0 GiB of 46.9 GiB", "[..........]", "25 %", "61 °C", "Stand-In 9000"] {
+        assert!(line.contains(part), "{part}: {shown}");
+    }
     at_control("two GPUs", &|seen| {
         let gpus = seen["capabilities"]["gpus"].as_array()?;
         let last = gpus.last()?;
@@ -247,8 +269,10 @@ fn the_control_plane_learns_the_gpus_and_their_memory() {
     // New numbers ride on the next heartbeat; a GPU that is gone is told at once, and one that is back.
     node.state("gpu GPU-aaaa 65 24000 4000 0\ngpu GPU-bbbb b3 48000 2000 0\n");
     at_control("less memory", &|seen| has(seen, 66_000 * MIB).then_some(()));
+    at_control("its use", &|seen| (used_of(seen) == [(0, 4_000), (1, 2_000)]).then_some(()));
     node.state("gpu GPU-aaaa 65 24000 4000 0\n");
     at_control("one GPU", &|seen| (seen["capabilities"]["gpus"].as_array()?.len() == 1).then_some(()));
+    at_control("no use of it", &|seen| (used_of(seen) == [(0, 4_000)]).then_some(()));
     at_control("a reason", &|seen| {
         let replica = seen["replicas"].as_array()?.iter().find(|replica| replica["replica_id"] == "r1")?;
         replica["reason"].as_str().filter(|why| why.contains("GPU 1 is lost")).map(|_| ())
@@ -257,6 +281,36 @@ fn the_control_plane_learns_the_gpus_and_their_memory() {
     at_control("two GPUs again", &|seen| {
         (seen["capabilities"]["gpus"].as_array()?.len() == 2 && has(seen, 69_000 * MIB)).then_some(())
     });
+}
+
+/// The GPUs of a node as the control plane shows them, and how much of each is taken, in MiB.
+fn used_of(node: &Value) -> Vec<(u64, u64)> {
+    let loads = node["gpu_loads"].as_array().map_or(&[][..], Vec::as_slice);
+    let used = |load: &Value| {
+        let number = |name: &str| load[name].as_u64();
+        Some((number("device_id")?, (number("vram_total_bytes")? - number("vram_free_bytes")?) / MIB))
+    };
+    loads.iter().filter_map(used).collect()
+}
+
+/// A control plane that polls is told the same; a driver that hangs tells nothing, which is not passed off as news.
+#[test]
+fn a_control_plane_that_polls_learns_the_use_of_gpus_too() {
+    let node = Node::with_two();
+    let url = format!("http://127.0.0.1:{}", node.port);
+    let control = Home::start(&[("ORCHD_POOL_MANAGERS", &url), ("ORCHD_POOL_POLL_INTERVAL_MS", "200")]);
+    let seen = |what: &str, used: &[(u64, u64)]| {
+        until(what, || {
+            let nodes = get(control.port, "/v2/nodes")?.json();
+            let polled = nodes["nodes"].as_array()?.iter().find(|node| node["via"] == "poll")?;
+            (used_of(polled) == used).then_some(())
+        });
+    };
+    seen("both", &[(0, 1_000), (1, 2_000)]);
+    node.state("gpu GPU-aaaa 65 24000 1000 0\ngpu GPU-bbbb b3 48000 9000 0\n");
+    seen("another use", &[(0, 1_000), (1, 9_000)]);
+    node.state(&format!("{TWO}hang\n"));
+    seen("none", &[]);
 }
 
 /// Whether a number stands anywhere in a value under the name of free memory.

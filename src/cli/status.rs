@@ -185,17 +185,31 @@ fn control_plane(text: &mut String, status: &Value, now_ms: u64, screen: &Screen
         );
     }
     section(text, &nodes, screen);
-    let mut gpus = Table::new(&[Column("GPU", 0), Column("NAME", 0), Column("MEMORY", 1)]);
+    let mut gpus = Table::new(&[
+        Column("GPU", 0),
+        Column("MEMORY", 0),
+        Column("USED", 1),
+        Column("BUSY", 2),
+        Column("TEMP", 3),
+        Column("NAME", 4),
+    ]);
     for node in list(&status["nodes"]) {
         for gpu in list(&node["capabilities"]["gpus"]) {
-            gpus.row(
-                vec![
-                    Cell::plain(format!("{}/{}", words(&node["node_id"]), words(&gpu["device_id"]))),
-                    Cell::plain(words(&gpu["name"])),
-                    Cell::plain(bytes(&gpu["vram_total_bytes"])),
-                ],
-                None,
-            );
+            let load = list(&node["gpu_loads"]).find(|load| load["device_id"] == gpu["device_id"]);
+            let load = load.unwrap_or(&Value::Null);
+            let number = |name: &str| load[name].as_f64();
+            let total = number("vram_total_bytes").or(gpu["vram_total_bytes"].as_f64());
+            let used = total.zip(number("vram_free_bytes")).map(|(total, free)| (total - free).max(0.0));
+            let mut cells =
+                vec![Cell::plain(format!("{}/{}", words(&node["node_id"]), words(&gpu["device_id"])))];
+            cells.extend(use_of_gpu(
+                used,
+                total,
+                number("utilization_percent"),
+                number("temperature_celsius"),
+            ));
+            cells.push(Cell::plain(words(&gpu["name"])));
+            gpus.row(cells, None);
         }
     }
     pools(text, &status["pools"], screen);
@@ -322,25 +336,11 @@ fn gpus(text: &mut String, gpus: &Value, screen: &Screen) {
         let state = words(&gpu["state"]);
         let tone = if state == "ok" { Tone::Good } else { Tone::Bad };
         let (used, total) = (gpu["memory_used_bytes"].as_f64(), gpu["memory_total_bytes"].as_f64());
-        let share = used.zip(total).filter(|(_, total)| *total > 0.0).map(|(used, total)| used / total);
-        let busy = gpu["utilization_ratio"].as_f64();
-        let temperature = gpu["temperature_celsius"].as_f64();
-        table.row(
-            vec![
-                Cell::plain(words(&gpu["index"])),
-                Cell::new(tone, &state),
-                Cell::plain(format!(
-                    "{} of {}",
-                    bytes(&gpu["memory_used_bytes"]),
-                    bytes(&gpu["memory_total_bytes"])
-                )),
-                Cell::plain(share.map_or("-".to_string(), |share| bar(share, BAR))),
-                Cell::plain(busy.map_or("-".to_string(), |share| format!("{:.0} %", share * 100.0))),
-                Cell::plain(temperature.map_or("-".to_string(), |celsius| format!("{celsius:.0} °C"))),
-                Cell::plain(words(&gpu["name"])),
-            ],
-            gpu["reason"].as_str().map(str::to_string),
-        );
+        let busy = gpu["utilization_ratio"].as_f64().map(|share| share * 100.0);
+        let mut cells = vec![Cell::plain(words(&gpu["index"])), Cell::new(tone, &state)];
+        cells.extend(use_of_gpu(used, total, busy, gpu["temperature_celsius"].as_f64()));
+        cells.push(Cell::plain(words(&gpu["name"])));
+        table.row(cells, gpu["reason"].as_str().map(str::to_string));
     }
     section(text, &table, screen);
     if list(&gpus["gpus"]).count() == 0 {
@@ -350,6 +350,26 @@ fn gpus(text: &mut String, gpus: &Value, screen: &Screen) {
             text.push_str(&format!("{}\n", screen.paint(Tone::Faint, &line)));
         }
     }
+}
+
+/// The cells MEMORY, USED, BUSY and TEMP, from bytes, percent and degrees Celsius.
+fn use_of_gpu(
+    used: Option<f64>,
+    total: Option<f64>,
+    busy_percent: Option<f64>,
+    celsius: Option<f64>,
+) -> [Cell; 4] {
+    let or_dash = |text: Option<String>| Cell::plain(text.unwrap_or_else(|| "-".to_string()));
+    let share = used.zip(total).filter(|(_, total)| *total > 0.0).map(|(used, total)| used / total);
+    [
+        Cell::plain(match used {
+            Some(used) => format!("{} of {}", gibibytes(Some(used)), gibibytes(total)),
+            None => gibibytes(total),
+        }),
+        or_dash(share.map(|share| bar(share, BAR))),
+        or_dash(busy_percent.map(|percent| format!("{percent:.0} %"))),
+        or_dash(celsius.map(|celsius| format!("{celsius:.0} °C"))),
+    ]
 }
 
 /// `[####......]`
@@ -380,8 +400,8 @@ fn named(models: &[String]) -> String {
     }
 }
 
-fn bytes(value: &Value) -> String {
-    match value.as_f64() {
+fn gibibytes(bytes: Option<f64>) -> String {
+    match bytes {
         None => "-".to_string(),
         Some(bytes) => format!("{:.1} GiB", bytes / f64::from(1 << 30)),
     }

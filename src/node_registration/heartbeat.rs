@@ -270,6 +270,7 @@ impl<F: FnMut() -> Vec<PoolStatus>> Beating<F> {
             seq: Some(seq),
             draining: false,
             preparation: Vec::new(),
+            gpu_loads: Vec::new(),
         }))
     }
 }

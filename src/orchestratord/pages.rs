@@ -13,6 +13,7 @@ use serde::{Serialize, Serializer};
 use crate::http::head::RequestHead;
 use crate::http::server::Response;
 use crate::time::Now;
+use crate::wire::gpu_load::GpuLoad;
 use crate::wire::id::{NodeId, PoolId, ReplicaId};
 use crate::wire::node::Capabilities;
 use crate::wire::preparation::PoolPreparation;
@@ -168,6 +169,8 @@ struct NodeView<'a> {
     unconfirmed: bool,
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     preparation: &'a [PoolPreparation],
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    gpu_loads: &'a [GpuLoad],
     replicas: Vec<ReplicaView<'a>>,
 }
 
@@ -192,6 +195,7 @@ impl<'a> NodeView<'a> {
             incarnation: node.incarnation,
             unconfirmed: node.restored,
             preparation: &node.preparation,
+            gpu_loads: &node.gpu_loads,
             replicas: replicas.map(|replica| ReplicaView::new(replica, now)).collect(),
         }
     }

@@ -42,6 +42,7 @@ use slab::Slab;
 
 use crate::replicas::EnginePolicy;
 use crate::time::{Mono, Now, Wall};
+use crate::wire::gpu_load::{GPU_LOADS_MAX, GpuLoad};
 use crate::wire::id::{NodeId, ReplicaKey};
 use crate::wire::node::{
     Capabilities, Heartbeat, HeartbeatReply, POOLS_MAX, PoolBeat, RegisterReply, RegisterRequest,
@@ -93,7 +94,7 @@ pub use super::replica_table::{
 };
 
 /// Most GPUs of a node; machines have up to 16, partitioned ones seven times as many.
-pub const GPUS_MAX: usize = 256;
+pub const GPUS_MAX: usize = GPU_LOADS_MAX;
 /// Foreign boot ids remembered per node, so that each is reported once.
 pub const TWINS_MAX: usize = 8;
 
@@ -212,6 +213,8 @@ pub struct Node {
     pub pools: Vec<KnownPool>,
     /// What is under way in those of them that are being prepared.
     pub preparation: Vec<PoolPreparation>,
+    /// How its GPUs are used, as last told.
+    pub gpu_loads: Vec<GpuLoad>,
     /// An earlier start of the control plane knew it, and this one has not heard of it yet.
     pub restored: bool,
     /// Something in it that is saved has changed.
@@ -326,13 +329,16 @@ impl ServiceRegistry {
     ) -> Result<RegisterReply, Fenced> {
         too_large("pools", request.pools.len(), POOLS_MAX)?;
         too_large("GPUs", request.capabilities.gpus.len(), GPUS_MAX)?;
+        too_large("GPUs", request.gpu_loads.len(), GPUS_MAX)?;
         self.addresses.check(&request.address).map_err(Fenced::Address)?;
         if request.incarnation.is_some_and(|i| self.departed.includes(&request.node_id, i, now.mono)) {
             return Err(Fenced::Departed);
         }
         let known = self.by_id.get(&request.node_id).copied();
         let registered = weights::of_registration(request);
-        let weight = Weight { registered, pools: known.map_or(0, |index| self.nodes[index].weight.pools) };
+        let gpu_loads = weights::of_gpu_loads(&request.gpu_loads);
+        let pools = known.map_or(0, |index| self.nodes[index].weight.pools);
+        let weight = Weight { registered, pools, gpu_loads };
         self.check_weight(known, weight)?;
         let fresh = match known {
             None => {
@@ -366,6 +372,7 @@ impl ServiceRegistry {
         node.machine_id = cut(request.machine_id.as_deref().unwrap_or(request.node_id.as_str()));
         node.version = request.version.as_deref().map(|version| self.names.keep(&cut(version)));
         node.capabilities = self.machines.keep_whole(shown(&request.capabilities));
+        node.gpu_loads.clone_from(&request.gpu_loads);
         node.incarnation = request.incarnation;
         let boot_id = request.boot_id.as_deref().map(cut);
         if node.boot_id != boot_id {
@@ -460,7 +467,9 @@ impl ServiceRegistry {
             return Err(Fenced::UnknownNode);
         }
         self.check_size(self.nodes[index].replicas.len(), &beat.pools)?;
-        let weight = Weight { pools: weights::of_pools(&beat.pools), ..self.nodes[index].weight };
+        too_large("GPUs", beat.gpu_loads.len(), GPUS_MAX)?;
+        let gpu_loads = weights::of_gpu_loads(&beat.gpu_loads);
+        let weight = Weight { pools: weights::of_pools(&beat.pools), gpu_loads, ..self.nodes[index].weight };
         self.check_weight(Some(index), weight)?;
         self.weighs(index, weight);
         let known = &mut self.nodes[index];
@@ -476,6 +485,7 @@ impl ServiceRegistry {
         // Replicas first: when the node turns Online, they are already what it says they are.
         self.take_snapshot(index, &beat.pools, now, changes);
         self.set_preparation(index, &beat.preparation);
+        self.nodes[index].gpu_loads.clone_from(&beat.gpu_loads);
         let (status, reason) = if beat.draining {
             (NodeStatus::Draining, "the node asks for no new work")
         } else {
@@ -714,6 +724,7 @@ impl ServiceRegistry {
             last_heartbeat_at: None,
             pools: Vec::new(),
             preparation: Vec::new(),
+            gpu_loads: Vec::new(),
             restored: false,
             touched: false,
             seq: None,

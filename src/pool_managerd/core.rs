@@ -742,6 +742,7 @@ impl Core {
                 address: address.clone(),
                 pools: self.pool_counts().into_keys().collect(),
                 capabilities: identity.capabilities.clone(),
+                gpu_loads: self.gpus.loads(),
                 version: Some(env!("CARGO_PKG_VERSION").to_string()),
                 incarnation: Some(identity.incarnation),
                 boot_id: identity.boot_id.clone(),
@@ -754,6 +755,7 @@ impl Core {
                 seq: Some(seq),
                 draining: self.is_node_draining(),
                 preparation: self.preparing.pools().to_vec(),
+                gpu_loads: self.gpus.loads(),
             })),
             (Call::Deregister | Call::Register, _) => {
                 CallBody::Deregister { incarnation: identity.incarnation }

@@ -25,6 +25,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::service::events::Happening;
 use crate::time::{Mono, Now, Wall};
+use crate::wire::gpu_load::GpuLoad;
 use crate::wire::id::{PoolId, ReplicaKey};
 use crate::wire::node::GpuInfo;
 
@@ -292,15 +293,31 @@ impl Gpus {
             .collect()
     }
 
+    /// How each GPU is used, as heartbeats tell it: nothing that is older than the driver's last answer.
+    #[must_use]
+    pub fn loads(&self) -> Vec<GpuLoad> {
+        if self.driver.state != DriverState::Ok {
+            return Vec::new();
+        }
+        let load = |gpu: &Gpu| {
+            let values = gpu.current()?;
+            Some(GpuLoad {
+                device_id: gpu.index,
+                vram_total_bytes: values.memory.map(|memory| memory.total_bytes),
+                vram_free_bytes: values.memory.map(|memory| memory.free_bytes),
+                utilization_percent: values.utilization_percent,
+                temperature_celsius: values.temperature_celsius,
+            })
+        };
+        self.gpus.iter().filter(|gpu| gpu.unreadable.is_none()).filter_map(load).collect()
+    }
+
     /// Memory of the GPUs that a pool's replicas use, each GPU once; zeros where unknown.
     #[must_use]
     pub fn memory_of(&self, pool: &PoolId) -> Memory {
         let mut sum = Memory::default();
         if self.gpus.is_empty() {
             return sum;
-        }
-        if self.gpus.is_empty() {
-            return Memory::default();
         }
         let of_pool = self.bindings.iter().filter(|(key, _)| key.pool == *pool);
         let used: BTreeSet<GpuId> = of_pool.flat_map(|(_, binding)| binding.gpus.iter().copied()).collect();

@@ -7,6 +7,7 @@
 
 pub mod certificate;
 pub mod drain;
+pub mod gpu_load;
 pub mod handoff;
 pub mod id;
 pub mod json_place;

@@ -8,6 +8,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::gpu_load::GpuLoad;
 use super::id::{NodeId, PoolId, ReplicaId};
 use super::preparation::PoolPreparation;
 use super::url::BaseUrl;
@@ -33,6 +34,9 @@ pub struct RegisterRequest {
     /// What the machine has.
     #[serde(default)]
     pub capabilities: Capabilities,
+    /// How each of the machine's GPUs is used; empty from older agents, and where none can be read.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gpu_loads: Vec<GpuLoad>,
     /// Version of the agent.
     #[serde(default)]
     pub version: Option<String>,
@@ -120,6 +124,9 @@ pub struct Heartbeat {
     /// Pools in which something is built, fetched or loaded.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub preparation: Vec<PoolPreparation>,
+    /// How each of the machine's GPUs is used; empty from older agents, and where none can be read.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gpu_loads: Vec<GpuLoad>,
 }
 
 /// A pool in a heartbeat.

@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::drain::DrainStatus;
+use super::gpu_load::GpuLoad;
 use super::id::{NodeId, PoolId, ReplicaId};
 use super::node::Capabilities;
 use super::preparation::PoolPreparation;
@@ -42,6 +43,9 @@ pub struct AgentReport {
     /// Pools in which something is built, fetched or loaded.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub preparation: Vec<PoolPreparation>,
+    /// How each of the machine's GPUs is used; empty from older agents, and where none can be read.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gpu_loads: Vec<GpuLoad>,
 }
 
 /// State of one pool. The first six fields are what the oldest clients look for.

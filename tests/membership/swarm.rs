@@ -149,6 +149,7 @@ pub(crate) fn registration(node: usize) -> RegisterRequest {
         address: BaseUrl::new(&format!("http://10.1.{}.{}:9200", node / 256, node % 256)).expect("a URL"),
         pools: pools().into_iter().map(|pool| pool.pool_id).collect(),
         capabilities: capabilities(),
+        gpu_loads: Vec::new(),
         version: Some("0.1.0".into()),
         incarnation: Some(1),
         boot_id: Some(boot_id(node)),
@@ -189,6 +190,7 @@ impl Hive {
             seq: None,
             draining: false,
             preparation: Vec::new(),
+            gpu_loads: Vec::new(),
         };
         let mut hive = Hive {
             poll: Poll::new().expect("a poll"),

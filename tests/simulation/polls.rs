@@ -99,6 +99,7 @@ fn in_its_dialect(dialect: Dialect, mut report: AgentReport) -> AgentReport {
             (report.machine_id, report.version) = (None, None);
             (report.incarnation, report.boot_id) = (None, None);
             report.draining = false;
+            report.gpu_loads.clear();
             report
         }
         Dialect::Newer => {

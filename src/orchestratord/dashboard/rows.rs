@@ -6,10 +6,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
+use crate::wire::gpu_load::GpuLoad;
 use crate::wire::id::{NodeId, PoolId, ReplicaId};
 use crate::wire::node::Capabilities;
 
-use super::super::service_registry::{Node, Obstacle, Replica, ServiceRegistry};
+use super::super::service_registry::{Node, NodeStatus, Obstacle, Replica, ServiceRegistry};
 
 /// Replicas of one node that are shown; of further ones, only their number.
 pub const REPLICAS_SHOWN_MAX: usize = 128;
@@ -30,7 +31,7 @@ pub struct NodeRow<'a> {
     since_ms: u64,
     address: Option<String>,
     version: Option<String>,
-    /// GPUs whose memory is known together: those that a pool uses, and each other one.
+    /// Each GPU whose agent tells its memory; of other agents, those that a pool uses together.
     memory: Vec<Memory<'a>>,
     replicas: Vec<ReplicaRow<'a>>,
     /// Replicas that are not shown.
@@ -45,7 +46,12 @@ struct Memory<'a> {
     total_bytes: u64,
     /// `None` where nobody uses them, or nobody told.
     free_bytes: Option<u64>,
-    pools: Vec<&'a PoolId>,
+    pools: BTreeSet<&'a PoolId>,
+    /// Share of time in which it computed, in percent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    utilization_percent: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    temperature_celsius: Option<u32>,
 }
 
 #[derive(Debug, Serialize)]
@@ -108,7 +114,7 @@ impl<'a> NodeRow<'a> {
             since_ms: node.since.unix_ms(),
             address: node.address.as_ref().map(|address| cut(&address.to_string(), NAME_CHARS_MAX)),
             version: node.version.as_deref().map(|version| cut(version, NAME_CHARS_MAX)),
-            memory: memory(&node.capabilities, &known),
+            memory: memory(&node.capabilities, loads(node), &known),
             replicas: known.iter().take(REPLICAS_SHOWN_MAX).map(|known| ReplicaRow::new(known)).collect(),
             hidden: known.len().saturating_sub(REPLICAS_SHOWN_MAX),
         }
@@ -149,37 +155,63 @@ fn word(obstacle: Option<&Obstacle>) -> &'static str {
     }
 }
 
-/// Free memory is told per pool, over all of its GPUs: GPUs that pools share are told together.
-fn memory<'a>(machine: &Capabilities, replicas: &[&'a Replica]) -> Vec<Memory<'a>> {
+/// How a node's GPUs are used now: of one that is silent nothing is known any more.
+fn loads(node: &Node) -> &[GpuLoad] {
+    match node.status {
+        NodeStatus::Suspect | NodeStatus::Offline => &[],
+        NodeStatus::Registering | NodeStatus::Online | NodeStatus::Draining => &node.gpu_loads,
+    }
+}
+
+/// A bar for each GPU whose free memory is told. Agents that tell none of it tell it per pool, over all GPUs of
+/// the pool: these are shown together.
+fn memory<'a>(machine: &Capabilities, loads: &[GpuLoad], replicas: &[&'a Replica]) -> Vec<Memory<'a>> {
+    let told: BTreeMap<u32, &GpuLoad> = loads.iter().rev().map(|load| (load.device_id, load)).collect();
+    let is_told = |gpu: &u32| told.get(gpu).is_some_and(|load| load.memory().is_some());
     let mut of_pool: BTreeMap<&PoolId, (BTreeSet<u32>, u64)> = BTreeMap::new();
     for replica in replicas {
         let (gpus, free_bytes) = of_pool.entry(&replica.key.pool).or_default();
         gpus.extend(replica.device_mask.as_deref().into_iter().flat_map(numbers));
         *free_bytes = (*free_bytes).max(replica.vram_free_bytes);
     }
-    let mut of_gpus: BTreeMap<BTreeSet<u32>, (u64, Vec<&PoolId>)> = BTreeMap::new();
+    let mut of_gpus: BTreeMap<BTreeSet<u32>, (u64, BTreeSet<&PoolId>)> = BTreeMap::new();
     for (pool, (gpus, free_bytes)) in of_pool {
-        let known = gpus.iter().all(|n| machine.gpus.iter().any(|gpu| gpu.device_id == *n));
-        if !gpus.is_empty() && known {
+        let is_known = |gpu: &u32| is_told(gpu) || machine.gpus.iter().any(|known| known.device_id == *gpu);
+        if gpus.is_empty() || !gpus.iter().all(is_known) {
+            continue;
+        }
+        let each: Vec<BTreeSet<u32>> = match gpus.iter().all(is_told) {
+            true => gpus.into_iter().map(|gpu| BTreeSet::from([gpu])).collect(),
+            false => vec![gpus],
+        };
+        for gpus in each {
             let (most, pools) = of_gpus.entry(gpus).or_default();
             *most = (*most).max(free_bytes);
-            pools.push(pool);
+            pools.insert(pool);
         }
     }
     let used: BTreeSet<u32> = of_gpus.keys().flatten().copied().collect();
-    for gpu in machine.gpus.iter().filter(|gpu| !used.contains(&gpu.device_id)) {
-        of_gpus.entry(BTreeSet::from([gpu.device_id])).or_default();
+    let all = machine.gpus.iter().map(|gpu| gpu.device_id).chain(told.keys().copied());
+    for gpu in all.filter(|gpu| !used.contains(gpu)) {
+        of_gpus.entry(BTreeSet::from([gpu])).or_default();
     }
     let described = of_gpus.into_iter().map(|(gpus, (free_bytes, pools))| {
         let infos = machine.gpus.iter().filter(|gpu| gpus.contains(&gpu.device_id));
         let total_bytes = infos.clone().fold(0u64, |sum, gpu| sum.saturating_add(gpu.vram_total_bytes));
-        let told = !pools.is_empty() && free_bytes > 0 && free_bytes <= total_bytes;
+        let alone = gpus.first().filter(|_| gpus.len() == 1).and_then(|gpu| told.get(gpu));
+        let of_pools = !pools.is_empty() && free_bytes > 0 && free_bytes <= total_bytes;
+        let (total_bytes, free_bytes) = match alone.and_then(|load| load.memory()) {
+            Some((total_bytes, free_bytes)) => (total_bytes, Some(free_bytes)),
+            None => (total_bytes, of_pools.then_some(free_bytes)),
+        };
         Memory {
             name: infos.map(|gpu| gpu.name.as_str()).next().map_or(String::new(), |name| cut(name, 64)),
             gpus: gpus.into_iter().collect(),
             total_bytes,
-            free_bytes: told.then_some(free_bytes),
+            free_bytes,
             pools,
+            utilization_percent: alone.and_then(|load| load.utilization_percent),
+            temperature_celsius: alone.and_then(|load| load.temperature_celsius),
         }
     });
     described.collect()
@@ -268,6 +300,44 @@ pub(super) mod tests {
             .map(|m| format!("{} {} {}", m["gpus"], m["total_bytes"], m["free_bytes"]))
             .collect();
         assert_eq!(told, ["[0,1] 160 60", "[2] 80 10", "[3] 80 null"]);
+    }
+
+    #[test]
+    fn each_gpu_whose_use_is_told_has_a_bar_of_its_own_until_its_node_is_silent() {
+        let mut registry = ServiceRegistry::new(Limits::default(), 1);
+        let pools = json!([pool("a", &["0", "1"], 60), pool("b", &["1"], 10), pool("c", &["3"], 30)]);
+        join(&mut registry, "n", json!([gpu(0), gpu(1), gpu(2), gpu(3)]), pools.clone(), 1);
+        let load =
+            |n: u32, free: u64| json!({"device_id": n, "vram_total_bytes": 80, "vram_free_bytes": free});
+        let mut loads =
+            json!([load(0, 20), load(1, 30), load(2, 80), {"device_id": 3, "utilization_percent": 7}]);
+        // One that the registration did not name is shown too.
+        loads.as_array_mut().expect("a list").push(load(5, 90));
+        let beat: Heartbeat =
+            serde_json::from_value(json!({"incarnation": 1, "seq": 2, "pools": pools, "gpu_loads": loads}))
+                .expect("a heartbeat");
+        let node = NodeId::new("n").expect("an id");
+        let now = Now::default();
+        registry.heartbeat(&node, &beat, "10.0.0.1", now, &mut Vec::new()).expect("beaten");
+        let told = |registry: &ServiceRegistry| -> Vec<String> {
+            let node = registry.nodes().next().expect("a node");
+            let shown = serde_json::to_value(NodeRow::new(registry, node)).expect("JSON");
+            let bar =
+                |m: &Value| format!("{} {} {} {}", m["gpus"], m["total_bytes"], m["free_bytes"], m["pools"]);
+            shown["memory"].as_array().expect("a list").iter().map(bar).collect()
+        };
+        let expected = [
+            r#"[0] 80 20 ["a"]"#,
+            r#"[1] 80 30 ["a","b"]"#,
+            "[2] 80 80 []",
+            r#"[3] 80 30 ["c"]"#,
+            "[5] 0 null []",
+        ];
+        assert_eq!(told(&registry), expected, "of one that tells only how busy it is, what its pool tells");
+        registry.expire(now.plus_ms(60_000), &mut Vec::new());
+        assert!(registry.nodes().all(|node| !node.status.takes_work()));
+        let silent = ["[0,1] 160 60 [\"a\"]", "[1] 80 10 [\"b\"]", "[2] 80 null []", "[3] 80 30 [\"c\"]"];
+        assert_eq!(told(&registry), silent);
     }
 
     #[test]

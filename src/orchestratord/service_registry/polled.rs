@@ -101,6 +101,7 @@ impl ServiceRegistry {
         changes: &mut Vec<Change>,
     ) -> Result<Polled, Fenced> {
         too_large("GPUs", report.capabilities.gpus.len(), GPUS_MAX)?;
+        too_large("GPUs", report.gpu_loads.len(), GPUS_MAX)?;
         let known = self.by_id.get(&report.node_id).copied();
         if let Some(index) = known
             && let Some(ignored) = self.place_answer(index, report, url, sent, now)?
@@ -114,6 +115,7 @@ impl ServiceRegistry {
         self.check_size(known.map_or(0, |index| self.nodes[index].replicas.len()), &pools)?;
         let weight = Weight {
             pools: weights::of_pools(&pools),
+            gpu_loads: weights::of_gpu_loads(&report.gpu_loads),
             ..known.map_or_else(Weight::default, |index| self.nodes[index].weight)
         };
         self.check_weight(known, weight)?;
@@ -133,6 +135,7 @@ impl ServiceRegistry {
         // Replicas first, as with heartbeats.
         self.take_snapshot(index, &pools, now, changes);
         self.set_preparation(index, &report.preparation);
+        self.nodes[index].gpu_loads.clone_from(&report.gpu_loads);
         let (status, reason) = if report.draining {
             (NodeStatus::Draining, "the node asks for no new work")
         } else {

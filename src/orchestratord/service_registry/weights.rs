@@ -5,6 +5,7 @@
 //! limit, and whoever would pass it is refused and stays what it was. A node that tells less than before is never
 //! refused.
 
+use crate::wire::gpu_load::GpuLoad;
 use crate::wire::node::{PoolBeat, RegisterRequest};
 
 use super::{Fenced, ServiceRegistry};
@@ -30,11 +31,13 @@ pub(super) struct Weight {
     pub(super) registered: usize,
     /// By its pools and replicas.
     pub(super) pools: usize,
+    /// By how its GPUs are used.
+    pub(super) gpu_loads: usize,
 }
 
 impl Weight {
     pub(super) fn total(self) -> usize {
-        self.registered + self.pools
+        self.registered + self.pools + self.gpu_loads
     }
 }
 
@@ -56,12 +59,16 @@ pub(super) fn of_pools(pools: &[PoolBeat]) -> usize {
     pools.iter().map(|pool| POOL_BYTES + names(&pool.models_available) + of_replicas(pool)).sum()
 }
 
+pub(super) fn of_gpu_loads(loads: &[GpuLoad]) -> usize {
+    std::mem::size_of_val(loads)
+}
+
 pub(super) fn of_record(record: &NodeRecord) -> Weight {
     let gpus = record.capabilities.gpus.iter();
     let gpus: usize = gpus.map(|gpu| GPU_BYTES + gpu.name.len() + gpu.compute_capability.len()).sum();
     let pools: usize = record.pools.iter().map(|pool| POOL_BYTES + names(&pool.models)).sum();
     let replicas: usize = record.replicas.iter().map(|r| REPLICA_BYTES + names(r.models.iter())).sum();
-    Weight { registered: NODE_BYTES + gpus, pools: pools + replicas }
+    Weight { registered: NODE_BYTES + gpus, pools: pools + replicas, gpu_loads: 0 }
 }
 
 impl ServiceRegistry {
@@ -143,6 +150,26 @@ mod tests {
             registry.deregister(&name, None, now(), &mut Vec::new()).expect("known");
         }
         assert_eq!(registry.bytes(), 0);
+    }
+
+    #[test]
+    fn the_use_of_gpus_weighs_what_the_last_message_told_of_it() {
+        let mut registry = ServiceRegistry::new(Limits { bytes_max: 20_000, ..Limits::default() }, 1);
+        register(&mut registry, "a", 0).expect("little");
+        let node = NodeId::new("a").expect("an id");
+        let mut tell = |gpus: usize| {
+            let loads: Vec<_> = (0..gpus).map(|n| serde_json::json!({"device_id": n})).collect();
+            let beat = serde_json::json!({"pools": [], "gpu_loads": loads});
+            let beat: Heartbeat = serde_json::from_value(beat).expect("a heartbeat");
+            let told = registry.heartbeat(&node, &beat, "10.0.0.1", now(), &mut Vec::new()).map(|_| ());
+            (told, registry.bytes(), registry.node(&node).expect("known").gpu_loads.len())
+        };
+        let (_, alone, _) = tell(0);
+        let (told, bytes, known) = tell(200);
+        assert!(told.is_ok() && bytes >= alone + 200 * size_of::<GpuLoad>() && known == 200, "{bytes}");
+        let (told, same, known) = tell(crate::wire::gpu_load::GPU_LOADS_MAX + 1);
+        assert!(told.is_err() && same == bytes && known == 200, "more than a machine has");
+        assert_eq!(tell(0), (Ok(()), alone, 0));
     }
 
     #[test]

@@ -62,6 +62,7 @@ impl Core {
             capabilities: identity.capabilities.clone(),
             pools: self.pools(),
             preparation: self.preparing.pools().to_vec(),
+            gpu_loads: self.gpus.loads(),
         }
     }
 

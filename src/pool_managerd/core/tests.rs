@@ -110,6 +110,7 @@ fn a_gpu_that_breaks_is_told_at_once() {
     let (again, body) = call(handle(&mut core, Input::Gpu(reading), NOW)).expect("registers again");
     let CallBody::Register(body) = body else { panic!("a registration: {body:?}") };
     assert_eq!((body.capabilities.gpus.len(), body.capabilities.gpus[0].vram_total_bytes), (1, 100));
+    assert_eq!(body.gpu_loads.iter().map(|load| load.memory()).collect::<Vec<_>>(), [Some((100, 60))]);
     let beat = call(handle(&mut core, Input::Told { plane: 0, call: again, answer: agreed() }, NOW));
     let told = Input::Told { plane: 0, call: beat.expect("a heartbeat").0, answer: agreed() };
     handle(&mut core, told, NOW);

@@ -171,7 +171,7 @@ impl Gpus {
 
 impl Gpu {
     /// What was read last, unless the GPU is gone since.
-    fn current(&self) -> Option<&super::Values> {
+    pub(super) fn current(&self) -> Option<&super::Values> {
         self.values.as_ref().filter(|_| self.lost.is_none())
     }
 }

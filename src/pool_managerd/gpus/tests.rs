@@ -198,7 +198,7 @@ fn a_lost_gpu_returns_by_itself_and_then_its_fault_is_over_too() {
     assert_eq!(machine.states(), [(0, "ok"), (1, "lost")]);
     assert!(machine.held["r1"].contains("lost: fell off the bus; XID 79"), "{:?}", machine.held);
     assert_eq!(machine.memory().total_bytes, 1000 * MIB, "what is lost has no memory");
-    assert_eq!(machine.gpus.capabilities().len(), 1);
+    assert_eq!((machine.gpus.capabilities().len(), machine.gpus.loads().len()), (1, 1));
     machine.list(vec![Ok(sound(0)), Ok(sound(1))]);
     assert_eq!((machine.held().len(), machine.states()), (0, vec![(0, "ok"), (1, "ok")]));
     assert_eq!((machine.memory().free_bytes, machine.gpus.capabilities().len()), (1900 * MIB, 2));
