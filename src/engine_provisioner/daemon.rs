@@ -531,11 +531,10 @@ impl Daemon {
             Told::Failed { reason, retry_ms, failures, is_open } => {
                 // Its output explains best; the instance is there until it is reaped.
                 let last = self.running.values().rev().find(|running| running.config.key() == *key);
-                let text = last.map_or_else(|| reason.clone(), |running| running.log.explain(reason));
-                let breaker = if *is_open { " (its breaker is open)" } else { "" };
+                let said = told.to_string();
                 log::error!(
-                    "{key}: {text}\n{key} is started again in {:.1} s after {failures} failures in a row{breaker}",
-                    *retry_ms as f64 / 1e3
+                    "{key}: {}",
+                    last.map_or_else(|| said.clone(), |running| running.log.explain(&said))
                 );
                 fields = json!({"reason": reason, "retry_ms": retry_ms, "failures": failures, "breaker_open": is_open});
                 "failed"

@@ -42,6 +42,7 @@ mod container;
 pub mod control;
 mod daemon;
 pub mod devices;
+pub mod docker_run;
 pub mod file;
 pub mod flags;
 mod gpus;

@@ -11,6 +11,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::docker_run;
 use super::models::{self, Digest};
 use super::source::SourceSpec;
 use crate::settings::{Exit, Setting, Settings, boolean, flag, number};
@@ -322,6 +323,11 @@ impl Config {
                 "nothing tells the engine its port: write {port} in its command, or give --port the one that it listens on",
             ));
         }
+        if let Some(tool) = self.detaching_tool() {
+            return Err(Exit::config(format!(
+                "{tool} run would leave the container to itself (-d, --detach), where nobody keeps it: leave that flag out, its output goes to a log file anyway; a container that something else starts is handed over with llorch adopt URL --container NAME"
+            )));
+        }
         match (&self.source, uses("{binary}")) {
             (None, true) => {
                 return Err(Exit::config(
@@ -345,6 +351,14 @@ impl Config {
             return Err(Exit::config("the engine's command says {model}, but --model is not given"));
         }
         Ok(())
+    }
+
+    /// The program of the command, where that runs a container and does not stay with it.
+    fn detaching_tool(&self) -> Option<&str> {
+        let tool = Path::new(self.command.first()?).file_name()?.to_str()?;
+        let run = self.command.iter().position(|word| word == "run")?;
+        let flags = self.command[run + 1..].iter().map(|word| word.to_str().unwrap_or_default());
+        (docker_run::TOOLS.contains(&tool) && docker_run::is_detached(flags)).then_some(tool)
     }
 }
 

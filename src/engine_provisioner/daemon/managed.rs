@@ -172,9 +172,8 @@ impl Daemon {
     pub(super) fn order_told(&mut self, key: &ReplicaKey, told: &Told, now: Mono) {
         match told {
             Told::Serving(_) => self.book.steps.end(Kind::PoolWarmup, key, Ok(())),
-            Told::Failed { reason: why, .. } | Told::KeptOld(why) => {
-                self.book.steps.end(Kind::PoolWarmup, key, Err(why));
-            }
+            Told::Failed { .. } => self.book.steps.end(Kind::PoolWarmup, key, Err(&told.to_string())),
+            Told::KeptOld(why) => self.book.steps.end(Kind::PoolWarmup, key, Err(why)),
             _ => {}
         }
         let Some(managed) = &mut self.managed else { return };
