@@ -360,3 +360,24 @@ fn who_leaves_the_process_group_is_ended_by_the_cgroup() {
         until("the cgroup is removed", || left(&own).is_empty().then_some(()));
     }
 }
+
+#[test]
+fn what_an_engine_prints_is_bounded_while_it_runs() {
+    let root = root();
+    // As much as one file may hold, and more.
+    let script = format!("yes engine | head -c 70000000; exec '{LLORCH}' demo-engine --port {{port}}");
+    let mut provisioner = Provisioner::start(root.path(), &[], &["sh", "-c", &script]);
+    for event in ["spawned", "healthy", "handoff_written"] {
+        provisioner.event(event);
+    }
+    let logs = root.path().join("logs");
+    let size = |name: &str| fs::metadata(logs.join(name)).map(|meta| meta.len()).unwrap_or_default();
+    until("the log begins anew", || {
+        (size("pool-0-r0.log.1") > 0 && size("pool-0-r0.log") < 1 << 20).then_some(())
+    });
+    assert!(size("pool-0-r0.log.1") >= 70_000_000, "what it held is kept");
+    assert!(provisioner.handoff().is_some(), "and the engine serves");
+    provisioner.signal(Signal::TERM);
+    provisioner.event("stopped");
+    assert_eq!(provisioner.end().0, 0);
+}

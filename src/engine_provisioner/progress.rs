@@ -1,9 +1,10 @@
 //! A few rows on a terminal while engines start, one for each: who, since when, and a bar where the engine tells.
 //!
-//! The rows are drawn over themselves, below what was logged. None is longer than the terminal is wide: a row that
-//! wraps could not be drawn over.
+//! The rows are drawn over themselves, below what was logged: a line of the log takes them away first, and they
+//! come back below it. None is longer than the terminal is wide: a row that wraps could not be drawn over.
 
-use std::io::{IsTerminal, Write, stderr};
+use std::io::{self, IsTerminal, Write, stderr};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::time::Mono;
 use crate::wire::id::ReplicaKey;
@@ -17,17 +18,40 @@ const COLUMNS: usize = 80;
 /// Cells of a bar.
 const BAR_CELLS: usize = 20;
 
+/// Rows that are drawn now. Whoever writes to standard error holds it meanwhile.
+static DRAWN: Mutex<usize> = Mutex::new(0);
+
+fn drawn() -> MutexGuard<'static, usize> {
+    DRAWN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Standard error for the log.
+pub(super) struct AboveRows;
+
+impl Write for AboveRows {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let mut drawn = drawn();
+        match std::mem::take(&mut *drawn) {
+            0 => stderr().write_all(line)?,
+            rows => stderr().write_all(&[erase(rows).as_bytes(), line].concat())?,
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        stderr().flush()
+    }
+}
+
 /// Standard error, if it is a terminal.
 pub(super) struct Screen {
     is_terminal: bool,
-    /// Rows that are drawn now.
-    drawn: usize,
     next: Option<Mono>,
 }
 
 impl Screen {
     pub(super) fn new() -> Screen {
-        Screen { is_terminal: stderr().is_terminal(), drawn: 0, next: None }
+        Screen { is_terminal: stderr().is_terminal(), next: None }
     }
 
     /// Whether there was a terminal, and it has been closed.
@@ -47,23 +71,27 @@ impl Screen {
         }
         let all: Vec<_> = starting.collect();
         if all.is_empty() {
-            self.next = None;
-            return self.clear();
+            return self.hide();
         }
         self.next = Some(now.plus_ms(DRAW_EVERY_MS));
         let columns = rustix::termios::tcgetwinsize(stderr()).map_or(0, |size| usize::from(size.ws_col));
         let rows = rows(&all, if columns == 0 { COLUMNS } else { columns });
-        let text = erase(self.drawn) + &rows.join("\r\n");
-        self.drawn = rows.len();
+        let mut drawn = drawn();
+        let text = erase(*drawn) + &rows.join("\r\n");
+        *drawn = rows.len();
         // Without a terminal any more there is nobody to see it.
         let _ = stderr().write_all(text.as_bytes());
     }
 
-    /// Makes room for a line of the log.
-    pub(super) fn clear(&mut self) {
-        let drawn = std::mem::take(&mut self.drawn);
-        if drawn > 0 {
-            let _ = stderr().write_all(erase(drawn).as_bytes());
+    /// Shows nothing until it is told to again.
+    pub(super) fn hide(&mut self) {
+        self.next = None;
+        let mut drawn = drawn();
+        match std::mem::take(&mut *drawn) {
+            0 => {}
+            rows => {
+                let _ = stderr().write_all(erase(rows).as_bytes());
+            }
         }
     }
 }
