@@ -277,6 +277,29 @@ fn the_control_plane_passes_a_reload_on_to_the_nodes_agent() {
 }
 
 #[test]
+fn an_engine_that_keeps_failing_is_shown_with_the_reason_and_its_next_start() {
+    let root = tempfile::tempdir().expect("a directory");
+    let command = ["sh", "-c", "exit 3 # {port}"];
+    let mut one = Provisioner::start(root.path(), &["--restart=always"], &command);
+    one.event("spawned");
+    let failed = one.event("failed");
+    assert_eq!((&failed["failures"], &failed["breaker_open"]), (&json!(1), &json!(false)), "{failed}");
+    assert!(failed["reason"].as_str().is_some_and(|why| why.contains("exit status 3")), "{failed}");
+    assert!(failed["retry_ms"].as_u64().is_some_and(|ms| (500..=1_000).contains(&ms)), "{failed}");
+    let port = free_port();
+    let (addr, engines) = (format!("127.0.0.1:{port}"), root.path().join("engines").display().to_string());
+    let env = [("POOL_MANAGERD_ADDR", addr.as_str()), ("POOL_MANAGERD_RUNTIME_DIR", &engines)];
+    let _agent = Process::start(POOL_MANAGERD, &[], &env, root.path());
+    let step = until("its reason", || {
+        let step = status(port)?["preparation"]["steps"][0].clone();
+        (step["status"] == "failed").then_some(step)
+    });
+    assert_eq!((&step["kind"], &step["id"]), (&json!("pool_warmup"), &json!("pool-0/r0")), "{step}");
+    let detail = step["detail"].as_str().expect("a text");
+    assert!(detail.contains("exit status 3; it is started again in"), "{detail}");
+}
+
+#[test]
 fn a_task_shows_what_its_pool_is_waiting_for() {
     // The agent knows the control plane, and tells it with its heartbeats.
     shown_to_a_task(|_, plane| {
