@@ -362,6 +362,21 @@ fn who_leaves_the_process_group_is_ended_by_the_cgroup() {
 }
 
 #[test]
+fn a_directory_for_logs_that_cannot_be_used_is_named_before_anything_starts() {
+    let root = root();
+    fs::write(root.path().join("taken"), "a file").expect("written");
+    let flag = format!("--log-dir={}", root.path().join("taken").display());
+    let (code, said) = Provisioner::start(root.path(), &[&flag], &demo_engine(&[])).end();
+    assert!(code == 1 && said.contains("/taken") && said.contains("give another --log-dir"), "{said}");
+    let flag = format!("--log-dir={}", root.path().join("elsewhere").display());
+    let mut provisioner = Provisioner::start(root.path(), &[&flag], &demo_engine(&[]));
+    provisioner.event("spawned");
+    provisioner.event("healthy");
+    provisioner.event("handoff_written");
+    assert!(root.path().join("elsewhere/pool-0-r0.log").exists() && !root.path().join("logs").exists());
+}
+
+#[test]
 fn what_an_engine_prints_is_bounded_while_it_runs() {
     let root = root();
     // As much as one file may hold, and more.

@@ -25,7 +25,7 @@ const LOG_LINE_CHARS_MAX: usize = 300;
 const LOG_FILE_BYTES_MAX: u64 = 64 * 1024 * 1024;
 /// Between two looks at the sizes of logs, in milliseconds: what an engine prints meanwhile is beyond the limit.
 const LOOK_EVERY_MS: u64 = 10_000;
-/// The last bytes of a file that are copied more than once at most, before it begins anew without them.
+/// Copies at most of what came during the copy before: one that never catches up would never empty the file.
 const CATCH_UPS_MAX: usize = 8;
 
 /// The file that takes the engine's output, and where this run's part of it begins.
