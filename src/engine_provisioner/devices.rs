@@ -196,7 +196,7 @@ pub fn free_bytes(config: &Config, gpus: &[Gpu]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::Path;
+    use crate::engine_provisioner::plan::Directories;
 
     const GIB: u64 = 1 << 30;
 
