@@ -86,6 +86,7 @@ const PURE_FILES: &[&str] = &[
     "cli/demo_engine/dialect.rs",
     "engine_provisioner/asking.rs",
     "engine_provisioner/devices.rs",
+    "engine_provisioner/docker_run.rs",
     "engine_provisioner/file.rs",
     "engine_provisioner/flags.rs",
     "engine_provisioner/model_ref.rs",

@@ -47,15 +47,22 @@ esac
 /// The stand-in's path.
 fn docker(root: &Path) -> PathBuf {
     let path = root.join("docker");
+    if path.exists() {
+        return path;
+    }
     fs::write(&path, DOCKER).expect("written");
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("set");
     path
 }
 
-fn start(root: &Path, flags: &[&str], engine: &[&str]) -> Provisioner {
+/// What runs `engine` in a container.
+fn command(root: &Path, engine: &[&str]) -> Vec<String> {
     let docker = docker(root).display().to_string();
-    let command = [&[docker.as_str(), "run", "--rm", "image"], engine].concat();
-    let mut provisioner = Provisioner::start(root, flags, &command);
+    [&[docker.as_str(), "run", "--rm", "image"], engine].concat().into_iter().map(String::from).collect()
+}
+
+fn start(root: &Path, flags: &[&str], engine: &[&str]) -> Provisioner {
+    let mut provisioner = Provisioner::start(root, flags, &command(root, engine));
     serve(&mut provisioner);
     provisioner
 }
@@ -136,4 +143,69 @@ fn a_killed_provisioner_leaves_no_container_behind() {
     until_group_is_gone(provisioner.spawned());
     let killed = until("who was killed", || fs::read_to_string(root.path().join("killed")).ok());
     assert_eq!(killed.trim(), format!("c{main}"));
+}
+
+#[test]
+fn a_container_that_is_taken_over_is_handed_over_with_its_main_process() {
+    let root = tempfile::tempdir().expect("a directory");
+    let flags = ["--restart=always", "--orphans=keep"];
+    let engine = [LLORCH, "demo-engine", "--port", "{port}"];
+    let mut provisioner = start(root.path(), &flags, &engine);
+    let (main, client) = (main_process(&provisioner), provisioner.spawned());
+    let before = provisioner.handoff();
+    provisioner.signal(Signal::KILL);
+    until("it is gone", || provisioner.is_gone().then_some(()));
+    let command = command(root.path(), &engine);
+    let mut next = Provisioner::start(root.path(), &flags, &command);
+    assert_eq!(next.event("adopted")["pid"], client);
+    next.event("healthy");
+    next.event("handoff_written");
+    assert_eq!(next.handoff(), before, "whoever watches sees the very engine");
+    assert_eq!(main_process(&next), main);
+    // Its end is seen as that of any other.
+    rustix::process::kill_process(pid(main), Signal::KILL).expect("it runs");
+    next.event("failed");
+    next.event("stopped");
+    serve(&mut next);
+    assert!(main_process(&next) != main && id_files(root.path()) == 1);
+    next.signal(Signal::TERM);
+    next.event("stopped");
+    assert_eq!(next.end().0, 0);
+    assert_eq!(id_files(root.path()), 0);
+}
+
+#[test]
+fn a_container_whose_client_ended_while_nobody_kept_it_does_not_stay() {
+    let root = tempfile::tempdir().expect("a directory");
+    let flags = ["--restart=always", "--orphans=keep"];
+    let engine = [LLORCH, "demo-engine", "--port", "{port}"];
+    let mut provisioner = start(root.path(), &flags, &engine);
+    let (main, client) = (main_process(&provisioner), provisioner.spawned());
+    provisioner.signal(Signal::KILL);
+    until("it is gone", || provisioner.is_gone().then_some(()));
+    rustix::process::kill_process(pid(client), Signal::KILL).expect("its client runs");
+    until("the client's end", || (!runs(client)).then_some(()));
+    assert!(runs(main), "docker's container does not need its client");
+    let mut next = Provisioner::start(root.path(), &flags, &command(root.path(), &engine));
+    serve(&mut next);
+    until("the container's end", || (!runs(main)).then_some(()));
+    assert_ne!(main_process(&next), main);
+    assert_eq!(id_files(root.path()), 1);
+    next.signal(Signal::TERM);
+    next.event("stopped");
+    assert_eq!(next.end().0, 0);
+}
+
+#[test]
+fn a_container_that_would_be_left_to_itself_is_refused_with_what_to_do() {
+    let root = tempfile::tempdir().expect("a directory");
+    let docker = docker(root.path()).display().to_string();
+    let command = [&docker, "run", "--rm", "-dp", "{port}:80", "image", LLORCH, "demo-engine"];
+    let (code, said) = Provisioner::start(root.path(), &[], &command).end();
+    assert_eq!(code, 78, "{said}");
+    assert!(
+        said.contains("leave that flag out") && said.contains("llorch adopt URL --container NAME"),
+        "{said}"
+    );
+    assert!(!root.path().join("logs").exists(), "nothing was started");
 }

@@ -277,7 +277,54 @@ fn the_control_plane_passes_a_reload_on_to_the_nodes_agent() {
 }
 
 #[test]
+fn an_engine_that_keeps_failing_is_shown_with_the_reason_and_its_next_start() {
+    let root = tempfile::tempdir().expect("a directory");
+    let command = ["sh", "-c", "exit 3 # {port}"];
+    let mut one = Provisioner::start(root.path(), &["--restart=always"], &command);
+    one.event("spawned");
+    let failed = one.event("failed");
+    assert_eq!((&failed["failures"], &failed["breaker_open"]), (&json!(1), &json!(false)), "{failed}");
+    assert!(failed["reason"].as_str().is_some_and(|why| why.contains("exit status 3")), "{failed}");
+    assert!(failed["retry_ms"].as_u64().is_some_and(|ms| (500..=1_000).contains(&ms)), "{failed}");
+    let port = free_port();
+    let (addr, engines) = (format!("127.0.0.1:{port}"), root.path().join("engines").display().to_string());
+    let env = [("POOL_MANAGERD_ADDR", addr.as_str()), ("POOL_MANAGERD_RUNTIME_DIR", &engines)];
+    let _agent = Process::start(POOL_MANAGERD, &[], &env, root.path());
+    let step = until("its reason", || {
+        let step = status(port)?["preparation"]["steps"][0].clone();
+        (step["status"] == "failed").then_some(step)
+    });
+    assert_eq!((&step["kind"], &step["id"]), (&json!("pool_warmup"), &json!("pool-0/r0")), "{step}");
+    let detail = step["detail"].as_str().expect("a text");
+    assert!(detail.contains("exit status 3; it is started again in"), "{detail}");
+}
+
+#[test]
 fn a_task_shows_what_its_pool_is_waiting_for() {
+    // The agent knows the control plane, and tells it with its heartbeats.
+    shown_to_a_task(|_, plane| {
+        (
+            Vec::new(),
+            vec![("POOL_MANAGERD_CLOUD_PROFILE", "true".into()), ("ORCHESTRATORD_URL", plane.into())],
+        )
+    });
+}
+
+#[test]
+fn a_task_shows_what_a_polled_agent_tells_too() {
+    // The control plane knows the agent, and asks it.
+    shown_to_a_task(|agent, _| {
+        let plane = vec![("POOL_MANAGERD_URL", agent.into()), ("ORCHD_POOL_POLL_INTERVAL_MS", "100".into())];
+        (plane, Vec::new())
+    });
+}
+
+/// Variables of a process.
+type Env = Vec<(&'static str, String)>;
+
+/// A node fetches its model while tasks are submitted. `know` says which further variables make control plane and
+/// agent known to each other, given the URLs of agent and control plane.
+fn shown_to_a_task(know: impl Fn(&str, &str) -> (Env, Env)) {
     let root = tempfile::tempdir().expect("a directory");
     let content = vec![7; 1 << 20];
     let go = Arc::new(AtomicBool::new(false));
@@ -299,17 +346,23 @@ fn a_task_shows_what_its_pool_is_waiting_for() {
     let engines = engines.display().to_string();
     let directory = root.path().join("plane");
     fs::create_dir(&directory).expect("created");
+    let (further_plane, further_agent) = know(&agent_url, &plane_url);
+    let with = |own: &[(&'static str, &str)], further: &Env| -> Env {
+        own.iter().map(|(name, value)| (*name, (*value).to_string())).chain(further.iter().cloned()).collect()
+    };
+    let start = |program, env: &Env, directory: &Path| {
+        let env: Vec<(&str, &str)> = env.iter().map(|(name, value)| (*name, value.as_str())).collect();
+        Process::start(program, &[], &env, directory)
+    };
     let env = [("ORCHESTRATORD_CLOUD_PROFILE", "true"), ("ORCHESTRATORD_ADDR", plane_addr.as_str())];
-    let _plane = Process::start(daemons::ORCHESTRATORD, &[], &env, &directory);
+    let _plane = start(daemons::ORCHESTRATORD, &with(&env, &further_plane), &directory);
     let env = [
-        ("POOL_MANAGERD_CLOUD_PROFILE", "true"),
-        ("POOL_MANAGERD_ADDR", &addr),
+        ("POOL_MANAGERD_ADDR", addr.as_str()),
         ("POOL_MANAGERD_PUBLIC_URL", &agent_url),
         ("POOL_MANAGERD_NODE_ID", "node-a"),
         ("POOL_MANAGERD_RUNTIME_DIR", &engines),
-        ("ORCHESTRATORD_URL", &plane_url),
     ];
-    let _agent = Process::start(POOL_MANAGERD, &[], &env, root.path());
+    let _agent = start(POOL_MANAGERD, &with(&env, &further_agent), root.path());
     let flag = format!("--model={}", server.url("/m.bin"));
     let command = [LLORCH, "demo-engine", "--port", "{port}", "--model", "{model}"];
     let mut one = Provisioner::start(root.path(), &["--restart=always", &flag], &command);

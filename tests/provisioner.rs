@@ -360,3 +360,39 @@ fn who_leaves_the_process_group_is_ended_by_the_cgroup() {
         until("the cgroup is removed", || left(&own).is_empty().then_some(()));
     }
 }
+
+#[test]
+fn a_directory_for_logs_that_cannot_be_used_is_named_before_anything_starts() {
+    let root = root();
+    fs::write(root.path().join("taken"), "a file").expect("written");
+    let flag = format!("--log-dir={}", root.path().join("taken").display());
+    let (code, said) = Provisioner::start(root.path(), &[&flag], &demo_engine(&[])).end();
+    assert!(code == 1 && said.contains("/taken") && said.contains("give another --log-dir"), "{said}");
+    let flag = format!("--log-dir={}", root.path().join("elsewhere").display());
+    let mut provisioner = Provisioner::start(root.path(), &[&flag], &demo_engine(&[]));
+    provisioner.event("spawned");
+    provisioner.event("healthy");
+    provisioner.event("handoff_written");
+    assert!(root.path().join("elsewhere/pool-0-r0.log").exists() && !root.path().join("logs").exists());
+}
+
+#[test]
+fn what_an_engine_prints_is_bounded_while_it_runs() {
+    let root = root();
+    // As much as one file may hold, and more.
+    let script = format!("yes engine | head -c 70000000; exec '{LLORCH}' demo-engine --port {{port}}");
+    let mut provisioner = Provisioner::start(root.path(), &[], &["sh", "-c", &script]);
+    for event in ["spawned", "healthy", "handoff_written"] {
+        provisioner.event(event);
+    }
+    let logs = root.path().join("logs");
+    let size = |name: &str| fs::metadata(logs.join(name)).map(|meta| meta.len()).unwrap_or_default();
+    until("the log begins anew", || {
+        (size("pool-0-r0.log.1") > 0 && size("pool-0-r0.log") < 1 << 20).then_some(())
+    });
+    assert!(size("pool-0-r0.log.1") >= 70_000_000, "what it held is kept");
+    assert!(provisioner.handoff().is_some(), "and the engine serves");
+    provisioner.signal(Signal::TERM);
+    provisioner.event("stopped");
+    assert_eq!(provisioner.end().0, 0);
+}

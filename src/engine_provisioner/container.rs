@@ -14,10 +14,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use serde_json::{Value, json};
+
+use super::docker_run::TOOLS;
 use super::gpus::ask;
 
-/// Programs that understand docker's words.
-const TOOLS: &[&str] = &["docker", "podman", "nerdctl"];
 /// How long such a program may take for an answer.
 const LIMIT: Duration = Duration::from_secs(10);
 /// Pause between two questions: an image may have to be fetched first.
@@ -74,6 +75,26 @@ impl Container {
         // Of an earlier process with this number: the client refuses to write over it.
         let _ = fs::remove_file(&own_file);
         container(By::IdFile(own_file), true)
+    }
+
+    /// As it is written down.
+    pub(super) fn to_value(&self) -> Value {
+        let (id_file, name) = match &self.by {
+            By::IdFile(path) => (path.to_str(), None),
+            By::Name(name) => (None, Some(name)),
+        };
+        let tool = self.tool.to_string_lossy();
+        json!({"tool": tool, "id_file": id_file, "name": name, "is_own_file": self.is_own_file})
+    }
+
+    /// One that was written down.
+    pub(super) fn from_value(value: &Value) -> Option<Container> {
+        let by = match (value["id_file"].as_str(), value["name"].as_str()) {
+            (Some(path), _) => By::IdFile(path.into()),
+            (None, name) => By::Name(name?.into()),
+        };
+        let is_own_file = value["is_own_file"].as_bool()?;
+        Some(Container { tool: value["tool"].as_str()?.into(), by, is_own_file })
     }
 
     /// The container's main process.
@@ -186,6 +207,18 @@ mod tests {
         for other in ["llama-server run", "docker start x", "docker run --cidfile"] {
             assert_eq!(of(other, None), (other.to_string(), None));
         }
+    }
+
+    #[test]
+    fn what_is_written_down_is_read_as_it_was() {
+        for (command, given) in
+            [("podman run image", None), ("x", Some("vllm")), ("docker start x", Some("/a b"))]
+        {
+            let (_, container) = of(command, given);
+            let container = container.expect("a container");
+            assert_eq!(Container::from_value(&container.to_value()), Some(container));
+        }
+        assert_eq!(Container::from_value(&Value::Null), None);
     }
 
     #[test]

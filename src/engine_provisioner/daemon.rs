@@ -22,6 +22,7 @@ use super::guardian::Guardian;
 use super::kept::Kept;
 use super::notify::Notices;
 use super::options::{Options, Orphans};
+use super::output::Rotations;
 use super::plan::Config;
 use super::preflight::{self, Prepared};
 use super::process::is_removed;
@@ -124,6 +125,7 @@ struct Daemon {
     orders: Orders,
     managed: Option<managed::Managed>,
     screen: Screen,
+    rotations: Rotations,
     gave_up: Option<Exit>,
     generation: u64,
     agent_trouble_told: bool,
@@ -189,6 +191,7 @@ pub(super) fn run(
         is_listening: false,
         orders: Orders::default(),
         managed: None,
+        rotations: Rotations::default(),
         gave_up: None,
         generation: 0,
         agent_trouble_told: false,
@@ -201,9 +204,9 @@ impl Daemon {
     fn serve(mut self, signals: &mut Signals, hangup_is_ignored: bool) -> Result<(), Exit> {
         let mut last_wait: Option<Mono> = None;
         loop {
-            let deadline = [self.core.deadline(), self.net.deadline(), self.notices.deadline(), last_wait]
-                .into_iter()
-                .fold(self.screen.deadline(), earliest);
+            let own = [self.core.deadline(), self.net.deadline(), self.notices.deadline(), last_wait];
+            let deadline =
+                own.into_iter().chain([self.rotations.deadline()]).fold(self.screen.deadline(), earliest);
             let busy = self.net.busy();
             let at = self.reactor.wait(deadline, busy).map_err(|e| Exit::runtime(format!("poll: {e}")))?.mono;
             let events: Vec<_> = self.reactor.events().collect();
@@ -241,6 +244,7 @@ impl Daemon {
             self.tell(Input::Time, at);
             self.send_notices(at);
             self.show(at);
+            self.rotations.look(self.running.values_mut().map(|running| &mut running.log), at);
             if self.core.is_over() {
                 let until = *last_wait.get_or_insert(at.plus_ms(LAST_NOTICES_MS));
                 if self.notices.may_end() || at >= until {
@@ -248,7 +252,7 @@ impl Daemon {
                 }
             }
         }
-        self.screen.clear();
+        self.screen.hide();
         if let Some(preparing) = self.preparing.take() {
             // What it has started of git and compilers goes with it.
             preparing.cancel.store(true, Ordering::Relaxed);
@@ -511,6 +515,10 @@ impl Daemon {
     }
 
     fn show(&mut self, now: Mono) {
+        if self.preparing.is_some() {
+            // Bars of what is fetched and built have the terminal.
+            return self.screen.hide();
+        }
         let core = &self.core;
         let starting = self.running.iter().filter(|(id, _)| core.is_starting(**id));
         self.screen
@@ -518,7 +526,6 @@ impl Daemon {
     }
 
     fn announce(&mut self, key: &ReplicaKey, told: &Told) {
-        self.screen.clear();
         if matches!(told, Told::KeptOld(_)) {
             self.to_retry.insert(key.clone());
         }
@@ -531,11 +538,10 @@ impl Daemon {
             Told::Failed { reason, retry_ms, failures, is_open } => {
                 // Its output explains best; the instance is there until it is reaped.
                 let last = self.running.values().rev().find(|running| running.config.key() == *key);
-                let text = last.map_or_else(|| reason.clone(), |running| running.log.explain(reason));
-                let breaker = if *is_open { " (its breaker is open)" } else { "" };
+                let said = told.to_string();
                 log::error!(
-                    "{key}: {text}\n{key} is started again in {:.1} s after {failures} failures in a row{breaker}",
-                    *retry_ms as f64 / 1e3
+                    "{key}: {}",
+                    last.map_or_else(|| said.clone(), |running| running.log.explain(&said))
                 );
                 fields = json!({"reason": reason, "retry_ms": retry_ms, "failures": failures, "breaker_open": is_open});
                 "failed"

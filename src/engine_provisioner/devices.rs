@@ -196,7 +196,7 @@ pub fn free_bytes(config: &Config, gpus: &[Gpu]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::Path;
+    use crate::engine_provisioner::plan::Directories;
 
     const GIB: u64 = 1 << 30;
 
@@ -214,7 +214,8 @@ mod tests {
     /// An engine with a model of so many GiB, from what stands in its pool.
     fn engine(pool: &str, model_gib: u64) -> Config {
         let text = format!("[[pools]]\nid = \"p\"\nmodel = \"m\"\n{pool}");
-        let read = crate::engine_provisioner::file::read(text.as_bytes(), false, Path::new("d"));
+        let read =
+            crate::engine_provisioner::file::read(text.as_bytes(), false, &Directories::beside("d".into()));
         let mut config = read.expect("a usable file").remove(0);
         config.model_file = Some(("m".into(), model_gib * GIB));
         config

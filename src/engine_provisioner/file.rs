@@ -7,14 +7,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
-use std::path::Path;
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::flags::{self, Wanted};
 use super::models::Digest;
-use super::plan::{self, Config, HEALTH_EVERY_MS_MIN, Lease, STEP_MS_MAX};
+use super::plan::{self, Config, Directories, HEALTH_EVERY_MS_MIN, Lease, STEP_MS_MAX};
 use super::source::SourceSpec;
 use crate::replicas::profile::Engine as Profile;
 use crate::wire::handoff::SLOTS_MAX;
@@ -134,7 +133,7 @@ fn always() -> String {
 ///
 /// # Errors
 /// Where the file is wrong, and what is allowed there.
-pub fn read(bytes: &[u8], is_json: bool, handoff_dir: &Path) -> Result<Vec<Config>, String> {
+pub fn read(bytes: &[u8], is_json: bool, directories: &Directories) -> Result<Vec<Config>, String> {
     if bytes.len() > FILE_BYTES_MAX {
         return Err(format!("it is larger than {FILE_BYTES_MAX} bytes"));
     }
@@ -166,7 +165,7 @@ pub fn read(bytes: &[u8], is_json: bool, handoff_dir: &Path) -> Result<Vec<Confi
             let name = format!("{id}/{}", merged["id"].as_str().unwrap_or("?"));
             let entry: Entry =
                 serde_json::from_value(Value::Object(merged)).map_err(|error| format!("{name}: {error}"))?;
-            let config = config(entry, handoff_dir).map_err(|why| format!("{name}: {why}"))?;
+            let config = config(entry, directories).map_err(|why| format!("{name}: {why}"))?;
             if !seen.insert(config.key()) {
                 return Err(format!("{name} is there twice: give each replica its own `id`"));
             }
@@ -211,7 +210,7 @@ fn merge(mut outer: Map<String, Value>, inner: Map<String, Value>) -> Map<String
     outer
 }
 
-fn config(entry: Entry, handoff_dir: &Path) -> Result<Config, String> {
+fn config(entry: Entry, directories: &Directories) -> Result<Config, String> {
     let pool_id = PoolId::new(&entry.pool).map_err(|error| error.to_string())?;
     let replica_id = ReplicaId::new(&entry.id).map_err(|error| error.to_string())?;
     let key = ReplicaKey { pool: pool_id.clone(), replica: replica_id.clone() };
@@ -238,9 +237,9 @@ fn config(entry: Entry, handoff_dir: &Path) -> Result<Config, String> {
     let config = Config {
         log_file: match &entry.log_file {
             Some(file) => plan::path(file).map_err(|why| format!("`log_file`: {why}"))?,
-            None => plan::default_log_file(handoff_dir, &key.pool, &key.replica),
+            None => directories.log_file(&key.pool, &key.replica),
         },
-        handoff_dir: handoff_dir.to_path_buf(),
+        handoff_dir: directories.handoffs.clone(),
         slots,
         engine: named("engine", plan::text(&entry.engine))?,
         engine_version: entry.engine_version,
@@ -379,7 +378,7 @@ mod tests {
     "#;
 
     fn read(text: &str) -> Result<Vec<Config>, String> {
-        super::read(text.as_bytes(), false, Path::new("run/engines"))
+        super::read(text.as_bytes(), false, &Directories::beside("run/engines".into()))
     }
 
     fn line(config: &Config) -> String {
@@ -402,7 +401,7 @@ mod tests {
         let same = super::read(
             &serde_json::to_vec(&toml::from_str::<Value>(FILE).expect("TOML")).expect("JSON"),
             true,
-            Path::new("run/engines"),
+            &Directories::beside("run/engines".into()),
         );
         assert_eq!(same.expect("the same as JSON"), configs);
     }
@@ -444,7 +443,7 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn no_file_panics(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200), is_json: bool) {
-            let _ = super::read(&bytes, is_json, Path::new("d"));
+            let _ = super::read(&bytes, is_json, &Directories::beside("d".into()));
         }
     }
 }

@@ -11,9 +11,11 @@ use rustix::fs::FlockOperation;
 use rustix::process::Pid;
 use serde_json::{Value, json};
 
+use super::container::Container;
 use super::plan::Config;
 use super::publish::{create_directory, is_alive};
 use crate::service::durable;
+use crate::service::machine::{boot_id, process};
 use crate::settings::Exit;
 use crate::wire::handoff::{self, Handoff, HandoffFile};
 use crate::wire::id::ReplicaKey;
@@ -35,8 +37,21 @@ pub(super) struct Found {
     pub(super) pid: Pid,
     /// Its cgroup.
     pub(super) cgroup: Option<PathBuf>,
+    /// Its container, where its first process is the client of one.
+    pub(super) container: Option<Container>,
+    /// The container's main process, and when that started, where it was found and lives.
+    pub(super) main: Option<(u32, u64)>,
     /// Whether it was started from the very configuration.
     pub(super) is_unchanged: bool,
+}
+
+/// What is remembered of an engine's container.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct KeptContainer<'a> {
+    /// Whom to ask about it.
+    pub(super) container: &'a Container,
+    /// Its main process, and when that started, once it is known.
+    pub(super) main: Option<(u32, u64)>,
 }
 
 impl Kept {
@@ -60,7 +75,7 @@ impl Kept {
         Ok(Kept { directory: directory.to_path_buf(), _lock: lock })
     }
 
-    /// An engine was started.
+    /// An engine was started, or its container's main process is known. `handoff` names its first process.
     ///
     /// # Errors
     /// It cannot be written down, so it could not be found again.
@@ -69,11 +84,19 @@ impl Kept {
         config: &Config,
         handoff: &Handoff,
         cgroup: Option<&Path>,
+        container: Option<KeptContainer<'_>>,
     ) -> Result<(), String> {
         let file = self.file(&handoff.key());
+        let container = container.map(|kept| {
+            let mut value = kept.container.to_value();
+            (value["main_pid"], value["main_start"]) =
+                kept.main.map_or((Value::Null, Value::Null), |(pid, start)| (json!(pid), json!(start)));
+            value
+        });
         let text = json!({
             "handoff": handoff.to_value(),
             "cgroup": cgroup.map(|path| path.to_string_lossy()),
+            "container": container,
             "fingerprint": fingerprint(config),
         });
         durable::replace(&file, text.to_string().as_bytes())
@@ -97,10 +120,20 @@ impl Kept {
         let pid = i32::try_from(handoff.pid?).ok().and_then(Pid::from_raw)?;
         Some(Found {
             pid,
+            container: Container::from_value(&kept["container"]),
+            main: main_process(&kept),
             cgroup: kept["cgroup"].as_str().map(PathBuf::from),
             is_unchanged: kept["fingerprint"].as_str() == Some(&fingerprint(config)),
             handoff,
         })
+    }
+
+    /// The container of an engine of this name whose client ended while nobody kept it: it still runs, and what
+    /// kept it was the client.
+    pub(super) fn left_behind(&self, config: &Config) -> Option<Container> {
+        let (handoff, kept) = self.read(&config.key())?;
+        let has_ended = handoff.boot_id.is_some() && !is_alive(&handoff);
+        Container::from_value(&kept["container"]).filter(|_| has_ended && main_process(&kept).is_some())
     }
 
     fn read(&self, key: &ReplicaKey) -> Option<(Handoff, Value)> {
@@ -115,6 +148,15 @@ impl Kept {
     fn file(&self, key: &ReplicaKey) -> PathBuf {
         self.directory.join(format!("{}-{}.json", key.pool, key.replica))
     }
+}
+
+/// The main process of what is kept, if it lives.
+fn main_process(kept: &Value) -> Option<(u32, u64)> {
+    let pid = u32::try_from(kept["container"]["main_pid"].as_u64()?).ok()?;
+    let start = kept["container"]["main_start"].as_u64()?;
+    let is_this_boot = kept["handoff"]["boot_id"].as_str().map(String::from) == boot_id();
+    let lives = process(pid).is_some_and(|(zombie, now)| !zombie && now == start);
+    (is_this_boot && lives).then_some((pid, start))
 }
 
 /// FNV-1a over everything that is configured: it only has to tell two configurations of one engine apart.

@@ -33,7 +33,7 @@ use crate::settings::{Exit, Setting, Settings, flag};
 use control::Book;
 use daemon::Wish;
 use options::Options;
-use plan::{Config, Plan};
+use plan::{Config, Directories, Plan};
 use preflight::How;
 use provide::{Effort, Provider};
 
@@ -42,6 +42,7 @@ mod container;
 pub mod control;
 mod daemon;
 pub mod devices;
+pub mod docker_run;
 pub mod file;
 pub mod flags;
 mod gpus;
@@ -111,7 +112,7 @@ fn run_one(args: Vec<OsString>) -> Result<(), Exit> {
         |name| std::env::var_os(name),
     )?;
     let options = Options::from_settings(&settings, machine::runtime_dir())?;
-    let config = Config::from_settings(&settings, options.handoff_dir.clone())?;
+    let config = Config::from_settings(&settings, &options.directories())?;
     let base = std::env::current_dir().unwrap_or_default();
     keep(&settings, options, move || Ok((vec![config.clone()], base.clone())), true)
 }
@@ -131,8 +132,8 @@ fn with_file(command: &str, args: Vec<OsString>) -> Result<(), Exit> {
         .get("config", plan::path)?
         .ok_or_else(|| Exit::usage("the file is missing: name it with -c FILE"))?;
     let options = Options::from_settings(&settings, machine::runtime_dir())?;
-    let handoff_dir = options.handoff_dir.clone();
-    let read = move || read_file(&path, &handoff_dir);
+    let directories = options.directories();
+    let read = move || read_file(&path, &directories);
     match command {
         "up" => keep(&settings, options, read, false),
         _ => show(&options, &Provider::from_settings(&settings)?, read()?, command == "plan"),
@@ -140,13 +141,13 @@ fn with_file(command: &str, args: Vec<OsString>) -> Result<(), Exit> {
 }
 
 /// The engines of a file, and the directory from which its paths count.
-fn read_file(path: &Path, handoff_dir: &Path) -> Result<(Vec<Config>, PathBuf), Exit> {
+fn read_file(path: &Path, directories: &Directories) -> Result<(Vec<Config>, PathBuf), Exit> {
     let shown = path.display();
     let cannot = |error: std::io::Error| Exit::config(format!("cannot read {shown}: {error}"));
     let text = crate::service::durable::read(path).map_err(cannot)?;
     let text = text.ok_or_else(|| Exit::config(format!("{shown} does not exist: correct -c")))?;
     let is_json = path.extension().is_some_and(|extension| extension == "json");
-    let configs = file::read(&text, is_json, handoff_dir)
+    let configs = file::read(&text, is_json, directories)
         .map_err(|why| Exit::config(format!("{shown} is not usable: {why}")))?;
     let absolute = std::path::absolute(path).map_err(cannot)?;
     Ok((configs, absolute.parent().unwrap_or(Path::new("/")).to_path_buf()))
@@ -160,7 +161,8 @@ fn keep(
 ) -> Result<(), Exit> {
     let level = env_logger::Env::default().default_filter_or("info");
     // An error only says that a logger is there already.
-    let _ = env_logger::Builder::from_env(level).try_init();
+    let target = env_logger::Target::Pipe(Box::new(progress::AboveRows));
+    let _ = env_logger::Builder::from_env(level).target(target).try_init();
     for note in &settings.notes {
         log::warn!("{note}");
     }

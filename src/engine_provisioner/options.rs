@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::plan::path;
+use super::plan::{Directories, path};
 use crate::service::credentials;
 use crate::service::tls::{Files, blocking};
 use crate::settings::{Exit, Setting, Settings, boolean, flag};
@@ -20,6 +20,14 @@ pub static TABLE: &[Setting] = &[
         default: None,
         value: "DIR",
         help: "Directory of handoff files, the one that pool-managerd watches; created if missing; without it .runtime/engines, or /run/llama-orch/engines where only that is there",
+    },
+    Setting {
+        flag: "log-dir",
+        env: "ENGINE_PROVISIONER_LOG_DIR",
+        aliases: &[],
+        default: None,
+        value: "DIR",
+        help: "Directory of what engines print, 64 MiB of each and as much before that; without it `logs` beside the handoff directory",
     },
     Setting {
         flag: "state-dir",
@@ -93,6 +101,8 @@ pub enum Orphans {
 pub struct Options {
     /// Directory of the handoff files.
     pub handoff_dir: PathBuf,
+    /// Directory of what engines print.
+    pub log_dir: PathBuf,
     /// What is remembered of running engines.
     pub state_dir: PathBuf,
     /// What becomes of them when this program is killed.
@@ -117,7 +127,9 @@ impl Options {
     pub fn from_settings(settings: &Settings, usual_dir: PathBuf) -> Result<Options, Exit> {
         let handoff_dir = settings.get("handoff-dir", path)?.unwrap_or(usual_dir);
         let beside = handoff_dir.parent().unwrap_or(&handoff_dir).join("provisioner");
+        let usual = Directories::beside(handoff_dir.clone());
         Ok(Options {
+            log_dir: settings.get("log-dir", path)?.unwrap_or(usual.logs),
             state_dir: settings.get("state-dir", path)?.unwrap_or(beside),
             orphans: settings.need("orphans", |text| match text {
                 "end" => Ok(Orphans::End),
@@ -131,6 +143,14 @@ impl Options {
             report: settings.need("report", boolean)?,
             handoff_dir,
         })
+    }
+}
+
+impl Options {
+    /// Where files of engines go.
+    #[must_use]
+    pub fn directories(&self) -> Directories {
+        Directories { handoffs: self.handoff_dir.clone(), logs: self.log_dir.clone() }
     }
 }
 

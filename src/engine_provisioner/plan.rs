@@ -11,6 +11,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::docker_run;
 use super::models::{self, Digest};
 use super::source::SourceSpec;
 use crate::settings::{Exit, Setting, Settings, boolean, flag, number};
@@ -112,12 +113,7 @@ pub static RUN_TABLE: &[Setting] = &[
         "Container of the engine, where the command is none of docker's or podman's `run`: its name, or the path of its --cidfile",
     ),
     flag("auth-file", None, "FILE", "File with the engine's own API key; its absolute path is handed over"),
-    flag(
-        "log-file",
-        None,
-        "FILE",
-        "What the engine prints; without it POOL-REPLICA.log in `logs` beside the handoff directory",
-    ),
+    flag("log-file", None, "FILE", "What the engine prints; without it POOL-REPLICA.log in --log-dir"),
 ];
 
 /// What the operator asked for, of one engine.
@@ -224,18 +220,27 @@ pub struct Plan {
     pub handoff_file: PathBuf,
 }
 
+/// Where files of engines go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Directories {
+    /// Handoffs.
+    pub handoffs: PathBuf,
+    /// What engines print.
+    pub logs: PathBuf,
+}
+
 impl Config {
     /// Reads and checks the settings of [`RUN_TABLE`] and the words after `--`.
     ///
     /// # Errors
     /// [`Exit`] with code 78 (2 for a missing command) and one line that names what is not usable.
-    pub fn from_settings(settings: &Settings, handoff_dir: PathBuf) -> Result<Config, Exit> {
+    pub fn from_settings(settings: &Settings, directories: &Directories) -> Result<Config, Exit> {
         let id_error = |e: crate::wire::id::IdError| e.to_string();
         let pool_id = settings.need("pool", |s| PoolId::new(s).map_err(id_error))?;
         let replica_id = settings.need("replica", |s| ReplicaId::new(s).map_err(id_error))?;
         let log_file = match settings.get("log-file", path)? {
             Some(file) => file,
-            None => default_log_file(&handoff_dir, &pool_id, &replica_id),
+            None => directories.log_file(&pool_id, &replica_id),
         };
         let device_mask = match settings.get("gpu", device_mask)? {
             Some(mask) => Some(mask),
@@ -268,7 +273,7 @@ impl Config {
             auth_file: settings.get("auth-file", absolute)?,
             env: BTreeMap::new(),
             command: settings.rest.clone(),
-            handoff_dir,
+            handoff_dir: directories.handoffs.clone(),
             pool_id,
             replica_id,
             log_file,
@@ -322,6 +327,11 @@ impl Config {
                 "nothing tells the engine its port: write {port} in its command, or give --port the one that it listens on",
             ));
         }
+        if let Some(tool) = self.detaching_tool() {
+            return Err(Exit::config(format!(
+                "{tool} run would leave the container to itself (-d, --detach), where nobody keeps it: leave that flag out, its output goes to a log file anyway; a container that something else starts is handed over with llorch adopt URL --container NAME"
+            )));
+        }
         match (&self.source, uses("{binary}")) {
             (None, true) => {
                 return Err(Exit::config(
@@ -345,6 +355,14 @@ impl Config {
             return Err(Exit::config("the engine's command says {model}, but --model is not given"));
         }
         Ok(())
+    }
+
+    /// The program of the command, where that runs a container and does not stay with it.
+    fn detaching_tool(&self) -> Option<&str> {
+        let tool = Path::new(self.command.first()?).file_name()?.to_str()?;
+        let run = self.command.iter().position(|word| word == "run")?;
+        let flags = self.command[run + 1..].iter().map(|word| word.to_str().unwrap_or_default());
+        (docker_run::TOOLS.contains(&tool) && docker_run::is_detached(flags)).then_some(tool)
     }
 }
 
@@ -425,8 +443,18 @@ fn source(settings: &Settings) -> Result<Option<SourceSpec>, Exit> {
     }))
 }
 
-pub(super) fn default_log_file(handoff_dir: &Path, pool: &PoolId, replica: &ReplicaId) -> PathBuf {
-    handoff_dir.parent().unwrap_or(handoff_dir).join("logs").join(format!("{pool}-{replica}.log"))
+impl Directories {
+    /// The usual ones beside that of the handoffs.
+    #[must_use]
+    pub fn beside(handoffs: PathBuf) -> Directories {
+        let logs = handoffs.parent().unwrap_or(&handoffs).join("logs");
+        Directories { handoffs, logs }
+    }
+
+    /// What an engine prints, where it has no file of its own.
+    pub(super) fn log_file(&self, pool: &PoolId, replica: &ReplicaId) -> PathBuf {
+        self.logs.join(format!("{pool}-{replica}.log"))
+    }
 }
 
 /// `number` has checked the range; the ends of it are those of `T`.
@@ -493,7 +521,7 @@ mod tests {
         let args = args.iter().map(OsString::from);
         let none = |_: &str| None;
         let settings = Settings::read("t", "about", RUN_TABLE, Some("COMMAND"), args, none)?;
-        Config::from_settings(&settings, "run/engines".into())
+        Config::from_settings(&settings, &Directories::beside("run/engines".into()))
     }
 
     fn words(plan: &Plan) -> Vec<&str> {

@@ -92,8 +92,10 @@ pub(super) fn prepare(
             }
         }
     }
-    create_directory(&options.handoff_dir)?;
-    has_room(&options.handoff_dir)?;
+    is_usable(&options.handoff_dir, "--handoff-dir")?;
+    if configs.iter().any(|config| config.log_file.parent() == Some(&options.log_dir)) {
+        is_usable(&options.log_dir, "--log-dir")?;
+    }
     let needs_gpus = options.require_gpu || configs.iter().any(devices::concern);
     let inherited = std::env::var("CUDA_VISIBLE_DEVICES").ok();
     // Devices that do not exist are found out about before, models that do not fit after they are here.
@@ -191,8 +193,10 @@ fn find_program(config: &Config) -> Result<PathBuf, Exit> {
     )
 }
 
-/// Whether a handoff can be written there.
-fn has_room(directory: &Path) -> Result<(), Exit> {
+/// Whether files can be written there; `flag` names another place.
+fn is_usable(directory: &Path, flag: &str) -> Result<(), Exit> {
+    create_directory(directory)
+        .map_err(|exit| Exit { message: format!("{}; give another {flag}", exit.message), ..exit })?;
     let shown = directory.display();
     let trial = directory.join(format!(".trial.{}", std::process::id()));
     let tried = fs::write(&trial, b"{}");
@@ -200,19 +204,19 @@ fn has_room(directory: &Path) -> Result<(), Exit> {
     if let Err(error) = tried {
         let advice = match error.kind() {
             io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
-                "give this user the right to write there, or another --handoff-dir"
+                format!("give this user the right to write there, or another {flag}")
             }
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                "make room, or give another --handoff-dir"
+                format!("make room, or give another {flag}")
             }
-            _ => "give another --handoff-dir",
+            _ => format!("give another {flag}"),
         };
         return Err(Exit::runtime(format!("cannot write in {shown}: {error}; {advice}")));
     }
     let free = rustix::fs::statvfs(directory).map_or(u64::MAX, |disk| disk.f_bavail * disk.f_frsize);
     if free < DISK_BYTES_MIN {
         return Err(Exit::runtime(format!(
-            "the disk of {shown} is full ({free} bytes are left): make room, or give another --handoff-dir"
+            "the disk of {shown} is full ({free} bytes are left): make room, or give another {flag}"
         )));
     }
     Ok(())

@@ -1,27 +1,57 @@
-//! One line on a terminal while engines start: who, since when, and a bar where the engine tells.
+//! A few rows on a terminal while engines start, one for each: who, since when, and a bar where the engine tells.
+//!
+//! The rows are drawn over themselves, below what was logged: a line of the log takes them away first, and they
+//! come back below it. None is longer than the terminal is wide: a row that wraps could not be drawn over.
 
-use std::io::{IsTerminal, Write, stderr};
+use std::io::{self, IsTerminal, Write, stderr};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::time::Mono;
 use crate::wire::id::ReplicaKey;
 
 /// Between two drawings, in milliseconds.
 const DRAW_EVERY_MS: u64 = 200;
-/// Engines that one line has room for; of more the number is shown.
-const SHOWN_MAX: usize = 3;
+/// Rows at most, the last of which counts the engines that have none: the log above them stays in view.
+const ROWS_MAX: usize = 8;
+/// Columns where the terminal does not tell.
+const COLUMNS: usize = 80;
 /// Cells of a bar.
 const BAR_CELLS: usize = 20;
+
+/// Rows that are drawn now. Whoever writes to standard error holds it meanwhile.
+static DRAWN: Mutex<usize> = Mutex::new(0);
+
+fn drawn() -> MutexGuard<'static, usize> {
+    DRAWN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Standard error for the log.
+pub(super) struct AboveRows;
+
+impl Write for AboveRows {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let mut drawn = drawn();
+        match std::mem::take(&mut *drawn) {
+            0 => stderr().write_all(line)?,
+            rows => stderr().write_all(&[erase(rows).as_bytes(), line].concat())?,
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        stderr().flush()
+    }
+}
 
 /// Standard error, if it is a terminal.
 pub(super) struct Screen {
     is_terminal: bool,
-    is_drawn: bool,
     next: Option<Mono>,
 }
 
 impl Screen {
     pub(super) fn new() -> Screen {
-        Screen { is_terminal: stderr().is_terminal(), is_drawn: false, next: None }
+        Screen { is_terminal: stderr().is_terminal(), next: None }
     }
 
     /// Whether there was a terminal, and it has been closed.
@@ -41,24 +71,40 @@ impl Screen {
         }
         let all: Vec<_> = starting.collect();
         if all.is_empty() {
-            self.next = None;
-            return self.clear();
+            return self.hide();
         }
         self.next = Some(now.plus_ms(DRAW_EVERY_MS));
-        self.is_drawn = true;
+        let columns = rustix::termios::tcgetwinsize(stderr()).map_or(0, |size| usize::from(size.ws_col));
+        let rows = rows(&all, if columns == 0 { COLUMNS } else { columns });
+        let mut drawn = drawn();
+        let text = erase(*drawn) + &rows.join("\r\n");
+        *drawn = rows.len();
         // Without a terminal any more there is nobody to see it.
-        let _ = write!(stderr(), "\r\x1b[K{}", line(&all)).and_then(|()| stderr().flush());
+        let _ = stderr().write_all(text.as_bytes());
     }
 
-    /// Makes room for a line of the log.
-    pub(super) fn clear(&mut self) {
-        if std::mem::take(&mut self.is_drawn) {
-            let _ = write!(stderr(), "\r\x1b[K").and_then(|()| stderr().flush());
+    /// Shows nothing until it is told to again.
+    pub(super) fn hide(&mut self) {
+        self.next = None;
+        let mut drawn = drawn();
+        match std::mem::take(&mut *drawn) {
+            0 => {}
+            rows => {
+                let _ = stderr().write_all(erase(rows).as_bytes());
+            }
         }
     }
 }
 
-fn line(all: &[(ReplicaKey, u64, Option<f64>)]) -> String {
+/// Goes to the first of so many rows, and takes away what is from there on.
+fn erase(drawn: usize) -> String {
+    match drawn {
+        0 | 1 => "\r\x1b[J".into(),
+        _ => format!("\r\x1b[{}A\x1b[J", drawn - 1),
+    }
+}
+
+fn rows(all: &[(ReplicaKey, u64, Option<f64>)], columns: usize) -> Vec<String> {
     let one = |(key, ms, share): &(ReplicaKey, u64, Option<f64>)| {
         let bar = share.map(|share| {
             let full = (share * BAR_CELLS as f64).round() as usize;
@@ -67,11 +113,13 @@ fn line(all: &[(ReplicaKey, u64, Option<f64>)]) -> String {
         });
         format!("{key} starting {} s{}", ms / 1_000, bar.unwrap_or_default())
     };
-    let mut parts: Vec<String> = all.iter().take(SHOWN_MAX).map(one).collect();
-    if all.len() > SHOWN_MAX {
-        parts.push(format!("and {} more", all.len() - SHOWN_MAX));
+    let shown = if all.len() > ROWS_MAX { ROWS_MAX - 1 } else { all.len() };
+    let mut rows: Vec<String> = all.iter().take(shown).map(one).collect();
+    if all.len() > shown {
+        rows.push(format!("and {} more", all.len() - shown));
     }
-    parts.join("; ")
+    // The last column stays free: some terminals go on to the next row there.
+    rows.iter().map(|row| row.chars().take(columns.saturating_sub(1)).collect()).collect()
 }
 
 #[cfg(test)]
@@ -80,14 +128,16 @@ mod tests {
     use crate::wire::id::{PoolId, ReplicaId};
 
     #[test]
-    fn a_line_names_state_seconds_and_the_share_where_there_is_one() {
+    fn a_row_names_state_seconds_and_the_share_where_there_is_one() {
         let key = |replica| ReplicaKey {
             pool: PoolId::new("p").expect("an id"),
             replica: ReplicaId::new(replica).expect("an id"),
         };
         let all = vec![(key("r0"), 12_300, Some(0.5)), (key("r1"), 900, None)];
-        assert_eq!(line(&all), "p/r0 starting 12 s [##########..........] 50 %; p/r1 starting 0 s");
-        let many = vec![(key("r0"), 0, None); 5];
-        assert!(line(&many).ends_with("and 2 more"));
+        assert_eq!(rows(&all, 80), ["p/r0 starting 12 s [##########..........] 50 %", "p/r1 starting 0 s"]);
+        assert_eq!(rows(&all, 12), ["p/r0 starti", "p/r1 starti"], "no row wraps");
+        let many = rows(&vec![(key("r0"), 0, None); ROWS_MAX + 3], 80);
+        assert_eq!((many.len(), many.last().map(String::as_str)), (ROWS_MAX, Some("and 4 more")));
+        assert_eq!(rows(&vec![(key("r0"), 0, None); ROWS_MAX], 80).len(), ROWS_MAX);
     }
 }

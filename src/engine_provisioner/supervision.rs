@@ -743,7 +743,14 @@ impl fmt::Display for Told {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Told::Serving(_) => f.write_str("serves"),
-            Told::Failed { reason, .. } => f.write_str(reason),
+            Told::Failed { reason, retry_ms, failures, is_open } => {
+                let breaker = if *is_open { " (its breaker is open)" } else { "" };
+                write!(
+                    f,
+                    "{reason}; it is started again in {:.1} s after {failures} failures in a row{breaker}",
+                    *retry_ms as f64 / 1e3
+                )
+            }
             Told::PortLost => {
                 f.write_str("another process took its port: it is started again with another one")
             }

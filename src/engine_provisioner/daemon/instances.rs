@@ -15,6 +15,7 @@ use serde_json::json;
 use super::Daemon;
 use crate::engine_provisioner::container::{self, Contained, Container};
 use crate::engine_provisioner::guardian::Guardian;
+use crate::engine_provisioner::kept::KeptContainer;
 use crate::engine_provisioner::options::Orphans;
 use crate::engine_provisioner::output::EngineLog;
 use crate::engine_provisioner::plan::{Config, Plan};
@@ -69,9 +70,15 @@ impl Daemon {
         now: Mono,
     ) -> Result<(), String> {
         let config = Arc::clone(self.specs.get(&spec).ok_or("nobody knows what to start")?);
+        if let Some(container) = self.kept.as_ref().and_then(|kept| kept.left_behind(&config)) {
+            log::warn!("{key}: its container outlived its client, and is killed");
+            self.kill_one(container.clone());
+            container.forget();
+        }
         let port = preflight::choose_port(config.port).map_err(|exit| exit.message)?;
         let mut plan = Plan::new(&config, port).map_err(|exit| exit.message)?;
-        let id_file = std::path::absolute(config.log_file.with_extension(format!("{id}.cid")));
+        let id_file =
+            std::path::absolute(config.log_file.with_extension(format!("{}-{id}.cid", std::process::id())));
         let id_file = id_file.map_err(|error| format!("where is {}? {error}", config.log_file.display()))?;
         let container = Container::of(&mut plan.command, config.container.as_deref(), id_file);
         let log = EngineLog::open(&config.log_file).map_err(|exit| exit.message)?;
@@ -86,7 +93,8 @@ impl Daemon {
             guardian.keep(engine.pid(), start, engine.cgroup());
         }
         if let Some(kept) = &self.kept {
-            kept.remember(&config, &handoff, engine.cgroup())?;
+            let container = container.as_ref().map(|container| KeptContainer { container, main: None });
+            kept.remember(&config, &handoff, engine.cgroup(), container)?;
         }
         self.book.steps.begin(Kind::PoolWarmup, key, "loading");
         log::info!("started {key} as pid {}, output in {}", engine.pid(), log.path.display());
@@ -131,6 +139,19 @@ impl Daemon {
             let key = running.config.key();
             match process(pid) {
                 Some((_, start)) => {
+                    let client = Handoff {
+                        pid: Some(running.engine.pid()),
+                        pid_start: running.started,
+                        ..running.handoff.clone()
+                    };
+                    let known = KeptContainer { container: &contained.container, main: Some((pid, start)) };
+                    let cgroup = running.engine.cgroup();
+                    if let Some(kept) = &self.kept
+                        && let Err(why) = kept.remember(&running.config, &client, cgroup, Some(known))
+                    {
+                        // It is looked for again.
+                        log::warn!("{key}: {why}");
+                    }
                     (running.handoff.pid, running.handoff.pid_start) = (Some(pid), Some(start));
                     log::info!("{key}: its container's main process is {pid}");
                 }
@@ -144,7 +165,12 @@ impl Daemon {
     /// Kills an instance's container, if it has one that still runs.
     fn kill_container(&mut self, id: InstanceId) {
         let contained = self.running.get(&id).and_then(|running| running.contained.as_ref());
-        let Some(container) = contained.map(|contained| contained.container.clone()) else { return };
+        if let Some(container) = contained.map(|contained| contained.container.clone()) {
+            self.kill_one(container);
+        }
+    }
+
+    fn kill_one(&mut self, container: Container) {
         let Some(id) = container.id() else { return };
         let kill = move || container::kill(&container.tool, &id);
         self.killers.retain(|killer| !killer.is_finished());
@@ -173,7 +199,18 @@ impl Daemon {
         let handoff = engine.complete(&plan.handoff, found.handoff.generation)?;
         log::info!("took over {key}, which runs as pid {}", engine.pid());
         self.report("adopted", Some(key), json!({"pid": engine.pid()}));
-        self.add(id, config, plan, engine, log, handoff, now)
+        self.add(id, config, plan, engine, log, handoff, now)?;
+        match (found.container, found.main) {
+            (None, _) => {}
+            (Some(container), None) => self.look_into(id, container),
+            (Some(container), Some((pid, start))) => {
+                let Some(running) = self.running.get_mut(&id) else { return Ok(()) };
+                // What watches the handoff watches the engine, not the client.
+                (running.handoff.pid, running.handoff.pid_start) = (Some(pid), Some(start));
+                running.contained = Some(Contained { container, pid: Some(pid), stop: Arc::default() });
+            }
+        }
+        Ok(())
     }
 
     #[expect(clippy::too_many_arguments, reason = "the parts of one record")]

@@ -11,9 +11,7 @@ use serde_json::json;
 use super::Daemon;
 use crate::engine_provisioner::control::{Order, PreparedEngine};
 use crate::engine_provisioner::models::Digest;
-use crate::engine_provisioner::plan::{
-    Config, HEALTH_EVERY_MS_MIN, Lease, default_log_file, device_mask, text,
-};
+use crate::engine_provisioner::plan::{Config, HEALTH_EVERY_MS_MIN, Lease, device_mask, text};
 use crate::engine_provisioner::steps::Kind;
 use crate::engine_provisioner::supervision::{Input, SpecId, Told};
 use crate::settings::Exit;
@@ -97,7 +95,7 @@ impl Daemon {
         let handoff_dir: PathBuf = self.options.handoff_dir.clone();
         let mask = engine.device_mask.map(|mask| device_mask(&mask)).transpose().map_err(Exit::config)?;
         let config = Config {
-            log_file: default_log_file(&handoff_dir, &engine.pool_id, &engine.replica_id),
+            log_file: self.options.directories().log_file(&engine.pool_id, &engine.replica_id),
             handoff_dir,
             slots: None,
             engine: text(engine.engine.as_deref().unwrap_or("llamacpp")).map_err(Exit::config)?,
@@ -172,9 +170,8 @@ impl Daemon {
     pub(super) fn order_told(&mut self, key: &ReplicaKey, told: &Told, now: Mono) {
         match told {
             Told::Serving(_) => self.book.steps.end(Kind::PoolWarmup, key, Ok(())),
-            Told::Failed { reason: why, .. } | Told::KeptOld(why) => {
-                self.book.steps.end(Kind::PoolWarmup, key, Err(why));
-            }
+            Told::Failed { .. } => self.book.steps.end(Kind::PoolWarmup, key, Err(&told.to_string())),
+            Told::KeptOld(why) => self.book.steps.end(Kind::PoolWarmup, key, Err(why)),
             _ => {}
         }
         let Some(managed) = &mut self.managed else { return };

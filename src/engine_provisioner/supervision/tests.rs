@@ -1,6 +1,6 @@
 //! The core against stories, and against a model of the shell that does whatever may happen.
 
-use super::restarts::{STABLE_MS, STORM_STARTS_MAX, STORM_WINDOW_MS};
+use super::restarts::{BREAKER_FAILURES, BREAKER_OPEN_MS, STABLE_MS, STORM_STARTS_MAX, STORM_WINDOW_MS};
 use super::*;
 use crate::wire::id::{PoolId, ReplicaId};
 use proptest::prelude::*;
@@ -218,6 +218,76 @@ fn what_fails_together_is_started_again_in_the_storms_measure() {
     story.now = Mono(0).plus_ms(STORM_WINDOW_MS + 2_000);
     let rest = story.tell(Input::Time);
     assert_eq!(rest.iter().filter(|effect| matches!(effect, Effect::Start(..))).count(), 5);
+}
+
+impl Story {
+    /// Instance `id` ends, and the next one is started when its pause is over; returns what was told of it, and
+    /// the pause in milliseconds.
+    fn fails_and_comes_back(&mut self, id: InstanceId) -> (Told, u64) {
+        let (before, out) = (self.now, self.exits(id));
+        let told = out.into_iter().find_map(|effect| match effect {
+            Effect::Tell(_, told @ Told::Failed { .. }) => Some(told),
+            _ => None,
+        });
+        while !self.wait().contains(&Effect::Start(id + 1, key("r0"), 1)) {}
+        (told.expect("a failure is told"), self.now.ms_since(before))
+    }
+
+    /// An engine whose breaker is open, as the instance that is returned.
+    fn with_open_breaker() -> (Story, InstanceId) {
+        let mut story = Story::new();
+        story.tell(Input::Want(key("r0"), TERMS, Replace::Overlap));
+        for id in 1..=u64::from(BREAKER_FAILURES) {
+            story.fails_and_comes_back(id);
+        }
+        (story, u64::from(BREAKER_FAILURES) + 1)
+    }
+}
+
+#[test]
+fn the_breaker_opens_with_its_reason_and_lets_one_attempt_through_at_a_time() {
+    let mut story = Story::new();
+    story.tell(Input::Want(key("r0"), TERMS, Replace::Overlap));
+    for id in 1..=u64::from(BREAKER_FAILURES) + 3 {
+        let (told, pause) = story.fails_and_comes_back(id);
+        let opens = id >= u64::from(BREAKER_FAILURES);
+        let Told::Failed { reason, retry_ms, failures, is_open } = &told else { unreachable!("it failed") };
+        assert!(reason.contains("exit status 3"), "{reason}");
+        assert_eq!((u64::from(*failures), *is_open, *retry_ms), (id, opens, pause), "{told:?}");
+        assert_eq!(pause >= BREAKER_OPEN_MS / 2, opens, "{told:?}");
+        // What is shown says why, when, and that it is the breaker that holds it.
+        let shown = told.to_string();
+        assert!(shown.contains("exit status 3") && shown.contains("is started again in"), "{shown}");
+        assert_eq!(shown.contains("breaker is open"), opens, "{shown}");
+    }
+}
+
+#[test]
+fn five_minutes_of_service_close_the_breaker_and_less_do_not() {
+    for (served_ms, is_closed) in [(STABLE_MS - 1, false), (STABLE_MS, true), (10 * STABLE_MS, true)] {
+        let (mut story, id) = Story::with_open_breaker();
+        story.serve(id);
+        story.now = story.now.plus_ms(served_ms);
+        let (told, pause) = story.fails_and_comes_back(id);
+        let Told::Failed { failures, is_open, .. } = told else { unreachable!("it failed") };
+        assert_eq!(
+            (failures == 1, !is_open, pause <= 1_000),
+            (is_closed, is_closed, is_closed),
+            "{served_ms}"
+        );
+    }
+}
+
+#[test]
+fn an_operator_who_wants_it_anew_waits_for_no_breaker() {
+    let (mut story, id) = Story::with_open_breaker();
+    story.exits(id);
+    let out = story.tell(Input::Want(key("r0"), Terms { spec: 2, ..TERMS }, Replace::Overlap));
+    assert!(out.contains(&Effect::Start(id + 1, key("r0"), 2)), "{out:?}");
+    let out = story.exits(id + 1);
+    let is_clean =
+        |effect: &Effect| matches!(effect, Effect::Tell(_, Told::Failed { failures: 1, is_open: false, .. }));
+    assert!(out.iter().any(is_clean), "{out:?}");
 }
 
 /// What the world may do to the core.
