@@ -171,9 +171,8 @@ fn judge(what: &str, before: Duration, loaded: &mut Other, twin: &mut Other) {
         eprintln!(
             "{what}, round {round}: p99 {with:?} with them, {without:?} of a twin without, {before:?} before"
         );
-        let reference = without.max(before);
         // Positive where they cost more than they may.
-        let allowed = (reference + SLOWER_MAX).max(reference.mul_f64(SLOWER_RATIO));
+        let allowed = (without + SLOWER_MAX).max(without.mul_f64(SLOWER_RATIO));
         (with.as_secs_f64() - allowed.as_secs_f64(), with, without)
     });
     let mut rounds: Vec<(f64, Duration, Duration)> = rounds.collect();
@@ -310,6 +309,10 @@ fn slow_heads_bodies_and_readers_cost_the_others_five_milliseconds_at_most() {
             Err(panic) => std::panic::resume_unwind(panic),
         }
     });
+    for (whose, plane) in [("with them", slowed), ("without", quiet)] {
+        let longest = metric(plane.port, "orchestratord_loop_turn_seconds_max").unwrap_or_default();
+        eprintln!("longest turn of a loop {whose}: {:.1} ms", longest * 1e3);
+    }
     eprintln!("{} were closed for their slowness and came again", reopened.load(Ordering::SeqCst));
 }
 

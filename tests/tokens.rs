@@ -455,7 +455,7 @@ fn no_core_is_dumped_of_a_daemon_with_a_token_unless_that_is_asked_for() {
     let cases = [
         (&[][..], &[][..], &inherited),
         (&[], &[token], &none),
-        (&["--core-dumps", "true"], &[token], &inherited),
+        (&["--core-dumps=true"], &[token], &inherited),
     ];
     for program in [ORCHESTRATORD, POOL_MANAGERD] {
         for (args, env, expected) in &cases {
