@@ -1,15 +1,22 @@
 //! The relay between a client and an engine of different speeds: who reads slowly slows its engine alone, and
-//! who reads fast delays nobody.
+//! who reads fast delays nobody. What is read of engines for nobody but ourselves stays within its limits.
 
 #[allow(dead_code, reason = "shared with another test, which uses other parts")]
 pub(crate) mod relay_support;
 
 use std::io::Read;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
-use relay_support::{Client, Engine, Gateway, eventually, flood, tide};
+use llama_orch::http::fields::FieldLines;
+use llama_orch::net::tls::ClientTls;
+use llama_orch::net::{Fault, FaultKind, Limits, Net, NetEvent, Outbound, Outcome, Sink};
+use llama_orch::reactor::Reactor;
+use llama_orch::reactor::ready::{CARRIED_ON_BYTES, SHARE_BYTES, TURN_BUDGET_BYTES};
+use llama_orch::reactor::token::{Kind, Token};
+use llama_orch::wire::url::BaseUrl;
+use relay_support::{Client, DEADLINE, Engine, Gateway, PATIENT, eventually, flood, security, tide};
 
 const JSON: &str =
     "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 12\r\n\r\n{\"a\": \"b\"} \n";
@@ -100,4 +107,162 @@ fn a_fast_stream_does_not_delay_the_others() {
     reading.join().expect("the reader did not panic");
     drop(fast);
     settle(gateway, other);
+}
+
+/// A loop that asks an engine for itself and reads whole answers.
+struct Asker {
+    reactor: Reactor,
+    net: Net,
+    to: BaseUrl,
+}
+
+impl Asker {
+    fn new(engine: &Engine, limits: Limits) -> Asker {
+        let reactor = Reactor::new().expect("a reactor");
+        let waker = reactor.waker(Token::only(Kind::Waker)).expect("a waker");
+        let mut net = Net::new(reactor.registry().expect("a registry"), waker, limits);
+        let mut scheme = "http";
+        if let Some(security) = security() {
+            net.set_client_tls(ClientTls::new(|| Ok(security.client.clone())));
+            scheme = "https";
+        }
+        let to = BaseUrl::new(&format!("{scheme}://{}", engine.address)).expect("a URL");
+        Asker { reactor, net, to }
+    }
+
+    fn ask(&mut self, target: &str, sink: Sink) -> Token {
+        let outbound = Outbound {
+            to: self.to.clone(),
+            method: "GET".into(),
+            target: target.into(),
+            fields: FieldLines::new(),
+            body: Arc::default(),
+            sink,
+            patience: PATIENT,
+            keep_ms: None,
+        };
+        self.net.start(outbound, llama_orch::reactor::now().mono)
+    }
+
+    fn turn(&mut self) {
+        let soon = llama_orch::reactor::now().mono.plus_ms(10);
+        let now = self.reactor.wait(Some(soon), self.net.busy()).expect("the poll works").mono;
+        for (token, edge) in self.reactor.events() {
+            self.net.on_edge(token, edge);
+        }
+        self.net.turn(now);
+    }
+
+    /// Turns until an exchange has ended, or `done` holds.
+    fn turn_until(&mut self, done: impl Fn(&Net) -> bool) -> Option<(Token, Outcome)> {
+        let until = Instant::now() + DEADLINE;
+        loop {
+            while let Some(event) = self.net.next_event() {
+                if let NetEvent::Finished { exchange, outcome, .. } = event {
+                    return Some((exchange, outcome));
+                }
+            }
+            if done(&self.net) {
+                return None;
+            }
+            assert!(Instant::now() < until, "nothing ends");
+            self.turn();
+        }
+    }
+
+    /// The body of the exchange that ends next, which must be this one.
+    fn body(&mut self, expected: Token) -> Result<Vec<u8>, Fault> {
+        match self.turn_until(|_| false) {
+            Some((exchange, Outcome::Complete { status: 200, body })) if exchange == expected => Ok(body),
+            Some((exchange, Outcome::Failed(fault))) if exchange == expected => Err(fault),
+            other => panic!("another end: {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_turn_moves_little_of_many_fast_streams_together() {
+    const FAST: usize = 48;
+    const PIECES: usize = 8;
+    const PIECE: usize = 0x10000;
+    let written = Arc::new(AtomicU64::new(0));
+    let count = written.clone();
+    let engine = Engine::start(move |line| {
+        while line.request().is_some() {
+            line.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n");
+            for _ in 0..PIECES {
+                line.write(&[&b"10000\r\n"[..], &[b'x'; PIECE], b"\r\n"].concat());
+                count.fetch_add(1, Ordering::SeqCst);
+            }
+            line.write(b"0\r\n\r\n");
+        }
+    });
+    let mut asker = Asker::new(&engine, Limits::default());
+    for _ in 0..FAST {
+        asker.ask("/", Sink::Owner { hold_back: &[] });
+    }
+    let (mut moved, mut largest, mut ended) = (0, 0, 0);
+    let until = Instant::now() + 4 * DEADLINE;
+    while ended < FAST {
+        assert!(Instant::now() < until, "{ended} have ended, {moved} bytes have come");
+        asker.turn();
+        let mut bytes_of_turn = 0;
+        while let Some(event) = asker.net.next_event() {
+            match event {
+                NetEvent::Data { bytes, .. } => bytes_of_turn += bytes.len(),
+                NetEvent::Finished { outcome, .. } => {
+                    assert!(matches!(outcome, Outcome::Complete { status: 200, .. }), "{outcome:?}");
+                    ended += 1;
+                }
+                _ => {}
+            }
+        }
+        moved += bytes_of_turn;
+        largest = largest.max(bytes_of_turn);
+    }
+    assert_eq!((moved, written.load(Ordering::SeqCst)), (FAST * PIECES * PIECE, (FAST * PIECES) as u64));
+    let most = FAST * SHARE_BYTES + CARRIED_ON_BYTES + TURN_BUDGET_BYTES;
+    assert!(largest <= most, "{largest} bytes in a turn, where {most} are the most");
+}
+
+#[test]
+fn answers_that_are_read_as_a_whole_share_the_budget_of_bodies() {
+    const LARGE: usize = 500_000;
+    const SMALL: usize = 50_000;
+    let (release, held) = mpsc::channel::<()>();
+    let held = Mutex::new(held);
+    let engine = Engine::start(move |line| {
+        while let Some(request) = line.request() {
+            let length = if request.head.starts_with("GET /small") { SMALL } else { LARGE };
+            line.write(format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n").as_bytes());
+            line.write(&vec![b'a'; length - 1]);
+            if request.head.starts_with("GET /held") {
+                held.lock().expect("no panic").recv_timeout(DEADLINE).expect("released");
+            }
+            line.write(b"z");
+        }
+    });
+    // Of one MiB large ones may have three quarters: room for one of these, not for two.
+    let mut asker = Asker::new(&engine, Limits { bodies_bytes_max: 1 << 20, ..Limits::default() });
+
+    let first = asker.ask("/held", Sink::Collect { bytes_max: LARGE });
+    assert!(asker.turn_until(|net| net.bodies_bytes() >= LARGE - 1).is_none(), "it is not complete");
+    let second = asker.ask("/", Sink::Collect { bytes_max: LARGE });
+    let fault = asker.body(second).expect_err("there is room for one");
+    assert_eq!(fault.kind, FaultKind::Local, "{fault:?}");
+    assert!(fault.reason.contains("no room in memory"), "{fault:?}");
+    assert!((LARGE - 1..=LARGE).contains(&asker.net.bodies_bytes()), "what failed gave its room back");
+    let small = asker.ask("/small", Sink::Collect { bytes_max: SMALL });
+    assert_eq!(asker.body(small).expect("small ones count as the exchange's own").len(), SMALL);
+
+    release.send(()).expect("the engine waits");
+    let body = asker.body(first).expect("it goes on");
+    assert!(body.len() == LARGE && body.ends_with(b"az"));
+    assert_eq!((asker.net.bodies_bytes(), asker.net.bodies_refused()), (0, 1));
+    let again = asker.ask("/", Sink::Collect { bytes_max: LARGE });
+    assert_eq!(asker.body(again).expect("there is room again").len(), LARGE);
+    // A limit of its own comes before that of all.
+    let limited = asker.ask("/", Sink::Collect { bytes_max: LARGE / 2 });
+    assert_eq!(asker.body(limited).expect_err("larger than asked for").kind, FaultKind::Protocol);
+    assert_eq!((asker.net.bodies_bytes(), asker.net.exchanges()), (0, 0));
 }

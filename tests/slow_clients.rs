@@ -1,8 +1,8 @@
 //! Thousands of clients that are as slow as they can be, in every way that there is, and what the others notice of
 //! them: nearly nothing. Others ask real daemons, through a node's agent where there is one, for short answers of
 //! an engine; how long these take is compared with the same daemons before anybody was slow, and with twins of
-//! theirs, without slow clients, at the same moments. A machine that is busy is so for all of them; so what is
-//! compared is judged in rounds, of which one must do: what daemons do wrong they do in every round.
+//! theirs, without slow clients, at the same moments. A machine that is busy is so for all of them, and now and then
+//! for one alone; so each round is held against its own twin, and the median of the rounds must do.
 
 #[path = "daemons/harness.rs"]
 #[allow(dead_code, reason = "shared with other tests, which use other parts")]
@@ -32,8 +32,11 @@ const READERS: usize = 64;
 const HANDSHAKES: usize = 10_000;
 /// How much longer the slowest hundredth of others' requests may take.
 const SLOWER_MAX: Duration = Duration::from_millis(5);
-/// Measurements, of which one must do.
-const ROUNDS: usize = 8;
+/// Measurements, of which the median must do.
+const ROUNDS: usize = 5;
+/// Others' requests may take so many times as long as those of a twin that is as busy as the machine: where this is
+/// more than [`SLOWER_MAX`], both wait for processors.
+const SLOWER_RATIO: f64 = 1.5;
 /// Requests of a measurement, to each of what is compared.
 const REQUESTS: usize = 1_500;
 /// Made for a machine that is much slower than any.
@@ -160,21 +163,22 @@ fn compare(one: &mut Other, two: &mut Other) -> (Duration, Duration) {
     (p99(taken.0), p99(taken.1))
 }
 
-/// Measures until the slow ones cost the others no more than they may, in as many rounds as there are.
+/// Holds what the slow ones cost the others, in the median of the rounds, against what they may.
 #[allow(clippy::print_stderr, reason = "the figures are worth reading")]
 fn judge(what: &str, before: Duration, loaded: &mut Other, twin: &mut Other) {
-    let mut measured = Vec::new();
-    for round in 0..ROUNDS {
+    let rounds = (0..ROUNDS).map(|round| {
         let (with, without) = compare(loaded, twin);
         eprintln!(
             "{what}, round {round}: p99 {with:?} with them, {without:?} of a twin without, {before:?} before"
         );
-        if with <= without.max(before) + SLOWER_MAX {
-            return;
-        }
-        measured.push((with, without));
-    }
-    panic!("{what} cost the others too much: {measured:?}, {before:?} before");
+        // Positive where they cost more than they may.
+        let allowed = (without + SLOWER_MAX).max(without.mul_f64(SLOWER_RATIO));
+        (with.as_secs_f64() - allowed.as_secs_f64(), with, without)
+    });
+    let mut rounds: Vec<(f64, Duration, Duration)> = rounds.collect();
+    rounds.sort_by(|one, two| one.0.total_cmp(&two.0));
+    let (excess, ..) = rounds[ROUNDS / 2];
+    assert!(excess <= 0.0, "{what} cost the others too much: {rounds:?}, {before:?} before");
 }
 
 /// What a slow client does.
@@ -305,6 +309,10 @@ fn slow_heads_bodies_and_readers_cost_the_others_five_milliseconds_at_most() {
             Err(panic) => std::panic::resume_unwind(panic),
         }
     });
+    for (whose, plane) in [("with them", slowed), ("without", quiet)] {
+        let longest = metric(plane.port, "orchestratord_loop_turn_seconds_max").unwrap_or_default();
+        eprintln!("longest turn of a loop {whose}: {:.1} ms", longest * 1e3);
+    }
     eprintln!("{} were closed for their slowness and came again", reopened.load(Ordering::SeqCst));
 }
 

@@ -419,9 +419,6 @@ fn systemds_credentials_serve_and_a_scope_without_a_token_is_an_error() {
     let status = |token| ask(home.port, "GET", "/v2/pools", token, "").expect("an answer").status;
     assert_eq!((status(None), status(Some("from-systemd"))), (401, 200));
     assert!(home.daemon.log().contains("shorter than the advised"), "{}", home.daemon.log());
-    let limits = fs::read_to_string(format!("/proc/{}/limits", home.daemon.pid())).expect("limits");
-    let core = limits.lines().find(|line| line.starts_with("Max core file size")).expect("a line");
-    assert_eq!(core.split_whitespace().nth(4), Some("0"), "{core}");
     let run = |env: &[(&str, &str)]| {
         let port = free_port().to_string();
         let mut daemon =
@@ -433,6 +430,43 @@ fn systemds_credentials_serve_and_a_scope_without_a_token_is_an_error() {
     assert!(!log.contains("secret-c"), "{log}");
     let (code, log) = run(&[("LLORCH_API_TOKEN_FILE", "/does/not/exist")]);
     assert!(code == Some(78) && log.contains("LLORCH_API_TOKEN_FILE=/does/not/exist"), "{log}");
+}
+
+/// Soft and hard limit of a process's core dumps, as the kernel tells them.
+fn core_limits(pid: u32) -> [String; 2] {
+    let limits = fs::read_to_string(format!("/proc/{pid}/limits")).expect("limits");
+    let core = limits.lines().find_map(|line| line.strip_prefix("Max core file size")).expect("a line");
+    let mut words = core.split_whitespace().map(str::to_string);
+    [(); 2].map(|()| words.next().expect("a limit"))
+}
+
+#[test]
+fn no_core_is_dumped_of_a_daemon_with_a_token_unless_that_is_asked_for() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    // As below a service manager that lets everything dump core, or as near to it as this process may come.
+    let own = getrlimit(Resource::Core);
+    if setrlimit(Resource::Core, Rlimit { current: None, maximum: None }).is_err() {
+        setrlimit(Resource::Core, Rlimit { current: own.maximum, ..own }).expect("within the limit");
+    }
+    let inherited = core_limits(std::process::id());
+    let directory = tempfile::tempdir().expect("a directory");
+    let token = ("LLORCH_API_TOKEN", "good-0123456789abcdef0123456789abcdef");
+    let none = ["0", "0"].map(str::to_string);
+    let cases = [
+        (&[][..], &[][..], &inherited),
+        (&[], &[token], &none),
+        (&["--core-dumps=true"], &[token], &inherited),
+    ];
+    for program in [ORCHESTRATORD, POOL_MANAGERD] {
+        for (args, env, expected) in &cases {
+            let port = free_port();
+            let addr = format!("127.0.0.1:{port}");
+            let args = [&["--addr", addr.as_str()][..], args].concat();
+            let daemon = Process::start(program, &args, env, directory.path());
+            until("a daemon", || get(port, "/health").map(|_| ()));
+            assert_eq!(&&core_limits(daemon.pid()), expected, "{program} {args:?}");
+        }
+    }
 }
 
 #[test]

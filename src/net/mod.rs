@@ -25,7 +25,7 @@ use crate::http::fields::FieldLines;
 use crate::http::head::{RequestHead, is_hop_by_hop};
 use crate::http::server::{Request, Response};
 use crate::metrics::Histogram;
-use crate::reactor::ready::ReadyList;
+use crate::reactor::ready::{CARRIED_ON_BYTES, ReadyList, SHARE_BYTES, TURN_BUDGET_BYTES};
 use crate::reactor::stream::Listener;
 use crate::reactor::token::{Kind, Token};
 use crate::reactor::{Edge, Registry, Waker};
@@ -360,6 +360,10 @@ pub struct Net {
     dial_rule: Option<DialRule>,
     events: VecDeque<NetEvent>,
     scratch: Vec<u8>,
+    /// What a session may move at the moment before others have their turn.
+    share_bytes: usize,
+    /// What sessions that carry on have moved in this turn.
+    moved_bytes: usize,
     limits: Limits,
     token_gaps: Histogram,
 }
@@ -388,6 +392,8 @@ impl Net {
             dial_rule: None,
             events: VecDeque::new(),
             scratch: scratch(),
+            share_bytes: SHARE_BYTES,
+            moved_bytes: 0,
             limits,
             token_gaps: Histogram::default(),
         }
@@ -444,17 +450,31 @@ impl Net {
     /// Does what became possible: one round over the sessions that are ready, then over the timers.
     pub fn turn(&mut self, now: Mono) {
         self.take_resolved(now);
+        let carry_on = self.ready.behind();
         for _ in 0..self.ready.len() {
             let Some(token) = self.ready.pop() else { break };
-            match token.kind() {
-                Kind::Listener => self.accept(now),
-                Kind::Client => self.client_ready(token, now),
-                Kind::Upstream => self.upstream_ready(token, now),
-                _ => {}
-            }
+            self.advance(token, now);
         }
+        (self.share_bytes, self.moved_bytes) = (TURN_BUDGET_BYTES, 0);
+        for _ in 0..carry_on {
+            if self.moved_bytes >= CARRIED_ON_BYTES {
+                break;
+            }
+            let Some(token) = self.ready.pop_behind() else { break };
+            self.advance(token, now);
+        }
+        self.share_bytes = SHARE_BYTES;
         self.turn_handshakes(now);
         self.expire(now);
+    }
+
+    fn advance(&mut self, token: Token, now: Mono) {
+        match token.kind() {
+            Kind::Listener => self.accept(now),
+            Kind::Client => self.client_ready(token, now),
+            Kind::Upstream => self.upstream_ready(token, now),
+            _ => {}
+        }
     }
 
     /// The next event, if there is one. Handle all before the loop waits again.

@@ -14,14 +14,13 @@ use crate::http::server::{
 };
 use crate::http::sse::KEEP_ALIVE;
 use crate::reactor::Registry;
-use crate::reactor::ready::TURN_BUDGET_BYTES;
 use crate::reactor::stream::{Listener, ReadResult, Stream};
 use crate::reactor::token::{Kind, Table, Token};
 use crate::time::{Deadline, Mono};
 
 use super::budget::{BodyBudget, BodyHold};
 use super::buffer::{HIGH_WATER_BYTES, LOW_WATER_BYTES, OutBuffer};
-use super::{Net, NetEvent, Outcome};
+use super::{Net, NetEvent, Outcome, SCRATCH_BYTES};
 
 /// Connections accepted in one turn; more wait for the next.
 const ACCEPTS_PER_TURN: usize = 64;
@@ -361,18 +360,19 @@ impl Net {
     }
 
     fn read_requests(&mut self, client: Token, now: Mono) {
-        let mut budget = TURN_BUDGET_BYTES;
+        let mut budget = self.share_bytes;
         loop {
             if !self.parse_unread(client, now) {
                 return;
             }
             if budget == 0 {
-                return self.ready.push(client);
+                return self.ready.push_behind(client);
             }
             let Some(session) = self.server.clients.get_mut(client) else { return };
-            match session.stream.read(&mut self.scratch) {
+            match session.stream.read(&mut self.scratch[..budget.min(SCRATCH_BYTES)]) {
                 Ok(ReadResult::Data(length)) => {
                     budget = budget.saturating_sub(length);
+                    self.moved_bytes += length;
                     session.unread.extend_from_slice(&self.scratch[..length]);
                 }
                 Ok(ReadResult::Empty) => return,
@@ -503,15 +503,18 @@ impl Net {
 
     fn discard(&mut self, client: Token, now: Mono) {
         let Some(session) = self.server.clients.get_mut(client) else { return };
-        let mut budget = TURN_BUDGET_BYTES;
+        let mut budget = self.share_bytes;
         while budget > 0 {
             match session.stream.read(&mut self.scratch) {
-                Ok(ReadResult::Data(length)) => budget = budget.saturating_sub(length),
+                Ok(ReadResult::Data(length)) => {
+                    budget = budget.saturating_sub(length);
+                    self.moved_bytes += length;
+                }
                 Ok(ReadResult::Empty) => return,
                 Ok(ReadResult::Closed) | Err(_) => return self.close_client(client, now),
             }
         }
-        self.ready.push(client);
+        self.ready.push_behind(client);
     }
 
     /// Writes what the client takes, and acts on what that makes possible.

@@ -10,7 +10,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use crate::http::client::encode_request_head;
-use crate::reactor::ready::TURN_BUDGET_BYTES;
 use crate::reactor::stream::{ReadResult, Stream};
 use crate::reactor::tls::Handshake;
 use crate::reactor::token::{Kind, Table, Token};
@@ -405,7 +404,7 @@ impl Net {
     }
 
     fn receive(&mut self, connection: Token, exchange: Token, now: Mono) {
-        let mut budget = TURN_BUDGET_BYTES;
+        let mut budget = self.share_bytes;
         loop {
             let Some(session) = self.upstreams.exchanges.get_mut(exchange) else { return };
             let Some(line) = self.upstreams.connections.get_mut(connection) else { return };
@@ -422,9 +421,9 @@ impl Net {
                 return;
             }
             if budget == 0 {
-                return self.ready.push(connection);
+                return self.ready.push_behind(connection);
             }
-            let length = match line.stream.read(&mut self.scratch[..room.min(SCRATCH_BYTES)]) {
+            let length = match line.stream.read(&mut self.scratch[..room.min(budget).min(SCRATCH_BYTES)]) {
                 Ok(ReadResult::Data(length)) => length,
                 Ok(ReadResult::Empty) => return,
                 Ok(ReadResult::Closed) => return self.upstream_closed(exchange, now),
@@ -435,6 +434,7 @@ impl Net {
                 }
             };
             budget = budget.saturating_sub(length);
+            self.moved_bytes += length;
             session.received = true;
             if is_progress(&self.scratch[..length], session.relay.status().is_some()) {
                 let before = session.last_byte.replace(now);

@@ -4,6 +4,29 @@
 //! field of the row, so that a route without one does not compile; what is in no row is for nobody who
 //! shows no token. Paths are compared as they were sent, a part at a time: nothing is decoded or tidied
 //! up, so no two spellings can lead to one route under two policies.
+//!
+//! ```
+//! use llama_orch::service::{auth::Policy, routes::Route};
+//!
+//! const TABLE: &[Route<()>] = &[Route { method: "GET", path: "/v2/secrets", policy: Policy::Admin, to: () }];
+//! ```
+//!
+//! The same row without its policy is refused by the compiler, and nothing else is missing from it:
+//!
+//! ```compile_fail,E0063
+//! use llama_orch::service::{auth::Policy, routes::Route};
+//!
+//! const TABLE: &[Route<()>] = &[Route { method: "GET", path: "/v2/secrets", to: () }];
+//! ```
+//!
+//! Neither is there a policy to fall back on:
+//!
+//! ```compile_fail,E0277
+//! use llama_orch::service::{auth::Policy, routes::Route};
+//!
+//! const TABLE: &[Route<Option<u8>>] =
+//!     &[Route { method: "GET", path: "/v2/secrets", to: None, ..Default::default() }];
+//! ```
 
 use crate::http::head::RequestHead;
 

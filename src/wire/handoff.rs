@@ -215,7 +215,14 @@ struct Fields(Map<String, Value>);
 impl Fields {
     fn read(self) -> Result<HandoffFile, HandoffError> {
         let url = match self.text_of(&["url", "endpoint", "http_endpoint"])? {
-            Some(url) => BaseUrl::new(url).map_err(|e| error(format!("`url`: {e}")))?,
+            Some(url) => {
+                let url = BaseUrl::new(url).map_err(|e| error(format!("`url`: {e}")))?;
+                // A port that was left out counts too: it is there when the handoff is written again.
+                if url.to_string().len() > TEXT_BYTES_MAX {
+                    return Err(error(format!("`url` is longer than {TEXT_BYTES_MAX} bytes with its port")));
+                }
+                url
+            }
             None if self.get("model").is_some() => return Ok(HandoffFile::ModelOnly),
             None => return Err(error("`url` is missing")),
         };
