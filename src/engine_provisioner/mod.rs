@@ -28,7 +28,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::service::auth::Scope;
 use crate::service::credentials::Credentials;
-use crate::service::machine;
+use crate::service::{logging, machine};
 use crate::settings::{Exit, Setting, Settings, flag};
 use control::Book;
 use daemon::Wish;
@@ -158,9 +158,7 @@ fn keep(
     read: impl Fn() -> Result<(Vec<Config>, PathBuf), Exit> + Send + Sync + 'static,
     replace_all: bool,
 ) -> Result<(), Exit> {
-    let level = env_logger::Env::default().default_filter_or("info");
-    // An error only says that a logger is there already.
-    let _ = env_logger::Builder::from_env(level).try_init();
+    logging::install(&options.log_level, options.log_format, PROGRAM, None)?;
     for note in &settings.notes {
         log::warn!("{note}");
     }
