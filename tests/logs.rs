@@ -8,6 +8,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 
 use harness::*;
+use rustix::process::Signal;
 use serde_json::Value;
 
 /// A request that has a name.
@@ -62,6 +63,45 @@ fn a_line_of_json_names_node_request_and_change() {
     }
     let first = &lines()[0];
     assert!(first.get("correlation_id").is_none(), "nobody asked for the start: {first}");
+}
+
+/// Who keeps engines runs beside the agent, and its lines are read by the same eyes and programs.
+#[test]
+fn a_provisioner_writes_its_lines_like_a_daemon() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let engines = directory.path().join("engines");
+    let env = [
+        ("ENGINE_PROVISIONER_HANDOFF_DIR", engines.to_str().expect("a plain name")),
+        ("ENGINE_PROVISIONER_CACHE_DIR", engines.to_str().expect("a plain name")),
+        ("POOL_MANAGERD_URL", "http://127.0.0.1:1"),
+    ];
+    let run = |format: &str| {
+        let format = format!("--log-format={format}");
+        let words = [
+            "run",
+            "--restart=never",
+            &format,
+            "--",
+            env!("CARGO_BIN_EXE_llorch"),
+            "demo-engine",
+            "--port",
+            "{port}",
+        ];
+        let keeper = Process::start(env!("CARGO_BIN_EXE_engine-provisioner"), &words, &env, directory.path());
+        let line = until("a line", || {
+            let log = keeper.log();
+            log.lines().find(|line| line.contains("is healthy at")).map(str::to_string)
+        });
+        (keeper, line)
+    };
+    let (mut keeper, line) = run("json");
+    let read: Value = serde_json::from_str(&line).unwrap_or_else(|_| panic!("{line}"));
+    assert_eq!((&read["program"], &read["level"]), (&"engine-provisioner".into(), &"info".into()), "{line}");
+    assert!(read["message"].as_str().is_some_and(|text| text.starts_with("default/r0 is healthy")), "{line}");
+    keeper.signal(Signal::TERM);
+    assert_eq!(keeper.end(), Some(0));
+    let (_keeper, line) = run("text");
+    assert!(line.contains("Z INFO  default/r0 is healthy at http://"), "{line}");
 }
 
 #[test]

@@ -28,7 +28,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::service::auth::Scope;
 use crate::service::credentials::Credentials;
-use crate::service::machine;
+use crate::service::{logging, machine};
 use crate::settings::{Exit, Setting, Settings, flag};
 use control::Book;
 use daemon::Wish;
@@ -159,10 +159,8 @@ fn keep(
     read: impl Fn() -> Result<(Vec<Config>, PathBuf), Exit> + Send + Sync + 'static,
     replace_all: bool,
 ) -> Result<(), Exit> {
-    let level = env_logger::Env::default().default_filter_or("info");
-    // An error only says that a logger is there already.
     let target = env_logger::Target::Pipe(Box::new(progress::AboveRows));
-    let _ = env_logger::Builder::from_env(level).target(target).try_init();
+    logging::install_into(target, &options.log_level, options.log_format, PROGRAM, None)?;
     for note in &settings.notes {
         log::warn!("{note}");
     }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::plan::{Directories, path};
 use crate::service::credentials;
+use crate::service::logging::LogFormat;
 use crate::service::tls::{Files, blocking};
 use crate::settings::{Exit, Setting, Settings, boolean, flag};
 use crate::wire::url::BaseUrl;
@@ -85,6 +86,22 @@ pub static TABLE: &[Setting] = &[
         help: "Lift --require-gpu again, for tests with engines that stand in",
     },
     flag("report", Some("false"), "BOOL", "Print what happens as JSON lines on standard output"),
+    Setting {
+        flag: "log-level",
+        env: "ENGINE_PROVISIONER_LOG_LEVEL",
+        aliases: &[],
+        default: Some("info"),
+        value: "LEVEL",
+        help: "error, warn, info, debug or trace; RUST_LOG beats it",
+    },
+    Setting {
+        flag: "log-format",
+        env: "ENGINE_PROVISIONER_LOG_FORMAT",
+        aliases: &[],
+        default: Some("text"),
+        value: "FORMAT",
+        help: "text, or json for one object a line; the journal gets a priority either way",
+    },
 ];
 
 /// What becomes of engines whose keeper is killed outright.
@@ -117,6 +134,10 @@ pub struct Options {
     pub require_gpu: bool,
     /// Whether events are printed on standard output.
     pub report: bool,
+    /// What is logged.
+    pub log_level: String,
+    /// How a line of the log is written.
+    pub log_format: LogFormat,
 }
 
 impl Options {
@@ -141,6 +162,8 @@ impl Options {
             tls: Files::from_settings(settings, [""; 3])?,
             require_gpu: settings.need("require-gpu", boolean)? && !settings.need("allow-cpu", boolean)?,
             report: settings.need("report", boolean)?,
+            log_level: settings.need("log-level", |text| Ok(text.to_string()))?,
+            log_format: settings.need("log-format", str::parse)?,
             handoff_dir,
         })
     }

@@ -12,6 +12,7 @@ use std::io::Write;
 use std::os::fd::AsFd;
 use std::str::FromStr;
 
+use env_logger::Target;
 use log::kv::{self, Key, Value, VisitSource};
 use log::{Level, Record};
 use serde_json::{Map, json};
@@ -79,13 +80,27 @@ pub fn install(
     program: &'static str,
     node: Option<&str>,
 ) -> Result<(), Exit> {
+    install_into(Target::Stderr, level, format, program, node)
+}
+
+/// The same, writing to `target`: for a program that has more on its terminal than lines.
+///
+/// # Errors
+/// As [`install`].
+pub fn install_into(
+    target: Target,
+    level: &str,
+    format: LogFormat,
+    program: &'static str,
+    node: Option<&str>,
+) -> Result<(), Exit> {
     let filter = level.parse().map_err(|_| {
         Exit::config(format!(
             "log level {level:?} is not usable: allowed are error, warn, info, debug, trace"
         ))
     })?;
     let mut builder = env_logger::Builder::new();
-    builder.filter_level(filter).parse_env("RUST_LOG");
+    builder.filter_level(filter).parse_env("RUST_LOG").target(target);
     let is_journal = stderr_is_journal();
     let node = node.map(str::to_string);
     builder.format(move |out, record| {

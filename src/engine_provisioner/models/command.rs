@@ -12,6 +12,8 @@ use super::progress::Display;
 use super::reference::Reference;
 use super::store::{Entry, State, Store};
 use super::{Options, Request, TABLE, resolve};
+use crate::engine_provisioner::PROGRAM;
+use crate::service::logging::{self, LogFormat};
 use crate::settings::{Exit, Setting, Settings, boolean, flag};
 
 const HELP: &str = "Usage: engine-provisioner models ACTION [REFERENCE...] [OPTIONS]
@@ -78,9 +80,7 @@ pub fn run(args: Vec<OsString>) -> Result<(), Exit> {
         flags,
         env,
     )?;
-    let level = env_logger::Env::default().default_filter_or("info");
-    // An error only says that a logger is there already.
-    let _ = env_logger::Builder::from_env(level).try_init();
+    logging::install("info", LogFormat::Text, PROGRAM, None)?;
     for note in &settings.notes {
         log::warn!("{note}");
     }

@@ -9,7 +9,9 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::{Binary, SourceSpec, Step, provide};
+use crate::engine_provisioner::PROGRAM;
 use crate::engine_provisioner::models;
+use crate::service::logging::{self, LogFormat};
 use crate::settings::{Exit, Setting, Settings, boolean, flag};
 
 /// The settings that say what is built.
@@ -49,9 +51,7 @@ pub fn run(args: Vec<OsString>) -> Result<(), Exit> {
     let env = |name: &str| std::env::var_os(name);
     let about = "Build an engine from its source; the same commit with the same flags is built once";
     let settings = Settings::read("engine-provisioner build", about, table(), None, args, env)?;
-    let level = env_logger::Env::default().default_filter_or("info");
-    // An error only says that a logger is there already.
-    let _ = env_logger::Builder::from_env(level).try_init();
+    logging::install("info", LogFormat::Text, PROGRAM, None)?;
     let text = |text: &str| Ok(text.to_string());
     let flags = settings.get("cmake-flags", |text| {
         Ok(text.split(',').map(str::trim).filter(|flag| !flag.is_empty()).map(String::from).collect())
