@@ -160,11 +160,16 @@ impl Steps {
         self.with(|steps| steps.retain(|step| step.id != id));
     }
 
-    /// The pools in which something is under way, with all their steps.
+    /// The pools in which something is under way, or whose engine failed to start, with all their steps.
     pub(super) fn under_way(&self) -> Vec<PoolPreparation> {
         self.with(|steps| {
-            let running = steps.iter().filter(|step| step.status == Status::Running);
-            let pools: BTreeSet<&PoolId> = running.map(|step| &step.pool).collect();
+            let unfinished = steps.iter().filter(|step| match step.status {
+                Status::Running => true,
+                // It is started again.
+                Status::Failed => step.kind == Kind::PoolWarmup,
+                Status::Completed => false,
+            });
+            let pools: BTreeSet<&PoolId> = unfinished.map(|step| &step.pool).collect();
             let told = |pool: &PoolId| PoolPreparation {
                 pool_id: pool.clone(),
                 steps: steps.iter().filter(|step| step.pool == *pool).map(Step::told).collect(),

@@ -336,6 +336,8 @@ impl Daemon {
     }
 
     fn take_net_events(&mut self, now: Now) {
+        // What was caused by others is logged before, without the name of a request.
+        self.perform(now);
         while let Some(event) = self.net.next_event() {
             let _about = logging::about(self.name_of(&event));
             match event {

@@ -371,6 +371,8 @@ impl Daemon {
         while let Some(event) = self.net.next_event() {
             match event {
                 NetEvent::Request { client, request, peer } => {
+                    // What was caused by others is logged before, without its name.
+                    self.perform(now);
                     let _about = logging::about(self.net.correlation(client));
                     self.serve(client, *request, peer, now);
                     // Here, so that what is logged of it names it.
