@@ -100,8 +100,9 @@ fn build() -> PathBuf {
     let _ = fs::remove_dir_all(copy.join("tests"));
     copy_tree(&package().join("src"), &copy.join("src"));
     copy_tree(&package().join("tests/simulation"), &copy.join("tests/simulation"));
-    // The sources include them.
+    // The sources include them, and the build needs them.
     copy_tree(&package().join("packaging/openapi"), &copy.join("packaging/openapi"));
+    copy_tree(&package().join("packaging/link"), &copy.join("packaging/link"));
     fs::copy(package().join("tests/simulation.rs"), copy.join("tests/simulation.rs")).expect("copied");
     fs::copy(package().join("Cargo.lock"), copy.join("Cargo.lock")).expect("copied");
     for Mutant { name, file, text, replacement } in MUTANTS {
