@@ -5,7 +5,8 @@
 //! 2. Otherwise the key, of a session or of a conversation's beginning, has its order of replicas on a
 //!    [`Ring`]; the first of them goes that fits, has room, and is not more loaded than others by more
 //!    than a quarter ("consistent hashing with bounded loads", Mirrokni, Thorup and Zadimoghaddam 2016).
-//! 3. If [`LOOKS_MAX`] of them do not do, the strategy decides.
+//! 3. If [`LOOKS_MAX`] of them do not do, the strategy decides. Those that do not pass the request's pins are
+//!    not counted where pins leave few cohorts.
 //!
 //! **The bound.** A replica may have `ceil(5/4 * its slots * taken / slots)` slots in use, where `taken`
 //! are the slots in use on all replicas that take work and serve the model, this request's included, and
@@ -29,6 +30,10 @@ use super::service_registry::{ReplicaRef, ServiceRegistry};
 /// Replicas on the ring that are looked at: with a fifth of them under the bound, the chance that none
 /// of so many is, is below one in a thousand.
 pub const LOOKS_MAX: usize = 32;
+
+/// Rings of cohorts that are walked around instead of those of the sets that contain the model: each costs as many
+/// searches as a key has probes.
+const RINGS_MAX: usize = 4;
 
 /// What requests have in common that should meet the same cache.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -125,11 +130,14 @@ fn by_ring(
         return None;
     }
     let table = registry.table();
-    let groups = groups_of(table, ask, state);
-    let tally = table.placement_index().tally(groups);
-    if tally.with_room == 0 {
+    let index = table.placement_index();
+    let (groups, cohorts) = groups_of(table, ask, state);
+    let tally = index.tally(groups);
+    if index.with_room_for(cohorts.unwrap_or(groups), ask.slots) == 0 {
         return None;
     }
+    // On the rings of those that pass nobody is looked at in vain for its name.
+    let few = cohorts.filter(|cohorts| cohorts.len() <= groups.len().max(RINGS_MAX));
     let is_wanted = |index: usize| {
         let hot = &table.hot()[index];
         under_bound(hot, need(hot, ask), &tally)
@@ -141,9 +149,9 @@ fn by_ring(
     };
     // Keys that a client chooses are spread once more.
     let key = mix(affinity.key());
-    let index = Ring::find(table.placement_index().rings(groups), key, LOOKS_MAX, is_wanted)?;
-    let (replica, _) = table.at(index)?;
-    Some(placed(replica, &table.hot()[index], ask, tally))
+    let at = Ring::find(index.rings(few.unwrap_or(groups)), key, LOOKS_MAX, is_wanted)?;
+    let (replica, _) = table.at(at)?;
+    Some(placed(replica, &table.hot()[at], ask, tally))
 }
 
 fn placed(replica: ReplicaRef, hot: &Hot, ask: &Ask, tally: Tally) -> Placement {
@@ -262,7 +270,79 @@ mod tests {
         assert_eq!(chosen(&registry, &elsewhere, &sessions), None, "nobody serves that");
     }
 
+    /// Nodes of three pools, each of one replica: (slots, of which taken, model, devices).
+    fn pools_of(nodes: &[Vec<(u32, u32, usize, usize)>]) -> ServiceRegistry {
+        let mut registry = ServiceRegistry::new(Limits::default(), 1);
+        registry.set_placement(Strategy::LeastLoaded, true);
+        let (now, mut changes) = (Now::default(), Vec::new());
+        for (node, pools) in nodes.iter().enumerate() {
+            let body = json!({"node_id": id(node), "address": format!("http://n{node}:9200")});
+            let request: RegisterRequest = serde_json::from_value(body).expect("a registration");
+            let pools: Vec<_> = pools
+                .iter()
+                .enumerate()
+                .map(|(n, (slots, taken, model, devices))| {
+                    let model = ["m", "x"][*model];
+                    let replica = json!({"replica_id": "r0", "url": "http://127.0.0.1:1", "ready": true,
+                        "slots_free": slots.saturating_sub(*taken), "slots_total": slots,
+                        "models": [model], "device_mask": devices.to_string()});
+                    json!({"pool_id": format!("p{n}"), "replicas": [replica]})
+                })
+                .collect();
+            let beat: Heartbeat = serde_json::from_value(json!({"pools": pools})).expect("a heartbeat");
+            registry.register(&request, "peer", now, &mut changes).expect("registered");
+            registry.heartbeat(&id(node), &beat, "peer", now, &mut changes).expect("accepted");
+        }
+        registry
+    }
+
     proptest! {
+        /// Pins leave a key's order of replicas as it is: the first of it that passes them, fits, has room and is
+        /// under the bound is found wherever a walk past all others would meet it, and nobody else ever.
+        #[test]
+        fn pins_do_not_change_the_order(
+            nodes in proptest::collection::vec(
+                proptest::collection::vec((1u32..5, 0u32..6, 0usize..2, 0usize..2), 3), 1..40),
+            asks in proptest::collection::vec(
+                (any::<u64>(), any::<bool>(), 0usize..5, 0usize..3, proptest::collection::vec(0usize..4, 0..3), any::<bool>(), 1u32..3), 1..20),
+        ) {
+            let registry = pools_of(&nodes);
+            let table = registry.table();
+            for (key, any_model, own, devices, named, prefers, slots) in asks {
+                let pool = |n: usize| crate::wire::id::PoolId::new(&format!("p{n}")).expect("an id");
+                let named: Vec<_> = named.into_iter().map(pool).collect();
+                let (prefer_pools, avoid_pools) = if prefers { (named, Vec::new()) } else { (Vec::new(), named) };
+                let ask = Ask {
+                    model: (!any_model).then(|| "m".to_string()),
+                    pool: (own < 4).then(|| pool(own)),
+                    device_mask: (devices < 2).then(|| devices.to_string()),
+                    slots,
+                    prefer_pools,
+                    avoid_pools,
+                    ..Ask::default()
+                };
+                let mut state = StrategyState::new(1);
+                let affinity = Affinity::Prefix(key);
+                let found = by_ring(&registry, &ask, &[], &affinity, &mut state).map(|found| found.choice);
+                let (groups, _) = groups_of(table, &ask, &mut state);
+                let tally = table.placement_index().tally(groups);
+                let walk = |looks_max: usize| {
+                    Ring::find(table.placement_index().rings(groups), mix(key), looks_max, |at| {
+                        let (replica, known) = table.at(at).expect("on the ring");
+                        let hot = &table.hot()[at];
+                        under_bound(hot, need(hot, &ask), &tally)
+                            && fits(&registry, replica, &ask)
+                            && (ask.prefer_pools.is_empty() || ask.prefer_pools.contains(&known.key.pool))
+                    })
+                    .map(|at| Choice::Replica { replica: table.at(at).expect("it was chosen").0, slots: need(&table.hot()[at], &ask) })
+                };
+                match found {
+                    Some(found) => prop_assert_eq!(Some(found), walk(usize::MAX), "{:?}", ask),
+                    None => prop_assert_eq!(None, walk(LOOKS_MAX), "{:?}", ask),
+                }
+            }
+        }
+
         /// No replica is given more than a quarter above its share of the load, whatever the keys are;
         /// the same key goes to the same replica while the load is the same.
         #[test]

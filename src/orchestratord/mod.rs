@@ -17,6 +17,7 @@ pub mod affinity;
 pub mod aliases;
 pub mod api;
 pub mod blame;
+pub mod cohorts;
 pub mod config;
 pub mod core;
 pub mod daemon;

@@ -29,7 +29,13 @@ struct Set {
 impl ModelSets {
     /// Sets that contain `model`, in ascending order. [`NO_MODELS`] is never among them.
     pub fn with(&self, model: &str) -> impl Iterator<Item = u32> {
-        self.by_model.get(model).into_iter().flatten().copied()
+        self.containing(model).into_iter().flatten().copied()
+    }
+
+    /// The same as a set; `None` where no set contains it.
+    #[must_use]
+    pub fn containing(&self, model: &str) -> Option<&BTreeSet<u32>> {
+        self.by_model.get(model)
     }
 
     /// Every known model by name, with the sets that contain it.

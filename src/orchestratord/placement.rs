@@ -13,10 +13,14 @@
 //! the others do not fit, and chooses a refusal from that. [`choose`] gives the same answer without the
 //! pass wherever it can:
 //!
-//! - Pinned to a node, or to pools of few replicas: the pass is over these alone.
-//! - Otherwise the [index](super::placement_index) names the best one of those that serve the model, the
-//!   next best one if that does not fit, and so on for a few.
-//! - If nobody has a free slot, the sums of the index tell which refusal it is.
+//! - Pinned to a node: the pass is over its replicas alone.
+//! - Otherwise [`selection`] names the groups of the [index](super::placement_index) that the request concerns,
+//!   pins included, and the index the best of their members, the next best one if that does not fit, and so on
+//!   for a few.
+//! - If nobody has enough free slots, the sums of the index tell which refusal it is.
+//!
+//! What is left for a pass, over the pool or the devices where it is pinned to them: asks for several slots where
+//! only few have that many free, and pins in fleets whose pools or devices nearly all have other names.
 //!
 //! Nothing here takes slots: the caller does, with [`ServiceRegistry::acquire`], in the same turn.
 
@@ -26,21 +30,19 @@ use crate::wire::id::{NodeId, PoolId};
 
 use super::affinity::Affinity;
 use super::placement_index::{Found, GroupId, Tally};
-use super::replica_table::{Hot, NO_MODELS, ReplicaTable};
+use super::replica_table::{Hot, ReplicaTable};
 use super::ring::mix;
 use super::service_registry::{Replica, ReplicaRef, ServiceRegistry};
 
+use self::selection::{Selection, is_pinned, list_replicas, list_sets, select};
 use self::survey::{Among, pass};
 
+pub(super) mod selection;
 mod survey;
 #[cfg(test)]
 mod tests;
 
 pub use self::survey::survey;
-
-/// Replicas of a node, or of pools, that a pass over them alone is worth: it takes a microsecond. Tests
-/// have few replicas, and want the other way, too.
-const NARROW_MAX: usize = if cfg!(test) { 2 } else { 64 };
 
 /// What a request needs.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -135,6 +137,7 @@ pub struct StrategyState {
     random: u64,
     serves: Vec<u64>,
     groups: Vec<GroupId>,
+    cohorts: Vec<GroupId>,
     narrow: Vec<u32>,
 }
 
@@ -147,6 +150,7 @@ impl StrategyState {
             random: mix(seed) | 1,
             serves: Vec::new(),
             groups: Vec::new(),
+            cohorts: Vec::new(),
             narrow: Vec::new(),
         }
     }
@@ -190,8 +194,8 @@ pub enum Choice {
     Nothing,
 }
 
-/// A [`Choice`] with its reasons. [`survey`] counts exactly; [`choose`] leaves pins, and what the request
-/// has tried in vain, out of account where it could answer from sums.
+/// A [`Choice`] with its reasons. [`survey`] counts exactly; [`choose`] leaves what the request has tried in
+/// vain, and pins where [`selection`] is not exact, out of account where it could answer from sums.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Placement {
     /// The answer.
@@ -266,17 +270,30 @@ struct Search<'a> {
 impl Search<'_> {
     fn run(&self, state: &mut StrategyState, groups: &mut Vec<GroupId>, narrow: &mut Vec<u32>) -> Placement {
         let index = self.table.placement_index();
-        let few = self.narrowed_len();
-        if few.is_some_and(|few| few <= NARROW_MAX) || self.strategy != index.strategy() {
+        if self.ask.node.is_some() || self.strategy != index.strategy() {
             return self.pass(state, narrow, false);
         }
-        let too_short = list_groups(self.table, self.ask, groups);
-        let last = self.last_order(state);
-        match index.find(groups, self.table.hot(), last, || state.next_random(), |at| self.is_wanted(at)) {
+        let selection = select(self.table, self.ask, self.preferred_only, groups);
+        let tried = self.tried(groups);
+        // Who has room and was not tried fits, where the selection is exact.
+        let has_nobody = index.with_room_for(groups, self.ask.slots)
+            <= if selection.is_exact { tried.with_room } else { 0 };
+        let (last, is_exact) = (self.last_order(state), selection.is_exact);
+        let found = match has_nobody {
+            true => Found::Nobody,
+            false => index.find(
+                groups,
+                self.table.hot(),
+                last,
+                || state.next_random(),
+                |at| self.is_wanted(at, is_exact),
+            ),
+        };
+        match found {
             Found::Replica(at) => self.placed(at, index.tally(groups)),
-            Found::Nobody => self
-                .refusal(index.tally(groups), groups, too_short)
-                .unwrap_or_else(|| self.pass(state, narrow, true)),
+            Found::Nobody => {
+                self.refusal(groups, selection, tried).unwrap_or_else(|| self.pass(state, narrow, true))
+            }
             // Nobody asks why none has what was only wished for.
             Found::GaveUp if self.ask.context_is_wish => self.counted(Choice::Busy, index.tally(groups)),
             Found::GaveUp => self.pass(state, narrow, false),
@@ -286,49 +303,42 @@ impl Search<'_> {
     /// Looks at every replica that the pins leave. `nobody_has_room` if that is known already.
     fn pass(&self, state: &mut StrategyState, narrow: &mut Vec<u32>, nobody_has_room: bool) -> Placement {
         narrow.clear();
-        let among = match self.narrowed_len() {
-            Some(_) => {
-                self.narrow_down(narrow);
-                Among::These(narrow)
+        let is_narrow = match &self.ask.node {
+            Some(node) => {
+                let own =
+                    self.registry.node(node).into_iter().flat_map(|node| self.registry.replicas_of(node));
+                narrow.extend(own.filter_map(|replica| Some(self.table.index_of(replica)? as u32)));
+                true
             }
-            None => Among::All,
+            None => list_replicas(self.table, self.ask, self.preferred_only, narrow),
         };
+        let among = if is_narrow { Among::These(narrow) } else { Among::All };
         pass(self, state, among, nobody_has_room)
     }
 
-    /// How many replicas a pin to a node, or to pools, leaves.
-    fn narrowed_len(&self) -> Option<usize> {
-        if let Some(node) = &self.ask.node {
-            return Some(self.registry.node(node).map_or(0, |node| self.registry.replicas_of(node).count()));
+    /// What those of some groups' members were worth that this request has tried.
+    fn tried(&self, groups: &[GroupId]) -> Tried {
+        let mut tried = Tried::default();
+        let (index, hot) = (self.table.placement_index(), self.table.hot());
+        for (n, replica) in self.excluded.iter().enumerate() {
+            // One that failed twice counts once.
+            let Some(at) = self.table.index_of(*replica).filter(|_| !self.excluded[..n].contains(replica))
+            else {
+                continue;
+            };
+            if hot[at].placeable && index.is_among(at, groups, hot) {
+                tried.placeable += 1;
+                tried.with_room += u32::from(has_room(&hot[at], self.ask));
+                if tried.first.is_none_or(|first| hot[at].order < hot[first].order) {
+                    tried.first = Some(at);
+                }
+            }
         }
-        let len = |pool: &PoolId| self.table.in_pool(pool).map_or(0, std::collections::BTreeSet::len);
-        match (&self.ask.pool, self.preferred_only) {
-            (Some(pool), _) => Some(len(pool)),
-            (None, true) => Some(self.ask.prefer_pools.iter().map(len).sum()),
-            (None, false) => None,
-        }
-    }
-
-    fn narrow_down(&self, narrow: &mut Vec<u32>) {
-        if let Some(node) = &self.ask.node {
-            let own = self.registry.node(node).into_iter().flat_map(|node| self.registry.replicas_of(node));
-            narrow.extend(own.filter_map(|replica| Some(self.table.index_of(replica)? as u32)));
-            return;
-        }
-        let of_pool = |pool: &PoolId| self.table.in_pool(pool).into_iter().flatten().copied();
-        match &self.ask.pool {
-            Some(pool) => narrow.extend(of_pool(pool)),
-            None => narrow.extend(self.ask.prefer_pools.iter().flat_map(of_pool)),
-        }
+        tried
     }
 
     fn is_pinned(&self) -> bool {
-        let ask = self.ask;
-        ask.pool.is_some()
-            || ask.node.is_some()
-            || ask.device_mask.is_some()
-            || !ask.avoid_pools.is_empty()
-            || self.preferred_only
+        self.ask.node.is_some() || is_pinned(self.ask, self.preferred_only)
     }
 
     fn passes(&self, index: usize) -> bool {
@@ -343,12 +353,12 @@ impl Search<'_> {
             && self.table.at(index).is_some_and(|(replica, _)| self.excluded.contains(&replica))
     }
 
-    /// Whether a replica that serves the model and has a free slot fits.
-    fn is_wanted(&self, index: usize) -> bool {
+    /// Whether a replica of the selected groups fits that has a free slot.
+    fn is_wanted(&self, index: usize, is_exact: bool) -> bool {
         let hot = &self.table.hot()[index];
         has_room(hot, self.ask)
-            && context_fits(hot.context_tokens, self.ask)
-            && (!self.is_pinned() || self.passes(index))
+            && (is_exact
+                || context_fits(hot.context_tokens, self.ask) && (!self.is_pinned() || self.passes(index)))
             && !self.was_tried(index)
     }
 
@@ -377,38 +387,31 @@ impl Search<'_> {
         }
     }
 
-    /// Which refusal it is, where the sums tell. `too_short` is the longest context of the groups that
-    /// were left out for theirs.
-    fn refusal(&self, tally: Tally, groups: &[GroupId], too_short: Option<u32>) -> Option<Placement> {
+    /// Which refusal it is, where the sums tell.
+    fn refusal(&self, groups: &[GroupId], selection: Selection, tried: Tried) -> Option<Placement> {
+        let (index, hot) = (self.table.placement_index(), self.table.hot());
+        let tally = index.tally(groups);
         // Nobody asks why there is no preferred one.
         if self.preferred_only || self.ask.context_is_wish {
             return Some(self.counted(Choice::Busy, tally));
         }
-        // Wildcards are in one group whatever their context.
-        let wildcards = self.table.placement_index().tally(&[GroupId::of_set(NO_MODELS)]).members;
-        let by_context = self.ask.context_tokens.is_some() && (wildcards > 0 || wanted(self.ask).is_none());
-        if self.is_pinned() || by_context {
+        // Who is not worth waiting for comes last in cohorts, and is named like any other to who takes any model.
+        let has_lost = tally.lost > 0 && wanted(self.ask).is_none() && *groups != [GroupId::ALL];
+        if !selection.is_exact || has_lost {
             return None;
         }
-        let is_tried = |replica: &&ReplicaRef| {
-            let tried = self.table.get_hot(**replica).filter(|hot| hot.placeable);
-            tried.is_some_and(|hot| {
-                groups == [GroupId::ALL] || groups.contains(&GroupId::of_set(hot.model_set))
-            })
-        };
-        let tried = self.excluded.iter().filter(is_tried).count() as u32;
         let lost = if wanted(self.ask).is_some() { tally.lost } else { 0 };
-        let choice = if tally.placeable > tried {
+        let choice = if tally.placeable > tried.placeable {
             Choice::Busy
-        } else if tried > 0 {
-            // Which of them is the first by name is not known.
-            return None;
         } else if tally.members > lost {
-            let first = self.table.placement_index().first_out(groups, self.table.hot())?;
+            let first_out = index.first_out(groups, hot);
+            let first = first_out.into_iter().chain(tried.first).min_by_key(|at| hot[*at].order)?;
             Choice::NotReady { reason: why_not(self.table, first) }
         } else if self.table.is_empty() {
             Choice::Nothing
-        } else if let Some(longest) = too_short {
+        } else if !selection.passes_any {
+            Choice::UnknownPin
+        } else if let Some(longest) = selection.too_short {
             Choice::ContextTooLong { longest_tokens: u64::from(longest) }
         } else {
             Choice::UnknownModel
@@ -417,30 +420,28 @@ impl Search<'_> {
     }
 }
 
-/// The groups of the index that an ask concerns. They have no members in common.
-pub(super) fn groups_of<'a>(table: &ReplicaTable, ask: &Ask, state: &'a mut StrategyState) -> &'a [GroupId] {
-    list_groups(table, ask, &mut state.groups);
-    &state.groups
+/// Replicas of some groups that a request has tried in vain and that take work.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tried {
+    placeable: u32,
+    /// Of these, have enough free slots.
+    with_room: u32,
+    /// The first of them by name, by its index.
+    first: Option<usize>,
 }
 
-/// As [`groups_of`], and the longest context of those that are left out because theirs is too short.
-fn list_groups(table: &ReplicaTable, ask: &Ask, groups: &mut Vec<GroupId>) -> Option<u32> {
-    groups.clear();
-    let Some(model) = wanted(ask) else {
-        groups.push(GroupId::ALL);
-        return None;
-    };
-    groups.push(GroupId::of_set(NO_MODELS));
-    let mut too_short = None;
-    for set in table.sets().with(model) {
-        let context_tokens = table.sets().context_tokens(set);
-        if context_fits(context_tokens, ask) {
-            groups.push(GroupId::of_set(set));
-        } else {
-            too_short = too_short.max(Some(context_tokens));
-        }
-    }
-    too_short
+/// The groups of the index that an ask concerns, its pins and preferences aside, and the cohorts that are left of
+/// these by them; none of the latter where it has none, or they are not known. Groups have no members in common.
+pub(super) fn groups_of<'a>(
+    table: &ReplicaTable,
+    ask: &Ask,
+    state: &'a mut StrategyState,
+) -> (&'a [GroupId], Option<&'a [GroupId]>) {
+    list_sets(table, ask, &mut state.groups);
+    let preferred_only = !ask.prefer_pools.is_empty();
+    let is_narrowed =
+        is_pinned(ask, preferred_only) && select(table, ask, preferred_only, &mut state.cohorts).is_exact;
+    (&state.groups, is_narrowed.then_some(&state.cohorts))
 }
 
 fn why_not(table: &ReplicaTable, index: usize) -> String {

@@ -1,8 +1,9 @@
 //! Which replica is best at the moment, kept up to date as replicas change, so that placement asks
 //! instead of looking at all of them.
 //!
-//! Replicas are kept in **groups**: one of all of them, and one for each set of models. A request for
-//! a model concerns the few groups whose set contains it.
+//! Replicas are kept in **groups**: one of all of them, one for each set of models, and one for each
+//! [cohort](super::cohorts). A request for a model concerns the few groups whose set contains it, one with pins
+//! the few cohorts that pass.
 //!
 //! Each group is a **tournament**: a complete binary tree whose leaves are its members in any order and
 //! whose every other node names the better one of its two children. The root is the best member. When a
@@ -11,6 +12,9 @@
 //! there are. What "better" means, the configured [`Strategy`] says. Members that take work and have a
 //! free slot are better than any other; the rest is in an order that gives the reason of a refusal: if
 //! nobody in the group takes work, the root is the first by name of those that may yet.
+//!
+//! Who wants several slots at once does not fit everywhere where one is free. Each group counts its members by
+//! how many they have free, so that it is known at once if none has enough.
 //!
 //! Two strategies need more. For [`Strategy::Random`] a second tree counts members with a free slot,
 //! from which the n-th is found by descending; for [`Strategy::RoundRobin`] those members are also kept
@@ -23,6 +27,7 @@
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BinaryHeap};
 
+use super::cohorts::{Membership, Serves};
 use super::placement::Strategy;
 use super::replica_table::{Hot, NO_MODELS};
 use super::ring::Ring;
@@ -32,6 +37,8 @@ use super::ring::Ring;
 pub const LOOKS_MAX: usize = 24;
 /// Smallest number of leaves: below that, growing step by step costs more than it saves.
 const LEAVES_MIN: usize = 4;
+/// Numbers of free slots that are told apart; those with more are counted as having this many.
+const ROOMS_MAX: usize = 8;
 /// A leaf without a member.
 const NOBODY: u32 = u32::MAX;
 /// The group of all replicas.
@@ -110,25 +117,66 @@ impl GroupId {
     pub fn of_set(set: u32) -> GroupId {
         GroupId(set + 1)
     }
+
+    /// The members of a cohort, which is one of those by devices or not.
+    #[must_use]
+    pub fn of_cohort(number: u32, by_devices: bool) -> GroupId {
+        GroupId(number | COHORT | if by_devices { BY_DEVICES } else { 0 })
+    }
+
+    /// The number of the cohort, if it is one.
+    #[must_use]
+    pub fn cohort(self) -> Option<u32> {
+        (self.0 & COHORT != 0).then_some(self.0 & !(COHORT | BY_DEVICES))
+    }
+
+    /// Which of its groups it is for a member: [`SIDES`] of them.
+    fn side(self) -> usize {
+        match self {
+            GroupId::ALL => 0,
+            GroupId(id) if id & COHORT == 0 => 1,
+            GroupId(id) if id & BY_DEVICES == 0 => 2,
+            GroupId(_) => 3,
+        }
+    }
 }
+
+/// Marks the name of a cohort's group.
+const COHORT: u32 = 1 << 31;
+/// Of these, one by devices.
+const BY_DEVICES: u32 = 1 << 30;
+/// Groups that a replica is in at most: all, its set's, its cohort's, and that by devices.
+const SIDES: usize = 4;
 
 /// The index. See the introduction of this file.
 #[derive(Debug)]
 pub struct PlacementIndex {
     strategy: Strategy,
     with_rings: bool,
+    /// That of all, and one for each set.
     groups: Vec<Group>,
+    /// By number.
+    cohorts: Vec<Group>,
     /// By index in the table.
     places: Vec<Place>,
 }
 
-/// Where a replica is in its two groups.
+/// Where a replica is in its groups.
 #[derive(Clone, Copy, Debug, Default)]
 struct Place {
     /// Its point on rings.
     point: u64,
-    /// Its leaf in the group of all, and in that of its set.
-    leaves: [u32; 2],
+    membership: Membership,
+    /// Its leaf in each of its groups.
+    leaves: [u32; SIDES],
+}
+
+impl Place {
+    /// The groups of a replica that serves `model_set`, but for that of all.
+    fn groups(&self, model_set: u32) -> impl Iterator<Item = GroupId> + use<> {
+        let (of_set, cohorts) = (GroupId::of_set(model_set), self.membership);
+        [Some(of_set), cohorts.of_pool, cohorts.of_devices].into_iter().flatten()
+    }
 }
 
 #[derive(Debug, Default)]
@@ -137,6 +185,8 @@ struct Group {
     /// are the leaves, of which the first `tally.members` have members.
     tree: Vec<u32>,
     tally: Tally,
+    /// How many members can give one slot, two, and so on: see [`rooms`].
+    rooms: [u32; ROOMS_MAX],
     /// For [`Strategy::Random`]: how many below each node have a free slot.
     counts: Vec<u32>,
     /// For [`Strategy::RoundRobin`]: who has a free slot, by order label.
@@ -158,6 +208,7 @@ impl Default for PlacementIndex {
             strategy: Strategy::default(),
             with_rings: false,
             groups: vec![Group::default()],
+            cohorts: Vec::new(),
             places: Vec::new(),
         }
     }
@@ -176,6 +227,34 @@ impl PlacementIndex {
         let mut sum = Tally::default();
         groups.iter().filter_map(|group| self.group(*group)).for_each(|group| sum.add(group.tally));
         sum
+    }
+
+    /// How many members of groups that have none in common have room for `slots` at once. Exact up to
+    /// [`ROOMS_MAX`], and otherwise an upper bound.
+    #[must_use]
+    pub fn with_room_for(&self, groups: &[GroupId], slots: u32) -> u32 {
+        let least = (slots.max(1) as usize).min(ROOMS_MAX) - 1;
+        let rooms = groups.iter().filter_map(|group| Some(&self.group(*group)?.rooms[least..]));
+        rooms.flatten().sum()
+    }
+
+    /// The members of a group, by their indices in the table, in any order.
+    #[must_use]
+    pub fn members(&self, group: GroupId) -> &[u32] {
+        self.group(group).map_or(&[], Group::leaves)
+    }
+
+    /// Whether a replica is in one of some groups.
+    #[must_use]
+    pub fn is_among(&self, index: usize, groups: &[GroupId], hot: &[Hot]) -> bool {
+        groups == [GroupId::ALL]
+            || self.places[index].groups(hot[index].model_set).any(|group| groups.contains(&group))
+    }
+
+    /// The cohorts of a replica.
+    #[must_use]
+    pub fn membership(&self, index: usize) -> Membership {
+        self.places.get(index).map_or_else(Membership::default, |place| place.membership)
     }
 
     /// The best replica of some groups that `fits`. `last` is the order label of the replica chosen last
@@ -198,13 +277,11 @@ impl PlacementIndex {
         }
     }
 
-    /// The first by name of those that may yet take work. Only for groups in which nobody does.
+    /// The first by name of those that may yet take work. Only for groups in which few have a free slot, because
+    /// all of these are passed by.
     #[must_use]
     pub fn first_out(&self, groups: &[GroupId], hot: &[Hot]) -> Option<usize> {
-        let out = |group: &GroupId| {
-            let best = self.group(*group)?.best()?;
-            (self.rules(*group).class(&hot[best]) == Class::Out).then_some(best)
-        };
+        let out = |id: &GroupId| self.group(*id)?.first_out(1, hot, self.rules(*id));
         groups.iter().filter_map(out).min_by_key(|index| hot[*index].order)
     }
 
@@ -218,51 +295,63 @@ impl PlacementIndex {
         let places = std::mem::take(&mut self.places);
         *self = PlacementIndex { strategy, with_rings, ..PlacementIndex::default() };
         for (index, place) in places.into_iter().enumerate().filter(|(index, _)| hot[*index].exists) {
-            self.insert(index, place.point, hot);
+            self.insert(index, place.point, place.membership, hot);
         }
     }
 
     /// Takes in a replica that was added to the table. `point` is its point on rings.
-    pub(super) fn insert(&mut self, index: usize, point: u64, hot: &[Hot]) {
+    pub(super) fn insert(&mut self, index: usize, point: u64, membership: Membership, hot: &[Hot]) {
         if self.places.len() <= index {
             self.places.resize(index + 1, Place::default());
         }
-        self.places[index].point = point;
+        self.places[index] = Place { point, membership, leaves: [0; SIDES] };
         self.join(GroupId::ALL, index, hot);
-        self.join(GroupId::of_set(hot[index].model_set), index, hot);
+        self.places[index].groups(hot[index].model_set).for_each(|group| self.join(group, index, hot));
     }
 
     /// Takes out a replica that is about to be removed from the table.
     pub(super) fn remove(&mut self, index: usize, hot: &[Hot]) {
         self.leave(GroupId::ALL, index, hot);
-        self.leave(GroupId::of_set(hot[index].model_set), index, hot);
+        self.places[index].groups(hot[index].model_set).for_each(|group| self.leave(group, index, hot));
     }
 
-    /// A replica serves another set of models from now on.
-    pub(super) fn change_set(&mut self, index: usize, set: u32, hot: &mut [Hot]) {
-        self.leave(GroupId::of_set(hot[index].model_set), index, hot);
+    /// A replica serves this from now on, and is in these cohorts.
+    pub(super) fn regroup(&mut self, index: usize, serves: Serves, membership: Membership, hot: &mut [Hot]) {
+        let set = hot[index].model_set;
+        let stays = (set == serves.model_set).then_some(GroupId::of_set(set));
+        let goes = |group: &GroupId| Some(*group) != stays;
+        self.places[index].groups(set).filter(goes).for_each(|group| self.leave(group, index, hot));
         let before = Tally::of(&hot[index]);
-        hot[index].model_set = set;
+        (hot[index].model_set, hot[index].context_tokens) = (serves.model_set, serves.context_tokens);
         // In the tournament of all, sets count for nothing; in its sums they do.
         let everybody = &mut self.groups[EVERYBODY].tally;
         everybody.subtract(before);
         everybody.add(Tally::of(&hot[index]));
-        self.join(GroupId::of_set(set), index, hot);
+        self.places[index].membership = membership;
+        let place = self.places[index];
+        place.groups(serves.model_set).filter(goes).for_each(|group| self.join(group, index, hot));
     }
 
     /// A replica has changed and was `before`.
     pub(super) fn update(&mut self, index: usize, before: &Hot, hot: &[Hot]) {
-        for group in [GroupId::ALL, GroupId::of_set(hot[index].model_set)] {
-            let (rules, place) = (self.rules(group), self.places[index]);
-            let known = &mut self.groups[group.0 as usize];
-            known.tally.subtract(Tally::of(before));
-            known.tally.add(Tally::of(&hot[index]));
-            let leaf = place.leaves[side(group)] as usize;
+        let place = self.places[index];
+        let (old, new) = (Tally::of(before), Tally::of(&hot[index]));
+        let (old_rooms, new_rooms) = (rooms(before), rooms(&hot[index]));
+        for group in [GroupId::ALL].into_iter().chain(place.groups(hot[index].model_set)) {
+            let (rules, with_rings) = (self.rules(group), self.with_rings);
+            let Some(known) = self.group_mut(group) else { continue };
+            known.tally.subtract(old);
+            known.tally.add(new);
+            if old_rooms != new_rooms {
+                known.count_room(old_rooms, false);
+                known.count_room(new_rooms, true);
+            }
+            let leaf = place.leaves[group.side()] as usize;
             known.replay(leaf, index as u32, hot, rules);
             if has_slot(before) != has_slot(&hot[index]) {
                 known.show_room(leaf, index, hot, rules.strategy);
             }
-            if self.with_rings && before.placeable != hot[index].placeable {
+            if with_rings && before.placeable != hot[index].placeable {
                 known.ring.set(place.point, index as u32, hot[index].placeable);
             }
         }
@@ -270,27 +359,37 @@ impl PlacementIndex {
 
     /// Order labels were dealt anew, in the same order.
     pub(super) fn relabel(&mut self, hot: &[Hot]) {
-        for group in &mut self.groups {
+        for group in self.groups.iter_mut().chain(&mut self.cohorts) {
             group.turns = group.turns.values().map(|index| (hot[*index as usize].order, *index)).collect();
         }
     }
 
     /// Panics where the index is not what would be built anew. For tests and simulations; linear.
     pub(super) fn check_invariants(&self, hot: &[Hot]) {
-        let mut members = vec![Tally::default(); self.groups.len()];
+        let mut sums: BTreeMap<u32, (Tally, [u32; ROOMS_MAX])> = BTreeMap::new();
         for (index, hot) in hot.iter().enumerate().filter(|(_, hot)| hot.exists) {
-            for group in [GroupId::ALL, GroupId::of_set(hot.model_set)] {
-                members[group.0 as usize].add(Tally::of(hot));
-                let known = &self.groups[group.0 as usize];
-                let leaf = self.places[index].leaves[side(group)] as usize;
+            let place = self.places[index];
+            for group in [GroupId::ALL].into_iter().chain(place.groups(hot.model_set)) {
+                let (tally, in_rooms) = sums.entry(group.0).or_default();
+                tally.add(Tally::of(hot));
+                rooms(hot).into_iter().for_each(|room| in_rooms[room] += 1);
+                let known = self.group(group).expect("a member's group exists");
+                let leaf = place.leaves[group.side()] as usize;
                 assert_eq!(known.tree[known.tree.len() / 2 + leaf], index as u32, "on another's leaf");
-                let on_ring = known.ring.contains(self.places[index].point, index as u32);
+                let on_ring = known.ring.contains(place.point, index as u32);
                 assert_eq!(on_ring, self.with_rings && hot.placeable, "on the ring or not");
             }
         }
-        for (id, group) in self.groups.iter().enumerate() {
-            let rules = self.rules(GroupId(id as u32));
-            assert_eq!(group.tally, members[id], "wrong sums");
+        let named = (0..self.groups.len()).map(|id| GroupId(id as u32));
+        let cohorts = (0..self.cohorts.len() as u32).map(|number| {
+            let by_devices = GroupId::of_cohort(number, true);
+            if sums.contains_key(&by_devices.0) { by_devices } else { GroupId::of_cohort(number, false) }
+        });
+        let all: Vec<GroupId> = named.chain(cohorts).collect();
+        for (id, group) in all.into_iter().filter_map(|id| Some((id, self.group(id)?))) {
+            let rules = self.rules(id);
+            let expected = sums.remove(&id.0).unwrap_or_default();
+            assert_eq!((group.tally, group.rooms), expected, "wrong sums");
             for node in 1..group.tree.len() / 2 {
                 let winner = rules.winner(group.tree[2 * node], group.tree[2 * node + 1], hot);
                 assert_eq!(group.tree[node], winner, "an outdated match");
@@ -308,48 +407,67 @@ impl PlacementIndex {
                 _ => assert!(group.turns.is_empty(), "turns that nobody takes"),
             }
         }
+        assert!(sums.is_empty(), "a group that is not found by its name");
     }
 
     fn group(&self, id: GroupId) -> Option<&Group> {
-        self.groups.get(id.0 as usize)
+        match id.cohort() {
+            Some(number) => self.cohorts.get(number as usize),
+            None => self.groups.get(id.0 as usize),
+        }
+    }
+
+    fn group_mut(&mut self, id: GroupId) -> Option<&mut Group> {
+        match id.cohort() {
+            Some(number) => self.cohorts.get_mut(number as usize),
+            None => self.groups.get_mut(id.0 as usize),
+        }
     }
 
     fn rules(&self, group: GroupId) -> Rules {
-        Rules { strategy: self.strategy, ignore_lost: group == GroupId::of_set(NO_MODELS) }
+        Rules { strategy: self.strategy, ignore_lost: group != GroupId::ALL }
     }
 
     fn join(&mut self, id: GroupId, index: usize, hot: &[Hot]) {
-        let at = id.0 as usize;
-        if self.groups.len() <= at {
-            self.groups.resize_with(at + 1, Group::default);
+        let (groups, at) = match id.cohort() {
+            Some(number) => (&mut self.cohorts, number as usize),
+            None => (&mut self.groups, id.0 as usize),
+        };
+        if groups.len() <= at {
+            groups.resize_with(at + 1, Group::default);
         }
         let (rules, with_rings) = (self.rules(id), self.with_rings);
-        let group = &mut self.groups[at];
+        let Some(group) = self.group_mut(id) else { return };
         let leaf = group.tally.members as usize;
         if leaf >= group.tree.len() / 2 {
             group.resize((leaf * 2).max(LEAVES_MIN), hot, rules);
         }
         group.tally.add(Tally::of(&hot[index]));
+        group.count_room(rooms(&hot[index]), true);
         let leaves = group.tree.len() / 2;
         group.tree[leaves + leaf] = index as u32;
         group.replay(leaf, index as u32, hot, rules);
         if has_slot(&hot[index]) {
             group.show_room(leaf, index, hot, rules.strategy);
         }
-        let place = &mut self.places[index];
-        place.leaves[side(id)] = leaf as u32;
-        if with_rings && hot[index].placeable {
-            group.ring.set(place.point, index as u32, true);
+        let point = self.places[index].point;
+        if with_rings
+            && hot[index].placeable
+            && let Some(group) = self.group_mut(id)
+        {
+            group.ring.set(point, index as u32, true);
         }
+        self.places[index].leaves[id.side()] = leaf as u32;
     }
 
     fn leave(&mut self, id: GroupId, index: usize, hot: &[Hot]) {
         let (rules, place) = (self.rules(id), self.places[index]);
-        let Some(group) = self.groups.get_mut(id.0 as usize) else { return };
+        let Some(group) = self.group_mut(id) else { return };
         group.tally.subtract(Tally::of(&hot[index]));
+        group.count_room(rooms(&hot[index]), false);
         group.ring.set(place.point, index as u32, false);
         group.turns.remove(&hot[index].order);
-        let (leaf, last) = (place.leaves[side(id)] as usize, group.tally.members as usize);
+        let (leaf, last) = (place.leaves[id.side()] as usize, group.tally.members as usize);
         let leaves = group.tree.len() / 2;
         let moved = std::mem::replace(&mut group.tree[leaves + last], NOBODY);
         group.replay(last, moved, hot, rules);
@@ -359,9 +477,9 @@ impl PlacementIndex {
             // The nodes above may still name the one that left: it must count as having changed.
             group.replay(leaf, index as u32, hot, rules);
             group.count(leaf, u32::from(has_slot(&hot[moved as usize])));
-            self.places[moved as usize].leaves[side(id)] = leaf as u32;
+            self.places[moved as usize].leaves[id.side()] = leaf as u32;
         }
-        let group = &mut self.groups[id.0 as usize];
+        let Some(group) = self.group_mut(id) else { return };
         if last == 0 {
             *group = Group::default();
         } else if last * 4 <= leaves && leaves > LEAVES_MIN {
@@ -464,6 +582,21 @@ impl Group {
         self.tree.get(1).filter(|index| **index != NOBODY).map(|index| *index as usize)
     }
 
+    /// The first by name of those below a node that may yet take work.
+    fn first_out(&self, node: usize, hot: &[Hot], rules: Rules) -> Option<usize> {
+        let winner = *self.tree.get(node).filter(|index| **index != NOBODY)? as usize;
+        match rules.class(&hot[winner]) {
+            Class::Out => Some(winner),
+            Class::Room if node < self.tree.len() / 2 => {
+                let below = [2 * node, 2 * node + 1].into_iter();
+                below
+                    .filter_map(|node| self.first_out(node, hot, rules))
+                    .min_by_key(|index| hot[*index].order)
+            }
+            _ => None,
+        }
+    }
+
     fn leaves(&self) -> &[u32] {
         let first = self.tree.len() / 2;
         &self.tree[first..first + self.tally.members as usize]
@@ -479,6 +612,15 @@ impl Group {
                 return;
             }
             node /= 2;
+        }
+    }
+
+    /// One more member can give so much, or one less.
+    fn count_room(&mut self, room: Option<usize>, is_more: bool) {
+        match (room, is_more) {
+            (Some(room), true) => self.rooms[room] += 1,
+            (Some(room), false) => self.rooms[room] -= 1,
+            (None, _) => {}
         }
     }
 
@@ -643,6 +785,9 @@ fn is_lost(hot: &Hot) -> bool {
     !hot.placeable && hot.offline && hot.model_set == NO_MODELS
 }
 
-fn side(group: GroupId) -> usize {
-    usize::from(group != GroupId::ALL)
+/// Which of [`ROOMS_MAX`] counts a replica is in: the most slots that it gives at once, less one. An idle one
+/// gives all that it has to whoever wants more.
+fn rooms(hot: &Hot) -> Option<usize> {
+    let free = if hot.slots_used == 0 { u32::MAX } else { hot.slots_total.saturating_sub(hot.slots_used) };
+    has_slot(hot).then(|| (free as usize).min(ROOMS_MAX) - 1)
 }

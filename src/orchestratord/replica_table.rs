@@ -3,11 +3,13 @@
 //!
 //! The table decides nothing about nodes and leases; the service registry tells it each node's
 //! status. It keeps one verdict per replica up to date, [`Hot::placeable`], so that placement reads
-//! a dense array of small records and touches nothing else. Three more things make that cheap:
+//! a dense array of small records and touches nothing else. Four more things make that cheap:
 //!
 //! - **Model sets.** Replicas that serve the same list of models share one interned set. Placement
 //!   turns a model's name into a bit mask over sets once, and tests one bit a replica. Replicas that
 //!   differ in their context length differ in their set, too.
+//! - **Cohorts.** Replicas of equally named pools that serve the same are known by these names, and so are those
+//!   on the same devices: see [`Cohorts`]. Placement finds all that pass a request's pins by name.
 //! - **Index.** Who is best at the moment is known from the [`PlacementIndex`], which is told of every
 //!   change of a hot record, and of nothing else: a report that changes nothing costs nothing.
 //! - **Order labels.** Ties are broken by name (node, pool, replica). Each replica carries a number
@@ -22,14 +24,15 @@
 //! say. After a backoff it is half open: one request may try. Its success closes the breaker, its
 //! failure opens it again for twice as long.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
 use crate::time::{Mono, Now, Wall};
-use crate::wire::id::{NodeId, PoolId, ReplicaKey};
+use crate::wire::id::{NodeId, ReplicaKey};
 use crate::wire::url::BaseUrl;
 
+use super::cohorts::{Cohorts, Serves};
 use super::model_sets::ModelSets;
 use super::placement::Strategy;
 use super::placement_index::PlacementIndex;
@@ -381,8 +384,8 @@ pub struct ReplicaTable {
     hot: Vec<Hot>,
     free: Vec<u32>,
     by_name: BTreeMap<(NodeId, ReplicaKey), u32>,
-    by_pool: BTreeMap<PoolId, BTreeSet<u32>>,
     sets: ModelSets,
+    cohorts: Cohorts,
     placement_index: PlacementIndex,
     /// Slots of all replicas.
     slots_total: u64,
@@ -413,10 +416,10 @@ impl ReplicaTable {
         &self.placement_index
     }
 
-    /// Replicas in pools of this name, on whichever node, by their index in [`ReplicaTable::hot`].
+    /// The cohorts that placement finds by name.
     #[must_use]
-    pub fn in_pool(&self, pool: &PoolId) -> Option<&BTreeSet<u32>> {
-        self.by_pool.get(pool)
+    pub fn cohorts(&self) -> &Cohorts {
+        &self.cohorts
     }
 
     /// What placement scans. An index that is not in use has `exists == false`.
@@ -481,8 +484,9 @@ impl ReplicaTable {
         let slot = &mut self.hot[index as usize];
         *slot = Hot { order, exists: true, serial: slot.serial.wrapping_add(1), ..Hot::default() };
         let point = stable_hash(format!("{}/{}", replica.node, replica.key).as_bytes());
-        self.placement_index.insert(index as usize, point, &self.hot);
-        self.by_pool.entry(replica.key.pool.clone()).or_default().insert(index);
+        let serves = Serves { model_set: NO_MODELS, context_tokens: 0 };
+        let membership = self.cohorts.join(&replica.key.pool, replica.device_mask.as_ref(), serves);
+        self.placement_index.insert(index as usize, point, membership, &self.hot);
         changes.push(Change::ReplicaFound {
             replica: self.reference(index),
             node: replica.node.clone(),
@@ -501,12 +505,7 @@ impl ReplicaTable {
         let Some(gone) = self.cold[index].take() else { return };
         self.placement_index.remove(index, &self.hot);
         self.slots_total -= u64::from(self.hot[index].slots_total);
-        if let Some(pool) = self.by_pool.get_mut(&gone.key.pool) {
-            pool.remove(&replica.index);
-            if pool.is_empty() {
-                self.by_pool.remove(&gone.key.pool);
-            }
-        }
+        self.cohorts.leave(self.placement_index.membership(index));
         self.sets.release(self.hot[index].model_set);
         self.by_name.remove(&(gone.node.clone(), gone.key.clone()));
         self.hot[index] = Hot { serial: self.hot[index].serial, ..Hot::default() };
@@ -532,6 +531,10 @@ impl ReplicaTable {
             && let Some(cold) = self.cold[index].as_mut()
         {
             change(cold);
+            if self.cohorts.devices(self.placement_index.membership(index)) != cold.device_mask.as_deref() {
+                let serves = Serves::of(&self.hot[index]);
+                self.regroup(index, serves);
+            }
             self.refresh(replica, now, changes);
         }
     }
@@ -553,12 +556,9 @@ impl ReplicaTable {
         let old = self.hot[index].model_set;
         cold.context_length = context_length;
         let context_tokens = u32::try_from(context_length.unwrap_or(0)).unwrap_or(u32::MAX);
-        let (set, list) = self.sets.intern(models, context_tokens);
+        let (model_set, list) = self.sets.intern(models, context_tokens);
         cold.models = list;
-        self.hot[index].context_tokens = context_tokens;
-        if set != old {
-            self.placement_index.change_set(index, set, &mut self.hot);
-        }
+        self.regroup(index, Serves { model_set, context_tokens });
         self.sets.release(old);
         if self.hot[index].placeable {
             changes.push(Change::ReplicaCapacity(replica));
@@ -598,6 +598,15 @@ impl ReplicaTable {
             *trying = false;
         }
         self.refresh_quietly(index);
+    }
+
+    /// A replica serves this from now on, or has other devices.
+    fn regroup(&mut self, index: usize, serves: Serves) {
+        let Some(cold) = self.cold[index].as_ref() else { return };
+        let before = self.placement_index.membership(index);
+        let membership = self.cohorts.join(&cold.key.pool, cold.device_mask.as_ref(), serves);
+        self.placement_index.regroup(index, serves, membership, &mut self.hot);
+        self.cohorts.leave(before);
     }
 
     /// Recomputes the verdict and names the difference.
@@ -705,7 +714,6 @@ impl ReplicaTable {
             assert_eq!(hot.model_set == NO_MODELS, cold.models.is_empty(), "{node} {key}: models");
             let context_tokens = u32::try_from(cold.context_length.unwrap_or(0)).unwrap_or(u32::MAX);
             assert_eq!(hot.context_tokens, context_tokens, "{node} {key}: context length");
-            assert!(self.by_pool[&key.pool].contains(index), "{node} {key}: not in its pool");
             *references.entry(hot.model_set).or_insert(0u32) += 1;
         }
         assert_eq!(self.cold.iter().flatten().count(), self.by_name.len(), "replicas without a name");
@@ -715,8 +723,13 @@ impl ReplicaTable {
         self.placement_index.check_invariants(&self.hot);
         let slots = self.hot.iter().map(|hot| u64::from(hot.slots_total)).sum::<u64>();
         assert_eq!(self.slots_total, slots, "slots are summed wrongly");
-        let in_pools: usize = self.by_pool.values().map(BTreeSet::len).sum();
-        assert_eq!(in_pools, self.by_name.len(), "a stray replica in a pool");
+        let members = self.by_name.values().filter_map(|index| {
+            let (index, cold) = (*index as usize, self.cold[*index as usize].as_ref()?);
+            let serves = Serves::of(&self.hot[index]);
+            let membership = self.placement_index.membership(index);
+            Some((membership, &cold.key.pool, cold.device_mask.as_deref(), serves))
+        });
+        self.cohorts.check_invariants(members);
     }
 }
 

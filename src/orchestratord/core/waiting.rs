@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Core, Effect, Request};
 use crate::orchestratord::admission::{self, Serves};
-use crate::orchestratord::placement::{Ask, Choice, Strategy, StrategyState, choose, fits};
+use crate::orchestratord::placement::{Ask, Choice, StrategyState, choose, fits};
 use crate::orchestratord::refusal::Refusal;
 use crate::orchestratord::service_registry::{NodeStatus, Obstacle, Replica, ReplicaRef, ServiceRegistry};
 use crate::time::{Mono, Now};
@@ -174,14 +174,16 @@ impl Request {
 
 /// Whether a replica on which it has not failed takes work that fits, full ones included.
 fn is_servable(registry: &ServiceRegistry, wanted: &Wanted) -> bool {
-    let mut state = StrategyState::new(0);
-    let found = choose(registry, &wanted.ask, &wanted.tried, Strategy::LeastLoaded, &mut state);
+    let (strategy, mut state) = (registry.table().placement_index().strategy(), StrategyState::new(0));
+    let found = choose(registry, &wanted.ask, &wanted.tried, strategy, &mut state);
     matches!(found.choice, Choice::Busy | Choice::Replica { .. })
 }
 
 /// Whether any replica serves it, or may do so soon.
 fn is_servable_ever(registry: &ServiceRegistry, ask: &Ask) -> bool {
-    match choose(registry, ask, &[], Strategy::LeastLoaded, &mut StrategyState::new(0)).choice {
+    // Whether there is one is the same for each strategy.
+    let strategy = registry.table().placement_index().strategy();
+    match choose(registry, ask, &[], strategy, &mut StrategyState::new(0)).choice {
         Choice::Busy | Choice::Replica { .. } => true,
         Choice::NotReady { .. } => {
             registry.replicas().any(|(_, replica)| may_serve(replica, ask)) || registry.is_prepared(ask)

@@ -1,10 +1,11 @@
 //! The definition of a choice: one pass over replicas, from which the best one that fits remains.
 
 use super::super::placement_index::is_better;
+use super::super::replica_table::NO_MODELS;
 use super::super::ring::mix;
 use super::{
-    Ask, Choice, Hot, NO_MODELS, Placement, ReplicaRef, ReplicaTable, Search, ServiceRegistry, Strategy,
-    StrategyState, context_fits, has_room, need, wanted, why_not,
+    Ask, Choice, Hot, Placement, ReplicaRef, ReplicaTable, Search, ServiceRegistry, Strategy, StrategyState,
+    context_fits, has_room, need, wanted, why_not,
 };
 
 /// What [`choose`](super::choose) would choose, with exact counts, from a pass over all replicas. For

@@ -210,6 +210,7 @@ enum Event {
 
 const NODES: usize = 7;
 const POOLS: [&str; 3] = ["p0", "p1", "p2"];
+const DEVICES: [Option<&str>; 4] = [Some("0"), Some("1"), Some("0,1"), None];
 const MODELS: [&[&str]; 5] = [&["a"], &["a", "b"], &["b"], &["c"], &[]];
 
 impl World {
@@ -253,7 +254,7 @@ impl World {
                         vram,
                         json!({"replica_id": format!("r{n}"), "url": "http://127.0.0.1:1", "ready": ready,
                             "slots_free": free.min(total), "slots_total": total, "models": MODELS[models],
-                            "context_length": context_length, "device_mask": devices.to_string()}),
+                            "context_length": context_length, "device_mask": DEVICES[devices]}),
                     ));
                 }
                 let pools = pools.into_iter().zip(POOLS).map(|(replicas, pool)| {
@@ -306,7 +307,7 @@ impl World {
 }
 
 fn event() -> impl Generator<Value = Event> {
-    let replica = (any::<bool>(), 0u32..4, 0u32..4, 0..MODELS.len(), 0usize..3, 0u64..3, 0usize..3);
+    let replica = (any::<bool>(), 0u32..4, 0u32..4, 0..MODELS.len(), 0usize..3, 0u64..3, 0..DEVICES.len());
     prop_oneof![
         6 => (0..NODES, proptest::collection::vec(replica, 0..6)).prop_map(|(n, r)| Event::Beat(n, r)),
         4 => (0usize..50, 1u32..3).prop_map(|(n, slots)| Event::Acquire(n, slots)),
@@ -320,17 +321,24 @@ fn event() -> impl Generator<Value = Event> {
 
 fn any_ask() -> impl Generator<Value = (Ask, Vec<usize>)> {
     let rarely = |end: usize| prop_oneof![4 => proptest::strategy::Just(None), 1 => (0..end).prop_map(Some)];
-    let pools = || proptest::collection::vec(0usize..4, 0..2);
-    let basics = (0usize..5, 1u32..4, rarely(3), rarely(3));
-    let pins = (rarely(NODES + 1), rarely(4), pools(), pools(), proptest::collection::vec(0usize..50, 0..2));
+    let pools = || prop_oneof![2 => proptest::collection::vec(0usize..4, 0..1), 1 => proptest::collection::vec(0usize..4, 1..4)];
+    let basics = (0usize..5, 0usize..4, rarely(4), rarely(3));
+    let tried = prop_oneof![2 => proptest::collection::vec(0usize..50, 0..1), 1 => proptest::collection::vec(0usize..50, 1..6)];
+    let pins = (
+        rarely(NODES + 1),
+        prop_oneof![1 => rarely(4), 1 => (0..4usize).prop_map(Some)],
+        pools(),
+        pools(),
+        tried,
+    );
     (basics, pins).prop_map(|((model, slots, devices, context), (node, own, prefer, avoid, excluded))| {
         let named = |n: usize| pool(["p0", "p1", "p2", "p9"][n]);
         let ask = Ask {
             model: [None, Some("a"), Some("b"), Some("c"), Some("z")][model].map(String::from),
-            slots: if slots == 3 { 3 } else { 1 },
+            slots: [1, 1, 2, 3][slots],
             pool: own.map(named),
             node: node.map(|n| NodeId::new(&format!("n{n}")).expect("an id")),
-            device_mask: devices.map(|n| n.to_string()),
+            device_mask: devices.map(|n| DEVICES[n].unwrap_or("2").to_string()),
             prefer_pools: prefer.into_iter().map(named).collect(),
             avoid_pools: avoid.into_iter().map(named).collect(),
             context_tokens: context.map(|n| [500, 1_500, 2_500][n]),
@@ -435,5 +443,43 @@ fn one_that_fits_among_thousands_that_do_not_is_found() {
         world.grants.extend(world.registry.acquire(full, 2));
         let none = Ask { device_mask: Some("none".into()), ..ask("m") };
         assert_eq!(chosen(&world.registry, &none, strategy, &mut state), "UnknownPin", "{strategy}");
+    }
+}
+
+/// Pools that all have other names are more cohorts than are looked at; and what is pinned to one of them is
+/// found all the same.
+#[test]
+fn pools_of_many_names_are_told_apart() {
+    for strategy in Strategy::ALL {
+        let mut world = World::new(strategy, false);
+        for node in 0..40 {
+            let replica = json!({"replica_id": "r0", "url": "http://127.0.0.1:1", "ready": true,
+                "slots_free": 1, "slots_total": 1, "models": ["m"], "device_mask": node.to_string()});
+            world.beat_pools(node, json!([{"pool_id": format!("p{node}"), "replicas": [replica]}]));
+        }
+        world.registry.check_invariants();
+        let mut state = StrategyState::new(9);
+        let mut find = |world: &World, ask: &Ask| chosen(&world.registry, ask, strategy, &mut state);
+        let pinned = Ask { pool: Some(pool("p17")), ..ask("m") };
+        let on_devices = Ask { device_mask: Some("17".into()), ..ask("m") };
+        let avoiding = Ask {
+            avoid_pools: (0..40).filter(|n| *n != 17).map(|n| pool(&format!("p{n}"))).collect(),
+            ..ask("m")
+        };
+        for one in [&pinned, &on_devices, &avoiding] {
+            assert_eq!(find(&world, one), "n17/p17", "{strategy}");
+        }
+        let full = world
+            .registry
+            .replicas()
+            .find(|(_, known)| known.key.pool == pool("p17"))
+            .expect("it is there")
+            .0;
+        world.grants.extend(world.registry.acquire(full, 1));
+        for one in [&pinned, &on_devices, &avoiding] {
+            assert_eq!(find(&world, one), "Busy", "{strategy}");
+        }
+        let elsewhere = Ask { device_mask: Some("18".into()), ..pinned };
+        assert_eq!(find(&world, &elsewhere), "UnknownPin", "{strategy}");
     }
 }

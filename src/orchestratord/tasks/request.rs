@@ -23,6 +23,8 @@ const MAX_TOKENS_MAX: i64 = 50_000;
 const MAX_TOKENS_DEFAULT: i64 = 256;
 /// Most steps of preparation that one answer shows.
 const STEPS_SHOWN_MAX: usize = 64;
+/// Most pools that one task may prefer, and may avoid: placement compares each with those that there are.
+const POOLS_NAMED_MAX: usize = 64;
 /// Longest context that any engine is asked for, in tokens.
 const CTX_MAX: i64 = 32_768 * 32;
 
@@ -138,6 +140,12 @@ pub fn parse(body: &[u8], client: Arc<str>, aliases: &Aliases) -> Result<NewTask
         }
         None | Some("pin" | "prefer" | "auto") => {}
         Some(_) => return Err(invalid("placement.mode must be pin, prefer or auto")),
+    }
+    for (name, pools) in [("prefer_pools", &wishes.prefer_pools), ("avoid_pools", &wishes.avoid_pools)] {
+        if pools.as_ref().is_some_and(|pools| pools.len() > POOLS_NAMED_MAX) {
+            let message = format!("placement.{name} must name at most {POOLS_NAMED_MAX} pools");
+            return Err(Refusal::Invalid(message));
+        }
     }
     let mut body = json!({"max_tokens": tokens_max, "stream": true});
     let path = match (task.prompt, task.messages) {
@@ -297,6 +305,19 @@ mod tests {
                 "{bad}: {}",
                 refusal.message()
             );
+        }
+    }
+
+    #[test]
+    fn so_many_pools_may_be_named_and_no_more() {
+        for name in ["prefer_pools", "avoid_pools"] {
+            let task = |count| {
+                let pools = vec!["p"; count];
+                json!({"task_id": "t", "prompt": "", "placement": {(name): pools}}).to_string()
+            };
+            parse(&task(POOLS_NAMED_MAX)).expect("as many as are allowed");
+            let refusal = parse(&task(POOLS_NAMED_MAX + 1)).expect_err("one too many");
+            assert!(refusal.status() == 400 && refusal.message().contains(name), "{}", refusal.message());
         }
     }
 
