@@ -220,6 +220,12 @@ impl ResponseHead {
     }
 }
 
+/// Where the first head in `bytes` ends, behind its empty line.
+#[must_use]
+pub fn head_end(bytes: &[u8]) -> Option<usize> {
+    HEAD_END.find(bytes).map(|at| at + 4)
+}
+
 /// Length of the head at the start of `bytes`, its empty line included. `scanned` carries how far
 /// earlier calls looked, so that a head that drips in is not searched from its start every time.
 ///
@@ -228,9 +234,9 @@ impl ResponseHead {
 pub fn head_length(bytes: &[u8], scanned: &mut usize) -> Result<Option<usize>, BadMessage> {
     let from = scanned.saturating_sub(3).min(bytes.len());
     let window = &bytes[from..bytes.len().min(HEAD_BYTES_MAX)];
-    if let Some(at) = HEAD_END.find(window) {
+    if let Some(end) = head_end(window) {
         *scanned = 0;
-        return Ok(Some(from + at + 4));
+        return Ok(Some(from + end));
     }
     // Without this a client that ends its lines with bare LF or CR would wait for an answer for ever. At the
     // window's start the byte before is known only where the window is the head's start.

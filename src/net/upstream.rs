@@ -10,6 +10,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use crate::http::client::encode_request_head;
+use crate::http::head::head_end;
 use crate::reactor::stream::{ReadResult, Stream};
 use crate::reactor::tls::Handshake;
 use crate::reactor::token::{Kind, Table, Token};
@@ -240,8 +241,8 @@ fn is_progress(piece: &[u8], after_head: bool) -> bool {
     let body = if after_head {
         piece
     } else {
-        match memchr::memmem::find(piece, b"\r\n\r\n") {
-            Some(end) => &piece[end + 4..],
+        match head_end(piece) {
+            Some(end) => &piece[end..],
             None => return false,
         }
     };

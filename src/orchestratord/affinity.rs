@@ -127,7 +127,8 @@ fn by_ring(
     let table = registry.table();
     let groups = groups_of(table, ask, state);
     let tally = table.placement_index().tally(groups);
-    if tally.with_room == 0 {
+    // Of one replica there is no choice.
+    if tally.with_room == 0 || tally.members == 1 {
         return None;
     }
     let is_wanted = |index: usize| {
