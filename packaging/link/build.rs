@@ -4,12 +4,11 @@
 //! that hardly ever run, nearly every block holds one, and a daemon keeps nearly all of its code resident; side
 //! by side they take a third of it. `record`, beside this, finds out which they are and writes `order.ld`.
 
-#![expect(clippy::print_stdout, reason = "this is how a build script speaks to cargo")]
-
 use std::{env, path::PathBuf};
 
 fn main() {
-    let script = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it")).join("packaging/link/order.ld");
+    let script = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"))
+        .join("packaging/link/order.ld");
     println!("cargo::rerun-if-changed={}", script.display());
     // Small programs are optimised ones; and only GNU ld and lld read such scripts.
     let optimised = env::var("OPT_LEVEL").is_ok_and(|level| level != "0");

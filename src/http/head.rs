@@ -11,6 +11,8 @@ use std::sync::LazyLock;
 
 use memchr::{memchr_iter, memmem};
 
+use super::fields::length_bit;
+
 /// Largest head, line ends included, in bytes. nginx and HAProxy allow 8 to 32 KiB.
 pub const HEAD_BYTES_MAX: usize = 32 * 1024;
 /// Most fields in a head.
@@ -65,6 +67,8 @@ const fn bad(reason: &'static str) -> BadMessage {
 pub struct Fields {
     bytes: Vec<u8>,
     ranges: Vec<[u32; 4]>,
+    /// A bit for each length that a name here has, so that most questions for a name need no search.
+    name_lengths: u64,
     /// A `Connection` field says more than that the connection is kept or closed.
     connection_names_some: bool,
 }
@@ -78,6 +82,12 @@ impl Fields {
     /// The same with names as they are in memory, for whoever only compares and copies them.
     pub fn raw(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
         self.ranges.iter().map(|range| (self.slice(range[0], range[1]), self.value_at(*range)))
+    }
+
+    /// Length of the whole head, in bytes.
+    #[must_use]
+    pub fn bytes_len(&self) -> usize {
+        self.bytes.len()
     }
 
     /// The first field of this name (any case), if its value is text.
@@ -105,7 +115,13 @@ impl Fields {
 
     /// The values of all fields of this name (any case).
     fn of(&self, name: &str) -> impl Iterator<Item = &[u8]> {
-        self.raw().filter(|(own, _)| own.eq_ignore_ascii_case(name.as_bytes())).map(|(_, value)| value)
+        let ranges =
+            if self.name_lengths & length_bit(name.as_bytes()) == 0 { &[][..] } else { &self.ranges };
+        let is_named = |range: &&[u32; 4]| {
+            (range[1] - range[0]) as usize == name.len()
+                && self.slice(range[0], range[1]).eq_ignore_ascii_case(name.as_bytes())
+        };
+        ranges.iter().filter(is_named).map(|range| self.value_at(*range))
     }
 
     fn slice(&self, start: u32, end: u32) -> &[u8] {
@@ -132,8 +148,10 @@ impl fmt::Debug for Fields {
 /// A request's head.
 #[derive(Clone, Debug)]
 pub struct RequestHead {
-    method: Range<u32>,
-    target: Range<u32>,
+    /// Method and target, one behind the other.
+    line: Box<str>,
+    target: usize,
+    query: usize,
     /// Protocol version.
     pub version: Version,
     /// How the body is delimited.
@@ -150,34 +168,30 @@ impl RequestHead {
     /// The method, as sent.
     #[must_use]
     pub fn method(&self) -> &str {
-        self.text(&self.method)
+        &self.line[..self.target]
     }
 
     /// Path and query, as sent.
     #[must_use]
     pub fn target(&self) -> &str {
-        self.text(&self.target)
+        &self.line[self.target..]
     }
 
     /// The target without its query.
     #[must_use]
     pub fn path(&self) -> &str {
-        self.target().split('?').next().unwrap_or_default()
+        &self.line[self.target..self.query]
     }
 
     /// The value of a query parameter, undecoded; empty for a bare name.
     #[must_use]
     pub fn query(&self, name: &str) -> Option<&str> {
-        let (_, query) = self.target().split_once('?')?;
+        let query = self.line[self.query..].strip_prefix('?')?;
         query.split('&').find_map(|pair| match pair.split_once('=') {
             Some((n, value)) if n == name => Some(value),
             None if pair == name => Some(""),
             _ => None,
         })
-    }
-
-    fn text(&self, range: &Range<u32>) -> &str {
-        std::str::from_utf8(&self.fields.bytes[range.start as usize..range.end as usize]).unwrap_or_default()
     }
 }
 
@@ -206,6 +220,12 @@ impl ResponseHead {
     }
 }
 
+/// Where the first head in `bytes` ends, behind its empty line.
+#[must_use]
+pub fn head_end(bytes: &[u8]) -> Option<usize> {
+    HEAD_END.find(bytes).map(|at| at + 4)
+}
+
 /// Length of the head at the start of `bytes`, its empty line included. `scanned` carries how far
 /// earlier calls looked, so that a head that drips in is not searched from its start every time.
 ///
@@ -214,9 +234,9 @@ impl ResponseHead {
 pub fn head_length(bytes: &[u8], scanned: &mut usize) -> Result<Option<usize>, BadMessage> {
     let from = scanned.saturating_sub(3).min(bytes.len());
     let window = &bytes[from..bytes.len().min(HEAD_BYTES_MAX)];
-    if let Some(at) = HEAD_END.find(window) {
+    if let Some(end) = head_end(window) {
         *scanned = 0;
-        return Ok(Some(from + at + 4));
+        return Ok(Some(from + end));
     }
     // Without this a client that ends its lines with bare LF or CR would wait for an answer for ever. At the
     // window's start the byte before is known only where the window is the head's start.
@@ -271,8 +291,9 @@ pub fn parse_request(bytes: &[u8]) -> Result<RequestHead, BadMessage> {
         Some(_) => return Err(BadMessage { status: 417, reason: "only 100-continue can be expected" }),
     };
     Ok(RequestHead {
-        method: range_in(bytes, method.as_bytes()),
-        target: range_in(bytes, target.as_bytes()),
+        query: method.len() + target.find('?').unwrap_or(target.len()),
+        target: method.len(),
+        line: [method, target].concat().into(),
         version,
         framing,
         keep_alive: facts.keep_alive(version),
@@ -458,8 +479,15 @@ impl<'h, 'b> Facts<'h, 'b> {
                 (range_in(bytes, header.name.as_bytes()), range_in_or_empty(bytes, header.value));
             [name.start, name.end, value.start, value.end]
         });
-        let connection_names_some = self.connection_names_some;
-        Fields { ranges: ranges.collect(), bytes: bytes.to_vec(), connection_names_some }
+        Fields {
+            ranges: ranges.collect(),
+            bytes: bytes.to_vec(),
+            name_lengths: self
+                .headers
+                .iter()
+                .fold(0, |lengths, header| lengths | length_bit(header.name.as_bytes())),
+            connection_names_some: self.connection_names_some,
+        }
     }
 }
 

@@ -7,7 +7,8 @@
 
 use std::sync::LazyLock;
 
-use memchr::memmem::{Finder, FinderRev};
+use memchr::memchr2_iter;
+use memchr::memmem::Finder;
 
 use crate::http::sse::holds_finish;
 
@@ -34,8 +35,8 @@ pub struct Meter {
 
 /// What is looked for; made once, because making a searcher costs more than a search in a short answer.
 struct Keys {
-    usage: FinderRev<'static>,
-    timings: FinderRev<'static>,
+    usage: Finder<'static>,
+    timings: Finder<'static>,
     /// In `usage`, under either of its names.
     prompt: [Finder<'static>; 2],
     completion: [Finder<'static>; 2],
@@ -45,8 +46,8 @@ struct Keys {
 }
 
 static KEYS: LazyLock<Keys> = LazyLock::new(|| Keys {
-    usage: FinderRev::new("\"usage\""),
-    timings: FinderRev::new("\"timings\""),
+    usage: Finder::new("\"usage\""),
+    timings: Finder::new("\"timings\""),
     prompt: [Finder::new("\"prompt_tokens\""), Finder::new("\"input_tokens\"")],
     completion: [Finder::new("\"completion_tokens\""), Finder::new("\"output_tokens\"")],
     prompt_n: Finder::new("\"prompt_n\""),
@@ -90,10 +91,9 @@ impl Meter {
 fn told(tail: &[u8]) -> Tokens {
     let keys = &*KEYS;
     let usage = object(tail, &keys.usage);
-    let timings = object(tail, &keys.timings);
     let find = |names: &[Finder<'_>; 2], timing: &Finder<'_>| {
         let told = usage.and_then(|usage| names.iter().find_map(|name| number(usage, name)));
-        told.or_else(|| timings.and_then(|timings| number(timings, timing)))
+        told.or_else(|| object(tail, &keys.timings).and_then(|timings| number(timings, timing)))
     };
     Tokens {
         prompt: find(&keys.prompt, &keys.prompt_n),
@@ -102,24 +102,21 @@ fn told(tail: &[u8]) -> Tokens {
 }
 
 /// What follows the last `key` whose value is an object.
-fn object<'a>(tail: &'a [u8], key: &FinderRev<'_>) -> Option<&'a [u8]> {
-    key.rfind_iter(tail).find_map(|at| {
-        let value = after_colon(&tail[at + key.needle().len()..])?;
-        let end = end_of_object(value)?;
-        Some(&value[..end])
-    })
+fn object<'a>(tail: &'a [u8], key: &Finder<'_>) -> Option<&'a [u8]> {
+    let values = key.find_iter(tail).filter_map(|at| after_colon(&tail[at + key.needle().len()..]));
+    // Forward and to the end: only that direction is searched by vector instructions.
+    let value = values.filter(|value| value.starts_with(b"{")).last()?;
+    Some(&value[..end_of_object(value)?])
 }
 
 /// The length of the object with which `text` begins. No string in it holds a brace: they are counts.
 fn end_of_object(text: &[u8]) -> Option<usize> {
     let mut depth = 0usize;
-    for (at, byte) in text.iter().enumerate() {
-        match byte {
+    for at in memchr2_iter(b'{', b'}', text) {
+        match text[at] {
             b'{' => depth += 1,
-            b'}' if depth <= 1 => return (depth == 1).then_some(at + 1),
-            b'}' => depth -= 1,
-            _ if depth == 0 => return None,
-            _ => {}
+            _ if depth <= 1 => return Some(at + 1),
+            _ => depth -= 1,
         }
     }
     None

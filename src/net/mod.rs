@@ -360,6 +360,7 @@ pub struct Net {
     dial_rule: Option<DialRule>,
     events: VecDeque<NetEvent>,
     scratch: Vec<u8>,
+    spares: buffer::Spares,
     /// What a session may move at the moment before others have their turn.
     share_bytes: usize,
     /// What sessions that carry on have moved in this turn.
@@ -392,6 +393,7 @@ impl Net {
             dial_rule: None,
             events: VecDeque::new(),
             scratch: scratch(),
+            spares: buffer::Spares::default(),
             share_bytes: SHARE_BYTES,
             moved_bytes: 0,
             limits,
@@ -569,6 +571,12 @@ impl Net {
         }
     }
 
+    /// The IP address that a client is connected from, as text.
+    #[must_use]
+    pub fn address(&self, client: Token) -> Option<&Arc<str>> {
+        self.server.clients.get(client).map(|session| &session.address)
+    }
+
     /// The correlation id of the request that a client waits on.
     #[must_use]
     pub fn correlation(&self, client: Token) -> Option<&str> {
@@ -637,7 +645,7 @@ impl Net {
             }
             Sink::Collect { .. } | Sink::Owner { .. } => (None, None),
         };
-        let exchange = self.upstreams.begin(outbound, forward, rule, now);
+        let exchange = self.upstreams.begin(outbound, forward, rule, &mut self.spares, now);
         if let Some(session) = client.and_then(|client| self.server.clients.get_mut(client)) {
             session.next = ClientNext::Relay(exchange);
         } else if client.is_some() {

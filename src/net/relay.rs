@@ -96,6 +96,8 @@ impl Answer {
 /// With this field a relay says of its 502 that the engine broke within its answer, so that nobody before it
 /// sends the request once more.
 pub const BEGUN_FIELD: &str = "x-llorch-begun";
+/// Bytes that a forwarded head may be longer than that of the engine, beside the fields that are added.
+const HEAD_SURPLUS_BYTES: usize = 96;
 /// Why a stream is broken whose framing ended and whose text did not.
 const MUTE_END: &str = "the engine ended its answer without saying that it is complete";
 /// Paths, below any prefix, whose streams end with `[DONE]`.
@@ -266,12 +268,13 @@ impl Relay {
     }
 
     fn begin(&mut self, head: &ResponseHead, rest: &[u8], out: &mut Vec<u8>) -> Result<Step, BadMessage> {
+        let is_event_stream = head.is_event_stream();
         let mut answer = Answer {
             status: head.status,
             upstream_keeps_alive: head.keep_alive,
             client_keeps_alive: false,
             body: Body::Data,
-            events: (head.is_event_stream() && !is_encoded(head)).then(Tail::default),
+            events: (is_event_stream && !is_encoded(head)).then(Tail::default),
             must_say_end: self.says_done && head.status == 200 && head.framing == Framing::UntilClose,
             is_mute: false,
             error_told: false,
@@ -290,7 +293,16 @@ impl Relay {
                 (_, Version::Http10) => Body::Data,
             };
             answer.client_keeps_alive = forward.to.keep_alive && answer.body != Body::Data;
-            encode_forwarded_head(head, answer.body, answer.client_keeps_alive, forward, out);
+            let added = forward.fields.as_bytes().len() + HEAD_SURPLUS_BYTES;
+            out.reserve(head.fields.bytes_len() + added + rest.len());
+            encode_forwarded_head(
+                head,
+                is_event_stream,
+                answer.body,
+                answer.client_keeps_alive,
+                forward,
+                out,
+            );
         }
         self.head = Some(answer);
         self.body(rest, out)
@@ -357,6 +369,7 @@ fn speaks_to_pages(name: &[u8]) -> bool {
 
 fn encode_forwarded_head(
     head: &ResponseHead,
+    is_event_stream: bool,
     body: Body,
     keep_alive: bool,
     forward: &Forward,
@@ -378,7 +391,7 @@ fn encode_forwarded_head(
     if body == Body::Rechunked || head.framing == Framing::Chunked && body == Body::Same {
         push_field(out, "Transfer-Encoding", "chunked");
     }
-    if head.is_event_stream() && head.fields.get("x-accel-buffering").is_none() {
+    if is_event_stream && head.fields.get("x-accel-buffering").is_none() {
         push_field(out, "X-Accel-Buffering", "no");
     }
     out.extend_from_slice(forward.fields.as_bytes());

@@ -5,6 +5,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use crate::http::fields::FieldLines;
 use crate::http::head::{BadMessage, Fields, Framing, RequestHead};
@@ -49,6 +50,8 @@ const TOLD_MAX: usize = 64;
 const TOLD_PER_CLIENTS: usize = 16;
 /// Bytes of an unread head that count for no budget: most heads are smaller.
 const SMALL_HEAD_BYTES: usize = 4 * 1024;
+/// Length of an id that is made here: 32 digits and four hyphens.
+const ID_BYTES: usize = 36;
 /// Longest correlation id taken over from a client.
 const CORRELATION_BYTES_MAX: usize = 128;
 
@@ -81,6 +84,8 @@ pub(super) struct Client {
     /// Fields that its owner adds to whatever the answer is.
     pub(super) added: FieldLines,
     peer: SocketAddr,
+    /// Its IP address, as text; made once, for requests that follow each other.
+    pub(super) address: Arc<str>,
     reader: RequestReader,
     unread: Vec<u8>,
     to: AnswerTo,
@@ -145,7 +150,7 @@ impl Client {
         self.request_id.clear();
         match given("x-request-id") {
             Some(id) => self.request_id.push_str(id),
-            None => push_new_id(&mut self.request_id),
+            None => self.request_id.push_str(new_id(&mut [0; ID_BYTES])),
         }
         self.correlation.clear();
         self.correlation.push_str(given("x-correlation-id").unwrap_or(&self.request_id));
@@ -291,6 +296,7 @@ impl Net {
                 request_id: String::new(),
                 added: FieldLines::new(),
                 peer,
+                address: peer.ip().to_string().into(),
                 reader: RequestReader::new(self.limits.body_bytes_max),
                 unread: Vec::new(),
                 to: AnswerTo::BROKEN,
@@ -373,6 +379,9 @@ impl Net {
                 Ok(ReadResult::Data(length)) => {
                     budget = budget.saturating_sub(length);
                     self.moved_bytes += length;
+                    if session.unread.capacity() == 0 {
+                        session.unread = self.spares.take();
+                    }
                     session.unread.extend_from_slice(&self.scratch[..length]);
                 }
                 Ok(ReadResult::Empty) => return,
@@ -551,8 +560,8 @@ impl Net {
         session.ahead = self.server.bodies.hold();
         // Most connections rest most of the time: one that does holds no memory but its own.
         if session.unread.is_empty() {
-            session.unread = Vec::new();
-            session.out = OutBuffer::default();
+            self.spares.give(std::mem::take(&mut session.unread));
+            session.out.rest(&mut self.spares);
             (session.correlation, session.request_id) = (String::new(), String::new());
         }
         let mid_request = session.reader.mid_request(session.unread.len());
@@ -673,13 +682,18 @@ fn is_acceptable_id(id: &str) -> bool {
 }
 
 /// A random (version 4) UUID. It names a request in logs and is no secret.
-fn push_new_id(text: &mut String) {
+fn new_id(text: &mut [u8; ID_BYTES]) -> &str {
     let bits = fastrand::u128(..) & !(0xf << 76) & !(0x3 << 62) | 0x4 << 76 | 0x2 << 62;
-    for place in (0..32).rev() {
-        let digit = (bits >> (4 * place)) as u32 & 0xf;
-        text.push(char::from_digit(digit, 16).unwrap_or_default());
-        if matches!(place, 24 | 20 | 16 | 12) {
-            text.push('-');
+    let mut at = 0;
+    for (index, byte) in bits.to_be_bytes().into_iter().enumerate() {
+        if matches!(index, 4 | 6 | 8 | 10) {
+            text[at] = b'-';
+            at += 1;
+        }
+        for digit in [byte >> 4, byte & 15] {
+            text[at] = b"0123456789abcdef"[usize::from(digit)];
+            at += 1;
         }
     }
+    std::str::from_utf8(text).unwrap_or_default()
 }

@@ -10,6 +10,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use crate::http::client::encode_request_head;
+use crate::http::head::head_end;
 use crate::reactor::stream::{ReadResult, Stream};
 use crate::reactor::tls::Handshake;
 use crate::reactor::token::{Kind, Table, Token};
@@ -17,7 +18,7 @@ use crate::time::{Deadline, Mono};
 use crate::wire::url::BaseUrl;
 
 use super::budget::{BodyHold, SMALL_BODY_BYTES};
-use super::buffer::HIGH_WATER_BYTES;
+use super::buffer::{HIGH_WATER_BYTES, Spares};
 use super::relay::{Forward, Relay, Step};
 use super::resolve::Resolved;
 use super::server::ClientNext;
@@ -39,7 +40,7 @@ pub(super) struct Exchange {
     rule: Option<DialRule>,
     /// Head, and the body too where it is small.
     head: Vec<u8>,
-    body: Arc<Vec<u8>>,
+    body: Option<Arc<Vec<u8>>>,
     sent: usize,
     relay: Relay,
     sink: SinkState,
@@ -98,11 +99,16 @@ pub(super) struct Upstreams {
 type Origin = (SocketAddr, Option<Arc<str>>);
 
 impl Exchange {
+    fn request_len(&self) -> usize {
+        self.head.len() + self.body.as_ref().map_or(0, |body| body.len())
+    }
+
     /// The answer has begun: what was sent is not needed again. A large body would else stay in memory as
     /// long as its answer streams.
-    fn forget_request(&mut self) {
-        if self.sent == self.head.len() + self.body.len() {
-            (self.head, self.body, self.sent) = (Vec::new(), Arc::default(), 0);
+    fn forget_request(&mut self, spares: &mut Spares) {
+        if self.sent == self.request_len() {
+            spares.give(std::mem::take(&mut self.head));
+            (self.body, self.sent) = (None, 0);
         }
     }
 }
@@ -121,20 +127,18 @@ impl Upstreams {
         outbound: Outbound,
         forward: Option<Forward>,
         rule: Option<DialRule>,
+        spares: &mut Spares,
         now: Mono,
     ) -> Token {
-        let mut head = Vec::with_capacity(
-            HEAD_LINES_BYTES
-                + outbound.fields.as_bytes().len()
-                + outbound.body.len().min(JOINED_BODY_BYTES_MAX),
-        );
+        let mut head = spares.take();
+        let body_bytes = outbound.body.len().min(JOINED_BODY_BYTES_MAX);
+        head.reserve(HEAD_LINES_BYTES + outbound.fields.as_bytes().len() + body_bytes);
         let target = [outbound.to.path(), &outbound.target];
         let (host, fields) = (outbound.to.authority(), &outbound.fields);
         encode_request_head(&mut head, &outbound.method, target, host, fields, outbound.body.len());
-        let mut body = outbound.body;
-        if body.len() <= JOINED_BODY_BYTES_MAX {
-            head.extend_from_slice(&body);
-            body = Arc::default();
+        let mut body = Some(outbound.body);
+        if let Some(small) = body.take_if(|body| body.len() <= JOINED_BODY_BYTES_MAX) {
+            head.extend_from_slice(&small);
         }
         self.exchanges.insert(Exchange {
             deadline: Deadline::default(),
@@ -237,8 +241,8 @@ fn is_progress(piece: &[u8], after_head: bool) -> bool {
     let body = if after_head {
         piece
     } else {
-        match memchr::memmem::find(piece, b"\r\n\r\n") {
-            Some(end) => &piece[end + 4..],
+        match head_end(piece) {
+            Some(end) => &piece[end..],
             None => return false,
         }
     };
@@ -374,7 +378,7 @@ impl Net {
     /// Writes what remains of the request. False if the exchange is over.
     fn send_request(&mut self, connection: Token, exchange: Token, now: Mono) -> bool {
         let Some(session) = self.upstreams.exchanges.get_mut(exchange) else { return false };
-        let total = session.head.len() + session.body.len();
+        let total = session.request_len();
         if session.sent == total {
             return true;
         }
@@ -382,7 +386,7 @@ impl Net {
         while session.sent < total {
             let rest = match session.sent.checked_sub(session.head.len()) {
                 None => &session.head[session.sent..],
-                Some(offset) => &session.body[offset..],
+                Some(offset) => session.body.as_ref().map_or(&[][..], |body| &body[offset..]),
             };
             match line.stream.write(rest) {
                 Ok(0) => break,
@@ -461,7 +465,7 @@ impl Net {
         let (client, result) = match &mut session.sink {
             SinkState::Client(client) => {
                 let Some(sink) = self.server.clients.get_mut(*client) else { return false };
-                (Some(*client), session.relay.received(input, sink.out.end()))
+                (Some(*client), session.relay.received(input, sink.out.end_with(&mut self.spares)))
             }
             SinkState::Collect { bytes_max, bytes, room } => {
                 let result = session.relay.received(input, bytes);
@@ -499,7 +503,7 @@ impl Net {
         };
         if let Some(status) = session.relay.status() {
             session.timing.first_byte.get_or_insert(now);
-            session.forget_request();
+            session.forget_request(&mut self.spares);
             if !std::mem::replace(&mut session.head_announced, true) {
                 self.events.push_back(NetEvent::Head { exchange, status });
             }
@@ -544,7 +548,7 @@ impl Net {
 
     fn complete(&mut self, exchange: Token, now: Mono) {
         let Some(session) = self.upstreams.exchanges.get_mut(exchange) else { return };
-        let sent_all = session.sent == session.head.len() + session.body.len();
+        let sent_all = session.sent == session.request_len();
         let keep = sent_all && session.relay.upstream_keeps_alive();
         let status = session.relay.status().unwrap_or_default();
         let body = match &mut session.sink {

@@ -91,7 +91,7 @@ pub struct Facts<'a> {
     /// When this process started, in seconds since the Unix epoch.
     pub started: u64,
     /// Where the request came from.
-    pub peer: &'a str,
+    pub peer: &'a Arc<str>,
     /// The token that opened its route, where one was needed.
     pub key: Option<Fingerprint>,
     /// Resident memory, where known, in bytes.
@@ -307,7 +307,7 @@ pub fn route(found: Found<'_, To>, request: &Request, core: &Core, facts: &Facts
 fn client_of(facts: &Facts<'_>) -> Arc<str> {
     match facts.key {
         Some(key) => Arc::from(format!("{key} {}", facts.peer)),
-        None => Arc::from(facts.peer),
+        None => facts.peer.clone(),
     }
 }
 

@@ -107,7 +107,7 @@ pub struct Core {
     drains: DrainRate,
     limits: BTreeSet<(Mono, RequestId)>,
     meters: Meters,
-    requests: BTreeMap<RequestId, Request>,
+    requests: BTreeMap<RequestId, Box<Request>>,
     local: Option<Local>,
     poller: Poller,
     strategy: Strategy,
@@ -469,7 +469,7 @@ impl Core {
             limit: None,
             is_overdue: false,
         };
-        self.requests.insert(id, request);
+        self.requests.insert(id, Box::new(request));
         self.place(id, now, effects);
     }
 
@@ -712,7 +712,7 @@ impl Core {
         }
     }
 
-    fn forget(&mut self, id: RequestId) -> Option<Request> {
+    fn forget(&mut self, id: RequestId) -> Option<Box<Request>> {
         let request = self.requests.remove(&id)?;
         if let Some((at, _)) = request.limit {
             self.limits.remove(&(at, id));

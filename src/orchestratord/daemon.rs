@@ -6,9 +6,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use crate::http::fields::FieldLines;
-use crate::http::head::RequestHead;
 use crate::http::server::{Request, Response};
-use crate::net::budget::BodyHold;
 use crate::net::{DialRule, Net, NetEvent, Outbound, Outcome, Patience, Sink, Timing};
 use crate::reactor::signal::Signals;
 use crate::reactor::token::{Kind, Token};
@@ -26,6 +24,7 @@ use crate::settings::Exit;
 use crate::time::{Mono, Now, earliest};
 use crate::wire::id::{NodeId, PoolId, ReplicaKey};
 
+use self::jobs::{Front, Job, Jobs};
 use self::state::Saver;
 use super::api::{self, Action};
 use super::config::Config;
@@ -45,6 +44,7 @@ mod agents;
 mod certificates;
 mod dashboard;
 mod front_door;
+mod jobs;
 mod reload;
 mod state;
 mod tasks;
@@ -82,7 +82,7 @@ pub struct Daemon {
     core: Core,
     tasks: Tasks,
     sessions: Sessions,
-    jobs: BTreeMap<RequestId, Job>,
+    jobs: Jobs,
     by_client: BTreeMap<Token, RequestId>,
     exchanges: BTreeMap<Token, Running>,
     reloads: BTreeMap<u64, reload::Reloading>,
@@ -103,31 +103,6 @@ pub struct Daemon {
     /// All is done: the process ends then, or once no client awaits anything.
     ends_by: Option<Mono>,
     over: bool,
-}
-
-/// What a request is, until it is answered.
-struct Job {
-    front: Front,
-    body: Arc<Vec<u8>>,
-    /// Room for the body, as long as it may have to be sent once more.
-    room: Option<BodyHold>,
-    since: Mono,
-    attempts: u32,
-    exchange: Option<Token>,
-    /// The replica and its generation that serve it.
-    on: Option<(ReplicaKey, u64)>,
-    /// The session that it belongs to, until its part in that is over.
-    session: Option<Arc<str>>,
-}
-
-enum Front {
-    /// A node, waiting for the core's answer.
-    Call(Token),
-    /// A client whose request goes to an engine as it came.
-    Engine { client: Token, head: Box<RequestHead> },
-    /// A task: `creator` waits for its admission, `reader` streams its events; its engine is asked at
-    /// `path`.
-    Task { creator: Option<Token>, reader: Option<Token>, path: &'static str },
 }
 
 /// What an exchange is for.
@@ -197,7 +172,7 @@ impl Daemon {
             core,
             tasks: Tasks::new(config.tables.tasks_max, config.tables.gone_max),
             sessions: Sessions::new(config.tables.sessions_max),
-            jobs: BTreeMap::new(),
+            jobs: Jobs::default(),
             by_client: BTreeMap::new(),
             exchanges: BTreeMap::new(),
             reloads: BTreeMap::new(),
@@ -373,7 +348,7 @@ impl Daemon {
                     }
                     Effect::Dispatch(request, dispatch) => self.dispatch(request, &dispatch, now),
                     Effect::Abort { request, reason, even_answered } => {
-                        let exchange = self.jobs.get(&request).and_then(|job| job.exchange);
+                        let exchange = self.jobs.get(request).and_then(|job| job.exchange);
                         if let Some(exchange) = exchange
                             && (even_answered || !self.net.is_answered(exchange))
                         {
@@ -426,7 +401,7 @@ impl Daemon {
                 return;
             }
         };
-        let peer = peer.ip().to_string();
+        let Some(peer) = self.net.address(client).cloned() else { return };
         let facts = api::Facts {
             aliases: &self.config.aliases,
             explain: &self.explain,
@@ -454,11 +429,16 @@ impl Daemon {
             Action::Refuse(refusal, openai) => self.net.respond(client, &refusal.response(openai), now.mono),
             Action::Register(body) => {
                 let reply = self.open_job(Front::Call(client), Vec::new(), now);
-                self.core.handle(Input::Register { reply, peer, body }, now, &mut self.effects);
+                self.core.handle(
+                    Input::Register { reply, peer: peer.to_string(), body },
+                    now,
+                    &mut self.effects,
+                );
             }
             Action::Heartbeat(node, body) => {
                 let reply = self.open_job(Front::Call(client), Vec::new(), now);
-                self.core.handle(Input::Heartbeat { reply, peer, node, body }, now, &mut self.effects);
+                let input = Input::Heartbeat { reply, peer: peer.to_string(), node, body };
+                self.core.handle(input, now, &mut self.effects);
             }
             Action::Deregister(node, incarnation) => {
                 let reply = self.open_job(Front::Call(client), Vec::new(), now);
@@ -489,9 +469,9 @@ impl Daemon {
         request
     }
 
-    fn close_job(&mut self, request: RequestId, now: Now) -> Option<Job> {
+    fn close_job(&mut self, request: RequestId, now: Now) -> Option<Box<Job>> {
         self.leave_session(request, None, now);
-        let job = self.jobs.remove(&request)?;
+        let job = self.jobs.remove(request)?;
         let client = match &job.front {
             Front::Call(_) => None,
             Front::Engine { client, .. } => Some(*client),
@@ -504,7 +484,7 @@ impl Daemon {
     }
 
     fn reply(&mut self, call: RequestId, response: &Response, now: Now) {
-        if let Some(Job { front: Front::Call(client), .. }) = self.close_job(call, now) {
+        if let Some(Front::Call(client)) = self.close_job(call, now).map(|job| job.front) {
             self.net.respond(client, response, now.mono);
         }
     }
@@ -512,7 +492,7 @@ impl Daemon {
     fn refuse(&mut self, request: RequestId, refusal: &Refusal, now: Now) {
         let (code, told) = (refusal.code(), refusal.message());
         self.explain.ended(request, explain::Outcome::Refused, code, &told, now.mono);
-        match self.jobs.get(&request).map(|job| &job.front) {
+        match self.jobs.get(request).map(|job| &job.front) {
             Some(Front::Call(client)) => {
                 let client = *client;
                 self.close_job(request, now);
@@ -541,7 +521,7 @@ impl Daemon {
     fn dispatch(&mut self, request: RequestId, dispatch: &Dispatch, now: Now) {
         let (node, key) = (&dispatch.node, &dispatch.key);
         self.explain.dispatched(request, node, key, dispatch.considered, now.mono);
-        let Some(job) = self.jobs.get(&request) else {
+        let Some(job) = self.jobs.get(request) else {
             // Its client left in the same turn.
             return self.core.handle(Input::Ended(request, Ending::Withdrawn), now, &mut self.effects);
         };
@@ -597,7 +577,7 @@ impl Daemon {
         let outbound = Outbound { to, method, target, fields, body, sink, patience, keep_ms: None };
         let exchange = self.net.start(outbound, now.mono);
         self.exchanges.insert(exchange, Running::Request(request));
-        if let Some(job) = self.jobs.get_mut(&request) {
+        if let Some(job) = self.jobs.get_mut(request) {
             job.attempts += 1;
             job.exchange = Some(exchange);
             job.on = Some((dispatch.key.clone(), dispatch.generation));
@@ -626,7 +606,7 @@ impl Daemon {
                 tokens_in: timing.tokens.prompt,
                 tokens_out: timing.tokens.completion,
             };
-            if let Some(job) = self.jobs.get(request) {
+            if let Some(job) = self.jobs.get(*request) {
                 match timing.first_token {
                     Some(first) => self.history.streamed(first.ns_since(job.since)),
                     None => self.history.answered_at_once(timing.tokens.completion.unwrap_or(0)),
@@ -641,7 +621,7 @@ impl Daemon {
             let request = *request;
             self.task_head(request, status, now);
             self.explain.answering(request, status, now.mono);
-            if let Some(job) = self.jobs.get_mut(&request) {
+            if let Some(job) = self.jobs.get_mut(request) {
                 // Nothing else will be tried any more.
                 (job.body, job.room) = (Arc::default(), None);
             }
@@ -653,7 +633,7 @@ impl Daemon {
     /// probe.
     fn tell_activity(&mut self, key: &ReplicaKey, generation: u64, now: Now) {
         let mut activity = Activity::default();
-        for job in self.jobs.values() {
+        for job in self.jobs.iter() {
             if let (Some((on, serial)), Some(exchange)) = (&job.on, job.exchange)
                 && on == key
                 && *serial == generation
@@ -687,8 +667,8 @@ impl Daemon {
     }
 
     fn request_ended(&mut self, request: RequestId, outcome: Outcome, now: Now) {
-        let is_task = matches!(self.jobs.get(&request), Some(Job { front: Front::Task { .. }, .. }));
-        if let Some(job) = self.jobs.get_mut(&request) {
+        let is_task = matches!(self.jobs.get(request), Some(Job { front: Front::Task { .. }, .. }));
+        if let Some(job) = self.jobs.get_mut(request) {
             job.exchange = None;
         }
         let (ending, over) = match outcome {
@@ -705,7 +685,7 @@ impl Daemon {
                 (self.task_fault(request, fault, now), answered)
             }
         };
-        let is_wanted = self.jobs.contains_key(&request) && !self.tasks.is_over(request);
+        let is_wanted = self.jobs.contains(request) && !self.tasks.is_over(request);
         self.core.handle(Input::Ended(request, ending), now, &mut self.effects);
         if !is_wanted {
             // It is over; if it was cancelled while its engine failed, nothing is tried any more.
@@ -730,7 +710,7 @@ impl Daemon {
 
     /// A request is not wanted any more, wherever it is.
     fn withdraw(&mut self, request: RequestId, now: Now) {
-        let exchange = self.jobs.get(&request).and_then(|job| job.exchange);
+        let exchange = self.jobs.get(request).and_then(|job| job.exchange);
         self.explain.ended(request, explain::Outcome::Withdrawn, "", "", now.mono);
         match exchange {
             Some(exchange) => self.net.cancel(exchange, now.mono),

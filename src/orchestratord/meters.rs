@@ -70,7 +70,7 @@ impl Meters {
 
     pub(super) fn ended(&mut self, model: Option<&str>, how: Ended) {
         let at = ENDED.iter().position(|(ended, _)| *ended == how).unwrap_or_default();
-        self.of(model).ended[at] += 1;
+        self.change(model, |counts| counts.ended[at] += 1);
     }
 
     /// Something was measured of an exchange for a request that was asked for at `since`.
@@ -78,19 +78,18 @@ impl Meters {
         if let Some(first) = metered.first_token {
             self.first_token.observe_ns(first.ns_since(since));
         }
-        let counts = self.of(model);
-        counts.tokens_in += metered.tokens_in.unwrap_or(0);
-        counts.tokens_out += metered.tokens_out.unwrap_or(0);
+        self.change(model, |counts| {
+            counts.tokens_in += metered.tokens_in.unwrap_or(0);
+            counts.tokens_out += metered.tokens_out.unwrap_or(0);
+        });
     }
 
-    fn of(&mut self, model: Option<&str>) -> &mut ModelCounts {
-        let name = model.unwrap_or(UNNAMED);
-        let name = if self.by_model.contains_key(name) { name } else { OTHER };
-        if !self.by_model.contains_key(name) {
+    fn change(&mut self, model: Option<&str>, change: impl FnOnce(&mut ModelCounts)) {
+        match self.by_model.get_mut(model.unwrap_or(UNNAMED)) {
+            Some(counts) => change(counts),
             // The one label beyond the limit.
-            self.by_model.insert(name.to_string(), ModelCounts::default());
+            None => change(self.by_model.entry(OTHER.to_string()).or_default()),
         }
-        self.by_model.entry(name.to_string()).or_default()
     }
 
     fn scrape(&self, scrape: &mut Scrape) {

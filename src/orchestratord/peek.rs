@@ -136,9 +136,9 @@ struct Found<'a> {
 }
 
 impl<'a> Found<'a> {
-    fn take(&mut self, scan: &mut Scan<'a>, key: &str) -> Result<(), PeekError> {
+    fn take(&mut self, scan: &mut Scan<'a>, key: &[u8]) -> Result<(), PeekError> {
         match key {
-            "model" => {
+            b"model" => {
                 let from = scan.at;
                 let model = scan.text("model")?.filter(|model| !model.is_empty());
                 if model.as_ref().is_some_and(|model| model.len() > MODEL_BYTES_MAX) {
@@ -147,25 +147,25 @@ impl<'a> Found<'a> {
                 self.peek.model_span = model.is_some().then_some(from..scan.at);
                 self.peek.model = model;
             }
-            "stream" => self.peek.stream = scan.boolean("stream")?,
-            "n" => {
+            b"stream" => self.peek.stream = scan.boolean("stream")?,
+            b"n" => {
                 const WANTED: PeekError =
                     PeekError::Field { name: "n", wanted: "a whole number from 1 to 128" };
                 let n = scan.whole_number("n", "a whole number from 1 to 128")?;
                 let within = |n: i64| u32::try_from(n).ok().filter(|n| (1..=ANSWERS_MAX).contains(n));
                 self.peek.n = n.map(|n| within(n).ok_or(WANTED)).transpose()?;
             }
-            "user" => self.peek.user = scan.text("user")?.map(shorten),
-            "session_id" => self.session_id = scan.text("session_id")?.map(shorten),
-            "prompt_cache_key" => self.prompt_cache_key = scan.text("prompt_cache_key")?.map(shorten),
-            "max_completion_tokens" => {
+            b"user" => self.peek.user = scan.text("user")?.map(shorten),
+            b"session_id" => self.session_id = scan.text("session_id")?.map(shorten),
+            b"prompt_cache_key" => self.prompt_cache_key = scan.text("prompt_cache_key")?.map(shorten),
+            b"max_completion_tokens" => {
                 self.max_completion_tokens = scan.whole_number("max_completion_tokens", "a whole number")?;
             }
-            "max_tokens" => self.max_tokens = scan.whole_number("max_tokens", "a whole number")?,
-            "max_output_tokens" => {
+            b"max_tokens" => self.max_tokens = scan.whole_number("max_tokens", "a whole number")?,
+            b"max_output_tokens" => {
                 self.max_output_tokens = scan.whole_number("max_output_tokens", "a whole number")?;
             }
-            "messages" => {
+            b"messages" => {
                 if !matches!(scan.next(), Some(b'[' | b'n')) {
                     // Broken JSON is not a list either, and says so itself.
                     scan.value(1)?;
@@ -173,8 +173,8 @@ impl<'a> Found<'a> {
                 }
                 self.messages = scan.conversation()?;
             }
-            "prompt" => self.prompt = scan.conversation()?,
-            "input" => self.input = scan.conversation()?,
+            b"prompt" => self.prompt = scan.conversation()?,
+            b"input" => self.input = scan.conversation()?,
             _ => scan.value(1)?,
         }
         Ok(())
@@ -249,7 +249,7 @@ impl<'a> Scan<'a> {
     /// An object; `member` is handed each key and must read the value that follows.
     fn object(
         &mut self,
-        mut member: impl FnMut(&mut Self, Cow<'a, str>) -> Result<(), PeekError>,
+        mut member: impl FnMut(&mut Self, Cow<'a, [u8]>) -> Result<(), PeekError>,
     ) -> Result<(), PeekError> {
         self.expect(b'{', "an object")?;
         self.blanks();
@@ -274,9 +274,13 @@ impl<'a> Scan<'a> {
     }
 
     /// A key with its colon, and the blanks behind it. Of a key that is no text only its shape counts.
-    fn key(&mut self) -> Result<Cow<'a, str>, PeekError> {
+    fn key(&mut self) -> Result<Cow<'a, [u8]>, PeekError> {
         let quoted = self.string("a key")?;
-        let key = self.unescaped(&quoted).unwrap_or_default();
+        let key = if quoted.escaped {
+            Cow::Owned(self.unescaped(&quoted).unwrap_or_default().into_owned().into_bytes())
+        } else {
+            Cow::Borrowed(&self.bytes[quoted.content])
+        };
         self.blanks();
         self.expect(b':', "a colon")?;
         self.blanks();
@@ -555,8 +559,8 @@ impl<'a> Scan<'a> {
             let from = scan.at;
             scan.value(3)?;
             match &*key {
-                "role" => role = from..scan.at,
-                "content" => content = from..scan.at,
+                b"role" => role = from..scan.at,
+                b"content" => content = from..scan.at,
                 _ => {}
             }
             Ok(())

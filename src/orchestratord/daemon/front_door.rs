@@ -1,8 +1,6 @@
 //! The shell's part in the front door: requests that go to engines as they came, and what is noted about
 //! them for those who ask why.
 
-use std::sync::Arc;
-
 use crate::http::server::Request;
 use crate::net::{NetEvent, Outcome, Timing};
 use crate::reactor::token::Token;
@@ -15,26 +13,12 @@ use super::super::openai::Forwarding;
 use super::super::patience::ClientPatience;
 use super::super::sessions;
 use super::super::tasks::NewTask;
-use super::{Daemon, Front, Job, Running, SESSION_FIELD};
+use super::jobs::Front;
+use super::{Daemon, Running, SESSION_FIELD};
 
 /// How long a replica is left alone whose key file cannot be used, in milliseconds: whoever writes the file
 /// again is served soon, and the log is not flooded.
 const KEYLESS_PAUSE_MS: u64 = 2_000;
-
-impl Job {
-    pub(super) fn new(front: Front, body: Vec<u8>, now: Now) -> Job {
-        Job {
-            front,
-            body: Arc::new(body),
-            room: None,
-            since: now.mono,
-            attempts: 0,
-            exchange: None,
-            on: None,
-            session: None,
-        }
-    }
-}
 
 impl Daemon {
     /// Asks for a place for a request. Its body keeps its room in the budget until an engine answers.
@@ -66,7 +50,7 @@ impl Daemon {
         };
         self.explain.begin(self.next_request, &received, now);
         let number = self.open_job(Front::Engine { client, head: Box::new(head) }, body, now);
-        if let Some(job) = self.jobs.get_mut(&number) {
+        if let Some(job) = self.jobs.get_mut(number) {
             job.room = room;
         }
         self.by_client.insert(client, number);
@@ -93,7 +77,7 @@ impl Daemon {
         };
         self.explain.begin(request, &received, now);
         let room = self.net.take_body(creator);
-        if let Some(job) = self.jobs.get_mut(&request) {
+        if let Some(job) = self.jobs.get_mut(request) {
             job.room = room;
         }
     }
@@ -115,7 +99,7 @@ impl Daemon {
             NetEvent::Request { client, .. } => Some(*client),
             NetEvent::Head { exchange, .. } | NetEvent::Finished { exchange, .. } => {
                 let Some(Running::Request(request)) = self.exchanges.get(exchange) else { return None };
-                match &self.jobs.get(request)?.front {
+                match &self.jobs.get(*request)?.front {
                     Front::Call(client) | Front::Engine { client, .. } => Some(*client),
                     Front::Task { creator, reader, .. } => reader.or(*creator),
                 }

@@ -73,7 +73,7 @@ impl Daemon {
                 _ => {}
             }
         }
-        if let Some(Job { front: Front::Task { creator, .. }, .. }) = self.jobs.get_mut(&request) {
+        if let Some(Job { front: Front::Task { creator, .. }, .. }) = self.jobs.get_mut(request) {
             *creator = None;
         }
         let created = self.tasks.create(&task, request, &standing, now);
@@ -96,7 +96,7 @@ impl Daemon {
             Err(refusal) => return self.net.respond(client, &refusal.response(false), now.mono),
         };
         self.by_client.insert(client, request);
-        match self.jobs.get_mut(&request) {
+        match self.jobs.get_mut(request) {
             Some(Job { front: Front::Task { reader, .. }, .. }) => *reader = Some(client),
             _ => {
                 // It is over already; what is left are its events.
@@ -123,11 +123,11 @@ impl Daemon {
 
     /// A request's engine is about to be asked.
     pub(super) fn task_dispatched(&mut self, request: RequestId, dispatch: &Dispatch, now: Now) {
-        if let Some(name) = self.jobs.get(&request).and_then(|job| job.session.clone()) {
+        if let Some(name) = self.jobs.get(request).and_then(|job| job.session.clone()) {
             let to = (dispatch.key.clone(), dispatch.node.clone(), dispatch.generation);
             self.sessions.sent(&name, to, now.mono);
         }
-        if !matches!(self.jobs.get(&request), Some(Job { front: Front::Task { .. }, .. })) {
+        if !matches!(self.jobs.get(request), Some(Job { front: Front::Task { .. }, .. })) {
             return;
         }
         let strategy = self.config.strategy;
@@ -145,7 +145,7 @@ impl Daemon {
 
     /// The head of a request's answer.
     pub(super) fn task_head(&mut self, request: RequestId, status: u16, now: Now) {
-        let Some(job) = self.jobs.get(&request) else { return };
+        let Some(job) = self.jobs.get(request) else { return };
         if let Some(name) = job.session.as_ref().filter(|_| status == 200) {
             self.sessions.answering(name);
         }
@@ -158,7 +158,7 @@ impl Daemon {
     pub(super) fn data(&mut self, exchange: Token, bytes: &[u8], now: Now) {
         let Some(super::Running::Request(request)) = self.exchanges.get(&exchange) else { return };
         let request = *request;
-        if !self.jobs.contains_key(&request) {
+        if !self.jobs.contains(request) {
             return;
         }
         let progress = self.tasks.received(request, bytes, now);
@@ -213,7 +213,7 @@ impl Daemon {
 
     /// What the failure of an exchange means for its request.
     pub(super) fn task_fault(&mut self, request: RequestId, fault: Fault, now: Now) -> Ending {
-        if !matches!(self.jobs.get(&request), Some(Job { front: Front::Task { .. }, .. })) {
+        if !matches!(self.jobs.get(request), Some(Job { front: Front::Task { .. }, .. })) {
             return blame::ending(fault);
         }
         // What breaks behind a complete answer breaks nothing.
@@ -238,7 +238,7 @@ impl Daemon {
 
     /// Gives a task's reader what is new; ends the stream behind the last event.
     pub(super) fn push_task_events(&mut self, request: RequestId, now: Now) {
-        let Some(Job { front: Front::Task { reader, .. }, exchange, .. }) = self.jobs.get(&request) else {
+        let Some(Job { front: Front::Task { reader, .. }, exchange, .. }) = self.jobs.get(request) else {
             return;
         };
         let exchange = *exchange;
@@ -253,7 +253,7 @@ impl Daemon {
             self.by_client.remove(&reader);
             if exchange.is_none() {
                 self.close_job(request, now);
-            } else if let Some(Job { front: Front::Task { reader, .. }, .. }) = self.jobs.get_mut(&request) {
+            } else if let Some(Job { front: Front::Task { reader, .. }, .. }) = self.jobs.get_mut(request) {
                 // Its exchange has not ended yet; nobody listens to it any more.
                 *reader = None;
             }
@@ -265,7 +265,7 @@ impl Daemon {
 
     pub(super) fn resume_task(&mut self, client: Token) {
         let request = self.by_client.get(&client);
-        if let Some(exchange) = request.and_then(|id| self.jobs.get(id)).and_then(|job| job.exchange) {
+        if let Some(exchange) = request.and_then(|id| self.jobs.get(*id)).and_then(|job| job.exchange) {
             self.net.pause(exchange, false);
         }
     }
@@ -275,14 +275,14 @@ impl Daemon {
     /// A request belongs to a session until its job is closed.
     pub(super) fn join_session(&mut self, request: RequestId, name: Arc<str>, now: Now) {
         self.sessions.began(&name, now.mono);
-        if let Some(job) = self.jobs.get_mut(&request) {
+        if let Some(job) = self.jobs.get_mut(request) {
             job.session = Some(name);
         }
     }
 
     /// A request's part in its session is over.
     pub(super) fn leave_session(&mut self, request: RequestId, turn: Option<Turn>, now: Now) {
-        if let Some(name) = self.jobs.get_mut(&request).and_then(|job| job.session.take()) {
+        if let Some(name) = self.jobs.get_mut(request).and_then(|job| job.session.take()) {
             self.sessions.ended(&name, turn, now.mono);
         }
     }
