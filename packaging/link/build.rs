@@ -9,7 +9,8 @@
 use std::{env, path::PathBuf};
 
 fn main() {
-    let script = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it")).join("packaging/link/order.ld");
+    let script = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"))
+        .join("packaging/link/order.ld");
     println!("cargo::rerun-if-changed={}", script.display());
     // Small programs are optimised ones; and only GNU ld and lld read such scripts.
     let optimised = env::var("OPT_LEVEL").is_ok_and(|level| level != "0");
