@@ -21,6 +21,7 @@ pub mod config;
 pub mod core;
 pub mod daemon;
 pub mod dashboard;
+pub mod direct;
 pub mod drain_rate;
 pub mod envelope;
 pub mod explain;

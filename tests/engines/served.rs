@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
+use std::net::{IpAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -21,7 +21,16 @@ pub(crate) struct Engine {
 
 impl Engine {
     pub(crate) fn start(self) -> (Arc<Engine>, u16) {
-        let listener = llama_orch::service::machine::listen_on_free_port().expect("a port");
+        self.listen(llama_orch::service::machine::listen_on_free_port().expect("a port"))
+    }
+
+    /// On another address of this machine than loopback.
+    #[allow(dead_code, reason = "shared with tests that stay on loopback")]
+    pub(crate) fn start_on(self, address: IpAddr) -> (Arc<Engine>, u16) {
+        self.listen(TcpListener::bind((address, 0)).expect("a port"))
+    }
+
+    fn listen(self, listener: TcpListener) -> (Arc<Engine>, u16) {
         let port = listener.local_addr().expect("an address").port();
         let engine = Arc::new(self);
         let shared = engine.clone();
