@@ -33,6 +33,7 @@ use super::core::{Core, Dispatch, Effect, Ending, Input, Options, RequestId};
 use super::dashboard::board::Board;
 use super::dashboard::history::History;
 use super::direct::{Direct, Engine};
+use super::drains;
 use super::envelope::{to_client, to_engine};
 use super::explain::{self, Explain};
 use super::meters::Metered;
@@ -477,6 +478,10 @@ impl Daemon {
                 }
                 let reply = self.open_job(Front::Call(client), Vec::new(), now);
                 self.core.handle(Input::PoolReady { reply, notice }, now, &mut self.effects);
+            }
+            Action::Drain(order) => {
+                self.core.handle(Input::Drain(order.clone()), now, &mut self.effects);
+                self.net.respond(client, &drains::done(&order, self.core.local()), now.mono);
             }
             Action::Reload(pool) => self.reload(client, pool, request.body.to_vec(), now),
             Action::Engine(forwarding) => self.forward(client, request, *forwarding, now),

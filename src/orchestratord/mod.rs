@@ -23,6 +23,7 @@ pub mod daemon;
 pub mod dashboard;
 pub mod direct;
 pub mod drain_rate;
+pub mod drains;
 pub mod envelope;
 pub mod explain;
 pub mod forecast;

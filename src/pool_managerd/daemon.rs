@@ -576,7 +576,7 @@ impl Daemon {
             Some(Running::Relay { client, lease }) => {
                 if let Outcome::Failed(net::Fault { kind: FaultKind::Aborted, answered, .. }) = outcome {
                     if !answered {
-                        let message = format!("{}: {}", lease.key, operations::CUT_REASON);
+                        let message = format!("{}: {}", lease.key, crate::replicas::drain_routes::CUT_REASON);
                         let response = api::error(503, "POOL_UNREADY", &message, Some(FULL_RETRY_MS));
                         self.net.respond(client, &response, now.mono);
                     }
