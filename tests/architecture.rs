@@ -71,6 +71,7 @@ const PURE_ROOMS: &[(&str, &[&str])] = &[
             "orchestratord/daemon.rs",
             "orchestratord/daemon/agents.rs",
             "orchestratord/daemon/dashboard.rs",
+            "orchestratord/daemon/direct.rs",
             "orchestratord/daemon/front_door.rs",
             "orchestratord/daemon/reload.rs",
             "orchestratord/daemon/state.rs",

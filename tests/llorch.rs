@@ -161,8 +161,9 @@ fn exit_codes_say_what_kind_of_failure_it_was() {
     let env = [("LLORCH_API_TOKEN_FILE", file.to_str().expect("a path")), ("LLORCH_URL", &locked_url)];
     assert_eq!(llorch(&["status"], &env, directory).status.code(), Some(0), "the daemon's own variables");
     let home = llorch(&["drain", "node"], &env, directory);
-    assert_eq!(home.status.code(), Some(5));
-    assert!(stderr(&home).contains("drains are pool-managerd's"), "{}", stderr(&home));
+    assert_eq!(home.status.code(), Some(0), "it drains its own machine: {}", stderr(&home));
+    let unknown = llorch(&["drain", "pool", "none"], &env, directory);
+    assert_eq!(unknown.status.code(), Some(3), "{}", stderr(&unknown));
 }
 
 #[test]

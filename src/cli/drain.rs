@@ -1,8 +1,8 @@
 //! `llorch drain` and `llorch resume`: no new work for a machine, a GPU, a pool or a replica; progress until
 //! nothing runs there any more; and work again.
 //!
-//! Drains live in the agents. Where the daemon that is asked is a control plane, its nodes' agents are asked
-//! instead, each at its address. A drain stays when this command ends: it is the agents', not ours.
+//! Drains live in the agents, and in a control plane that watches its own machine. Where the daemon that is
+//! asked is a control plane of nodes, their agents are asked instead, each at its address. A drain stays when this command ends: it is the agents', not ours.
 
 use std::ffi::OsString;
 
@@ -196,16 +196,13 @@ fn agents(remote: &Remote, scope: &Scope, node: Option<String>) -> Result<Vec<(S
     if remote.service()?.0 == Service::Agent {
         return Ok(vec![(String::new(), remote.at(remote.url().clone()))]);
     }
-    let nodes = remote.list("/v2/nodes", "nodes").map_err(|exit| match exit.code {
-        EXIT_REFUSED => Exit {
-            code: EXIT_REFUSED,
-            message: format!(
-                "{} watches its own machine and drains nothing: drains are pool-managerd's; stop it, or withdraw the handoff (`llorch withdraw`)",
-                remote.url()
-            ),
-        },
-        _ => exit,
-    })?;
+    // A control plane that watches its own machine is the agent of that, and shows no nodes.
+    let nodes = match remote.list("/v2/nodes", "nodes") {
+        Err(exit) if exit.code == EXIT_REFUSED && remote.get("/v2/drains").is_ok() => {
+            return Ok(vec![(String::new(), remote.at(remote.url().clone()))]);
+        }
+        other => other?,
+    };
     let all = |node: &Value, name: &str| node[name].as_array().cloned().unwrap_or_default();
     let concerned = |node: &Value| match scope {
         Scope::Node | Scope::Gpu(_) => true,

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use crate::http::server::{Request, Response};
 use crate::metrics::{self, Histogram, Scrape};
+use crate::replicas::drain_routes::DrainOrder;
 use crate::service::auth::{Fingerprint, Policy};
 use crate::service::guard::Guard;
 use crate::service::lag::LoopLag;
@@ -21,6 +22,7 @@ use crate::wire::node::{Heartbeat, RegisterRequest};
 use super::aliases::Aliases;
 use super::core::Core;
 use super::dashboard;
+use super::drains;
 use super::envelope::{HOPS_MAX, hops};
 use super::explain::{self, Explain, Survey};
 use super::messages::PoolReady;
@@ -57,6 +59,8 @@ pub enum Action {
     Deregister(NodeId, Option<u64>),
     /// Hand a notice about a pool to the core.
     PoolReady(PoolReady),
+    /// Drain this machine's engines or give them work again, then answer.
+    Drain(DrainOrder),
     /// Pass the order to reload a pool on to its nodes.
     Reload(PoolId),
     /// Place the request and relay it to an engine.
@@ -147,6 +151,8 @@ pub enum To {
     Pools,
     /// One pool's health.
     PoolHealth,
+    /// Drains and states of this machine's engines: see [`drains`].
+    Local,
     /// Another model for a pool.
     Reload,
     /// Why requests went where they went.
@@ -203,6 +209,21 @@ pub static ROUTES: &[Route<To>] = &[
     route_to("GET", "/v2/pools/{pool}/health", Policy::Admin, To::PoolHealth),
     route_to("GET", "/control/pools/{pool}/health", Policy::Admin, To::PoolHealth),
     route_to("POST", "/v2/pools/{pool}/reload", Policy::Admin, To::Reload),
+    route_to("GET", "/v2/pools/{pool}/status", Policy::NodeOrAdmin, To::Local),
+    route_to("GET", "/v2/pools/{pool}/replicas/{replica}/status", Policy::NodeOrAdmin, To::Local),
+    route_to("GET", "/v2/drains", Policy::Admin, To::Local),
+    route_to("GET", "/v2/node/drain", Policy::Admin, To::Local),
+    route_to("POST", "/v2/node/drain", Policy::Admin, To::Local),
+    route_to("POST", "/v2/node/resume", Policy::Admin, To::Local),
+    route_to("GET", "/v2/gpus/{gpu}/drain", Policy::Admin, To::Local),
+    route_to("POST", "/v2/gpus/{gpu}/drain", Policy::Admin, To::Local),
+    route_to("POST", "/v2/gpus/{gpu}/resume", Policy::Admin, To::Local),
+    route_to("GET", "/v2/pools/{pool}/drain", Policy::Admin, To::Local),
+    route_to("POST", "/v2/pools/{pool}/drain", Policy::Admin, To::Local),
+    route_to("POST", "/v2/pools/{pool}/resume", Policy::Admin, To::Local),
+    route_to("GET", "/v2/pools/{pool}/replicas/{replica}/drain", Policy::Admin, To::Local),
+    route_to("POST", "/v2/pools/{pool}/replicas/{replica}/drain", Policy::Admin, To::Local),
+    route_to("POST", "/v2/pools/{pool}/replicas/{replica}/resume", Policy::Admin, To::Local),
     route_to("GET", "/v2/handoffs", Policy::Admin, To::Handoffs),
     route_to("GET", "/v2/events", Policy::Admin, To::Events),
     route_to("GET", "/v2/explain/{request...}", Policy::Admin, To::Explain),
@@ -275,6 +296,7 @@ pub fn route(found: Found<'_, To>, request: &Request, core: &Core, facts: &Facts
         },
         To::Explain => explained(part, request, core, facts, now),
         To::PoolHealth => pool_health(core, part),
+        To::Local => drains::route(request, core),
         To::Reload => match PoolId::new(part) {
             Ok(pool) if request.body.len() <= NOTICE_BYTES_MAX => Action::Reload(pool),
             Ok(_) => refuse(Refusal::Invalid(format!("the body is larger than {NOTICE_BYTES_MAX} bytes"))),

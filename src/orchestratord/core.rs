@@ -16,7 +16,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use crate::replicas::{self, Fault, Trouble};
+use crate::replicas::{self, Fault, ReplicaLease, Trouble};
 use crate::service::events::{Events, Happening, Tell};
 use crate::time::{Mono, Now, earliest};
 use crate::wire::id::NodeId;
@@ -43,6 +43,7 @@ use super::service_registry::{
 
 #[cfg(test)]
 mod affinity_tests;
+mod draining;
 mod keeping;
 mod limits;
 mod polling;
@@ -81,6 +82,8 @@ struct Request {
 #[derive(Debug)]
 struct Run {
     grant: Grant,
+    /// The same slots in the ledger of this machine's engines.
+    lease: Option<ReplicaLease>,
     node: NodeId,
     since: Mono,
     answering: bool,
@@ -201,6 +204,7 @@ impl Core {
                     local.active(&key, generation, activity, now, found);
                 })
             }
+            Input::Drain(order) => self.drain(&order, now, effects),
             Input::Probed(id, outcome) => {
                 self.with_local(now, effects, |local, now, found| local.probed(&id, outcome, now, found));
             }
@@ -229,6 +233,7 @@ impl Core {
             }
             Input::PieceWritten | Input::Tick => {}
         }
+        self.cut_drained(now, effects);
         self.show_local(now, &mut changes);
         // Time ends nothing while other inputs may wait: a heartbeat that arrived in time, but was not
         // yet handled, must find its lease.
@@ -252,8 +257,9 @@ impl Core {
     #[must_use]
     pub fn deadline(&self) -> Option<Mono> {
         // As long as probes are sent: a deadline that nothing meets would make the loop spin.
+        let drains = self.local.as_ref().and_then(|local| local.replicas.drain_deadline());
         let local = self.local.as_ref().filter(|_| self.ends_at.is_none());
-        let local = local.and_then(|local| local.replicas.deadline());
+        let local = earliest(local.and_then(|local| local.replicas.deadline()), drains);
         let queue =
             earliest(self.admission.deadline(), earliest(self.limits_deadline(), self.look_deadline()));
         let end = self.ends_at.filter(|_| !self.over && !self.is_keeping_last());
@@ -579,6 +585,8 @@ impl Core {
         let Some(grant) = self.registry.acquire(replica, slots) else {
             return self.wait(id, None, now, effects);
         };
+        let slots = grant.slots();
+        let lease = self.local.as_mut().and_then(|local| local.lease(&self.registry, replica, slots));
         let Some(known) = self.registry.replica(replica) else { return };
         let auth_file =
             self.local.as_ref().and_then(|local| local.replicas.handoff(&known.key)?.auth_file.clone());
@@ -600,7 +608,7 @@ impl Core {
         request.attempts += 1;
         self.meters.dispatched(request.asked.ask.model.as_deref());
         let node = known.node.clone();
-        request.running = Some(Run { grant, node, since: now.mono, answering: false, abort: None });
+        request.running = Some(Run { grant, lease, node, since: now.mono, answering: false, abort: None });
         effects.push(Effect::Dispatch(id, dispatch));
         // A trial keeps everybody else away.
         self.replicas_changed |= self.registry.table().get_hot(replica).is_some_and(|hot| !hot.placeable);
@@ -628,6 +636,7 @@ impl Core {
         changes: &mut Vec<Change>,
         effects: &mut Vec<Effect>,
     ) {
+        self.end_lease(id, now, effects);
         let Some(request) = self.requests.get_mut(&id) else { return };
         let Some(run) = request.running.take() else { return };
         let replica = run.grant.replica();
@@ -690,9 +699,9 @@ impl Core {
                 self.counts.broken += 1;
                 self.over(id, Ended::Broken, now);
             }
-            Ending::Aborted { .. } if abort == Some(Abort::Moved) => {
+            Ending::Aborted { .. } if matches!(abort, Some(Abort::Moved | Abort::Drained)) => {
                 request.tried.push(replica);
-                self.counts.failures.vanished += 1;
+                self.counts.failures.vanished += u64::from(abort == Some(Abort::Moved));
                 self.counts.retried += 1;
                 self.registry.release(run.grant);
                 self.place(id, now, effects);

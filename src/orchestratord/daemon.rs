@@ -31,6 +31,8 @@ use super::config::Config;
 use super::core::{Core, Dispatch, Effect, Ending, Input, Options, RequestId};
 use super::dashboard::board::Board;
 use super::dashboard::history::History;
+use super::direct::{Direct, Engine};
+use super::drains;
 use super::envelope::{to_client, to_engine};
 use super::explain::{self, Explain};
 use super::meters::Metered;
@@ -43,6 +45,7 @@ use super::tasks::Tasks;
 mod agents;
 mod certificates;
 mod dashboard;
+mod direct;
 mod front_door;
 mod jobs;
 mod reload;
@@ -85,6 +88,7 @@ pub struct Daemon {
     jobs: Jobs,
     by_client: BTreeMap<Token, RequestId>,
     exchanges: BTreeMap<Token, Running>,
+    direct: Direct<Token>,
     reloads: BTreeMap<u64, reload::Reloading>,
     reload_serial: u64,
     explain: Explain,
@@ -112,6 +116,7 @@ enum Running {
     Poll(PollId),
     Request(RequestId),
     Reload(u64, NodeId),
+    Told(Engine),
 }
 
 impl Daemon {
@@ -175,6 +180,7 @@ impl Daemon {
             jobs: Jobs::default(),
             by_client: BTreeMap::new(),
             exchanges: BTreeMap::new(),
+            direct: Direct::new(config.hang_suspect_ms),
             reloads: BTreeMap::new(),
             reload_serial: 0,
             explain: Explain::new(config.tables.explain_max),
@@ -218,6 +224,7 @@ impl Daemon {
             let deadline = earliest(deadline, self.ends_by);
             let deadline = earliest(deadline, self.tls.deadline());
             let deadline = earliest(deadline, self.guard.deadline());
+            let deadline = earliest(deadline, self.direct.deadline());
             if let Some(slow) = self.lag.worked(now.mono, crate::reactor::now().mono) {
                 log::warn!("{slow}");
             }
@@ -261,6 +268,7 @@ impl Daemon {
             self.take_net_events(now);
             (0..stops).for_each(|_| self.stop(now));
             self.tasks_turn(now);
+            self.tell_of_silence(now);
             self.show_board(now);
             let has_seen_all = !self.reactor.has_more() && !self.reactor.was_held_up();
             let caught_up = !self.net.busy() && has_seen_all;
@@ -451,6 +459,10 @@ impl Daemon {
                 let reply = self.open_job(Front::Call(client), Vec::new(), now);
                 self.core.handle(Input::PoolReady { reply, notice }, now, &mut self.effects);
             }
+            Action::Drain(order) => {
+                self.core.handle(Input::Drain(order.clone()), now, &mut self.effects);
+                self.net.respond(client, &drains::done(&order, self.core.local()), now.mono);
+            }
             Action::Reload(pool) => self.reload(client, pool, request.body.to_vec(), now),
             Action::Engine(forwarding) => self.forward(client, request, *forwarding, now),
             Action::CreateTask(task) => self.create_task(client, *task, now),
@@ -577,6 +589,7 @@ impl Daemon {
         let outbound = Outbound { to, method, target, fields, body, sink, patience, keep_ms: None };
         let exchange = self.net.start(outbound, now.mono);
         self.exchanges.insert(exchange, Running::Request(request));
+        self.note_direct(exchange, dispatch, now);
         if let Some(job) = self.jobs.get_mut(request) {
             job.attempts += 1;
             job.exchange = Some(exchange);
@@ -649,6 +662,7 @@ impl Daemon {
     }
 
     fn finished(&mut self, exchange: Token, outcome: Outcome, now: Now) {
+        self.direct.ended(exchange);
         match self.exchanges.remove(&exchange) {
             Some(Running::Probe(order)) => {
                 self.tell_activity(&order.id.key, order.id.serial, now);
@@ -661,6 +675,7 @@ impl Daemon {
             }
             Some(Running::Poll(id)) => self.poll_ended(id, outcome, now),
             Some(Running::Reload(serial, node)) => self.reload_answered(serial, node, outcome, now),
+            Some(Running::Told(engine)) => self.agent_told(&engine, &outcome),
             Some(Running::Request(request)) => self.request_ended(request, outcome, now),
             None => {}
         }

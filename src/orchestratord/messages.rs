@@ -6,6 +6,7 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use crate::metrics::Histogram;
+use crate::replicas::drain_routes::DrainOrder;
 use crate::replicas::{
     Activity, EnginePolicy, Listing, ProbeId, ProbeOrder, ProbeOutcome, ProcessOrder, ProcessSeen, Trouble,
 };
@@ -157,6 +158,8 @@ pub enum Input {
         /// What they have been doing.
         activity: Activity,
     },
+    /// An operator drains local engines, or gives them work again.
+    Drain(DrainOrder),
     /// A probe of a local engine ended.
     Probed(ProbeId, ProbeOutcome),
     /// A node's agent told about a pool.

@@ -9,13 +9,14 @@ use serde_json::json;
 use crate::http::head::RequestHead;
 use crate::http::server::{Request, Response};
 use crate::metrics::{self, Scrape, label_value};
-use crate::replicas::PoolCounts;
+use crate::replicas::{PoolCounts, Refused};
 use crate::service::auth::{Denied, Policy};
 use crate::service::guard::{Barred, Guard};
 use crate::service::lag::LoopLag;
 use crate::service::routes::{ANY_METHOD, Found, Route};
 use crate::service::tls;
 use crate::time::Mono;
+use crate::wire::activity::ActivityReport;
 use crate::wire::handoff::{self, Handoff, HandoffFile};
 use crate::wire::id::{PoolId, ReplicaId, ReplicaKey};
 
@@ -57,6 +58,8 @@ pub enum Action {
     Abandon(ReplicaKey),
     /// Ask a pool's engines how they are, then answer.
     Ask(PoolId),
+    /// Take what a control plane's requests have been doing on a replica, then answer.
+    Active(ReplicaKey, ActivityReport),
     /// Do something that an operator or a tool asked for, then answer.
     Operate(Operation),
 }
@@ -101,6 +104,8 @@ pub enum To {
     Abandon,
     /// An engine.
     Relay,
+    /// What a control plane's own requests have been doing on an engine.
+    Activity,
     /// The GPUs.
     Gpus,
     /// A GPU is sound again.
@@ -132,6 +137,7 @@ pub static ROUTES: &[Route<To>] = &[
     route_to("DELETE", "/pools/{pool}/replicas/{replica}", Policy::NodeOrAdmin, To::Abandon),
     route_to("GET", "/pools/{pool}/replicas/{replica}/status", Policy::NodeOrAdmin, To::Operation),
     route_to("POST", "/pools/{pool}/replicas/{replica}/status", Policy::NodeOrAdmin, To::Operation),
+    route_to("POST", "/pools/{pool}/replicas/{replica}/activity", Policy::Node, To::Activity),
     route_to("GET", "/gpus", Policy::Admin, To::Gpus),
     route_to("POST", "/gpus/{gpu}/clear", Policy::Admin, To::ClearGpu),
     route_to("GET", "/handoffs", Policy::Admin, To::Handoffs),
@@ -195,6 +201,7 @@ pub fn route(found: Found<'_, To>, request: &Request, core: &Core, facts: &Facts
         To::Announced => with_pool(part(0), |pool| announced(&request.body, pool, core)),
         To::Abandon => with_pool(part(0), |pool| abandon(pool, part(1), core)),
         To::Relay => relay(request, part(0), part(1)),
+        To::Activity => with_pool(part(0), |pool| activity(&request.body, pool, part(1), core)),
         To::Gpus => respond(200, &core.gpus().to_json()),
         To::ClearGpu => match core.gpus().find(part(0)) {
             Some(id) => Action::ClearGpu(id),
@@ -314,6 +321,25 @@ fn abandon(pool: PoolId, replica: &str, core: &Core) -> Action {
             Action::Respond(error(409, "HAS_HANDOFF_FILE", &message, None))
         }
         None => Action::Respond(not_found(&format!("replica {key} not found"))),
+    }
+}
+
+/// What a control plane tells of its requests that it sent straight to an engine.
+fn activity(body: &[u8], pool: PoolId, replica: &str, core: &Core) -> Action {
+    let invalid = |why: &str| Action::Respond(error(400, "INVALID_PARAMS", why, None));
+    let Ok(replica) = ReplicaId::new(replica) else { return invalid("the replica in the path is no id") };
+    let key = ReplicaKey { pool, replica };
+    let report = match serde_json::from_slice::<ActivityReport>(body) {
+        Ok(report) => report,
+        Err(why) => return invalid(&format!("the body: {why}")),
+    };
+    match core.replicas().engine(&key) {
+        None => Action::Respond(not_found(&format!("replica {key} not found"))),
+        Some((_, current, _)) if current != report.generation => {
+            let message = format!("{key}: {}", Refused::StaleGeneration { current });
+            Action::Respond(error(409, "STALE_GENERATION", &message, None))
+        }
+        Some(_) => Action::Active(key, report),
     }
 }
 

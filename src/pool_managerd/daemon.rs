@@ -490,6 +490,12 @@ impl Daemon {
                 self.core.handle(Input::Ask(pool.clone()), now, &mut self.effects);
                 self.respond_with_pool(client, 202, &pool, now);
             }
+            Action::Active(key, report) => {
+                let generation = report.generation;
+                let activity = Activity::reported(&report, now.mono);
+                self.core.handle(Input::Active { key, generation, activity }, now, &mut self.effects);
+                self.net.respond(client, &crate::http::server::Response::empty(204), now.mono);
+            }
             Action::ClearGpu(gpu) => {
                 self.core.handle(Input::ClearGpu(gpu), now, &mut self.effects);
                 let gpu = self.core.gpus().gpu_json(gpu);
@@ -570,7 +576,7 @@ impl Daemon {
             Some(Running::Relay { client, lease }) => {
                 if let Outcome::Failed(net::Fault { kind: FaultKind::Aborted, answered, .. }) = outcome {
                     if !answered {
-                        let message = format!("{}: {}", lease.key, operations::CUT_REASON);
+                        let message = format!("{}: {}", lease.key, crate::replicas::drain_routes::CUT_REASON);
                         let response = api::error(503, "POOL_UNREADY", &message, Some(FULL_RETRY_MS));
                         self.net.respond(client, &response, now.mono);
                     }

@@ -8,18 +8,16 @@ use serde_json::{Value, json};
 
 use crate::http::server::{Request, Response};
 use crate::metrics::{Histogram, Scrape};
-use crate::replicas::drains::DRAIN_DEADLINE_MS_MAX;
+use crate::replicas::drain_routes::{self, DrainOrder, DrainRefused};
 use crate::replicas::{DrainChange, DrainEvent};
 use crate::wire::drain::Scope;
-use crate::wire::id::{PoolId, ReplicaId, ReplicaKey};
+use crate::wire::id::PoolId;
 use crate::wire::url::BaseUrl;
 
 use super::api::{error, not_allowed, not_found};
 use super::callbacks::NotRegistered;
 use super::core::Core;
 
-/// Highest GPU index that can be drained: what a handoff can name.
-const GPU_INDEX_MAX: u32 = u16::MAX as u32;
 /// When somebody who found a full table should come back, in milliseconds.
 const TABLE_FULL_RETRY_MS: u64 = 60_000;
 /// Longest reference of a model, in bytes: paths and signed URLs are shorter.
@@ -27,8 +25,6 @@ const REFERENCE_BYTES_MAX: usize = 4_096;
 /// Longest that the answer to a preload waits for the engine, in milliseconds: an engine with a model that is
 /// here loads in minutes. Beyond it, and where the caller wants that, it is told how far it has come.
 const PRELOAD_WAIT_MS_MAX: u64 = 600_000;
-/// Longest value that an error repeats, in characters.
-const SHOWN_CHARS_MAX: usize = 80;
 
 /// Something for the daemon to do before it answers.
 #[derive(Debug, PartialEq, Eq)]
@@ -74,7 +70,9 @@ pub fn route(segments: &[&str], request: &Request, core: &Core) -> Option<Result
         method => method,
     };
     Some(match segments {
-        ["drains"] if method == "GET" => Err(drains(core)),
+        ["drains"] if method == "GET" => {
+            Err(Response::json(200, &drain_routes::list(core.replicas(), core.node_id())))
+        }
         ["callbacks"] if method == "GET" => Err(Response::json(200, &core.callbacks().to_json())),
         ["drains" | "callbacks"] => Err(not_allowed("GET")),
         ["callbacks", "register"] => match method {
@@ -84,13 +82,13 @@ pub fn route(segments: &[&str], request: &Request, core: &Core) -> Option<Result
         },
         ["callbacks", "unregister"] if method == "POST" => unregister(request),
         ["callbacks", "unregister"] => Err(not_allowed("POST")),
-        ["pools", pool, "replicas", replica, "status"] => {
-            replica_key(pool, replica).and_then(|key| match (method, core.replicas().replica_status(&key)) {
+        ["pools", pool, "replicas", replica, "status"] => drain_routes::replica_key(pool, replica)
+            .map_err(refusal)
+            .and_then(|key| match (method, core.replicas().replica_status(&key)) {
                 ("GET" | "POST", Some(status)) => Err(Response::json(200, &status)),
                 ("GET" | "POST", None) => Err(not_found(&format!("replica {key} not found"))),
                 _ => Err(not_allowed("GET, POST")),
-            })
-        }
+            }),
         ["pools", pool, verb @ ("preload" | "reload")] => match method {
             "POST" => {
                 let wait_ms = if *verb == "preload" { wait_ms(request.head.fields.get("prefer")) } else { 0 };
@@ -98,27 +96,22 @@ pub fn route(segments: &[&str], request: &Request, core: &Core) -> Option<Result
             }
             _ => Err(not_allowed("POST")),
         },
-        [of @ .., verb @ ("drain" | "resume")] => match scope(of, core)? {
-            Ok(scope) => match (*verb, method) {
-                ("drain", "POST") => drain(scope, request, core),
-                ("drain", "GET") => Err(progress(200, core, &scope)),
-                ("resume", "POST") => Ok(Operation::Resume(scope)),
-                ("drain", _) => Err(not_allowed("GET, POST")),
-                _ => Err(not_allowed("POST")),
-            },
-            Err(response) => Err(response),
-        },
-        _ => return None,
+        _ => {
+            let (replicas, is_expected) = (core.replicas(), |pool: &PoolId| core.pool_status(pool).is_some());
+            match drain_routes::read(segments, request.head.method(), &request.body, replicas, is_expected)? {
+                Ok(DrainOrder::Show(scope)) => Err(progress(200, core, &scope)),
+                Ok(DrainOrder::Drain(scope, deadline_ms)) => Ok(Operation::Drain(scope, deadline_ms)),
+                Ok(DrainOrder::Resume(scope)) => Ok(Operation::Resume(scope)),
+                Err(refused) => Err(refusal(refused)),
+            }
+        }
     })
 }
 
 /// The answer to an operation that was carried out on a scope.
 #[must_use]
 pub fn progress(status: u16, core: &Core, scope: &Scope) -> Response {
-    match core.replicas().drain_status(scope) {
-        Some(progress) => Response::json(status, &progress),
-        None => Response::json(status, &json!({"scope": scope, "draining": false})),
-    }
+    Response::json(status, &drain_routes::progress(core.replicas(), scope))
 }
 
 /// The answer to a registration.
@@ -202,35 +195,14 @@ pub fn scrape(core: &Core, scrape: &mut Scrape) {
     );
 }
 
-fn drains(core: &Core) -> Response {
-    let drains: Vec<_> = core.replicas().drains().collect();
-    Response::json(200, &json!({"node_id": core.node_id(), "drains": drains}))
-}
-
-/// The scope that a path names; `None` where it names none.
-fn scope(segments: &[&str], core: &Core) -> Option<Result<Scope, Response>> {
-    Some(match segments {
-        ["node"] => Ok(Scope::Node),
-        ["gpus", index] => match index.parse::<u32>().ok().filter(|index| *index <= GPU_INDEX_MAX) {
-            Some(index) => Ok(Scope::Gpu { index }),
-            None => Err(bad(&format!(
-                "the GPU's index must be a whole number from 0 to {GPU_INDEX_MAX}, found {:?}",
-                shown(index)
-            ))),
-        },
-        ["pools", pool] => pool_id(pool).and_then(|pool| {
-            let scope = Scope::pool(&pool);
-            let known = core.pool_status(&pool).is_some() || core.replicas().drain_status(&scope).is_some();
-            known.then_some(scope).ok_or_else(|| not_found(&format!("pool {pool} not found")))
-        }),
-        ["pools", pool, "replicas", replica] => replica_key(pool, replica).and_then(|key| {
-            let scope = Scope::replica(&key);
-            let replicas = core.replicas();
-            let known = replicas.handoff(&key).is_some() || replicas.drain_status(&scope).is_some();
-            known.then_some(scope).ok_or_else(|| not_found(&format!("replica {key} not found")))
-        }),
-        _ => return None,
-    })
+/// The answer to an order about a drain that makes no sense.
+fn refusal(refused: DrainRefused) -> Response {
+    match refused {
+        DrainRefused::Invalid(why) => bad(&why),
+        DrainRefused::NotFound(why) => not_found(&why),
+        DrainRefused::TooMany(why) => error(503, "TOO_MANY_DRAINS", &why, Some(TABLE_FULL_RETRY_MS)),
+        DrainRefused::Method(allow) => not_allowed(allow),
+    }
 }
 
 /// Reads `{"new_model_ref": string}` or `{"prepared": {...}}`.
@@ -276,33 +248,6 @@ fn is_text(text: &str) -> bool {
     (1..=REFERENCE_BYTES_MAX).contains(&text.len()) && !text.chars().any(char::is_control)
 }
 
-fn drain(scope: Scope, request: &Request, core: &Core) -> Result<Operation, Response> {
-    let deadline_ms = deadline_ms(&request.body)?;
-    match core.replicas().can_drain(&scope) {
-        Ok(()) => Ok(Operation::Drain(scope, deadline_ms)),
-        Err(why) => Err(error(503, "TOO_MANY_DRAINS", &why.to_string(), Some(TABLE_FULL_RETRY_MS))),
-    }
-}
-
-fn deadline_ms(body: &[u8]) -> Result<Option<u64>, Response> {
-    if body.trim_ascii().is_empty() {
-        return Ok(None);
-    }
-    let Ok(Value::Object(fields)) = serde_json::from_slice::<Value>(body) else {
-        return Err(bad("the body must be empty or a JSON object such as {\"deadline_ms\": 60000}"));
-    };
-    match fields.get("deadline_ms") {
-        None | Some(Value::Null) => Ok(None),
-        Some(value) => match value.as_u64().filter(|ms| *ms <= DRAIN_DEADLINE_MS_MAX) {
-            Some(ms) => Ok(Some(ms)),
-            None => Err(bad(&format!(
-                "`deadline_ms` must be a whole number from 0 to {DRAIN_DEADLINE_MS_MAX}, found {}",
-                shown(&value.to_string())
-            ))),
-        },
-    }
-}
-
 fn register(request: &Request) -> Result<Operation, Response> {
     callback(&request.body).map(|(url, pool)| Operation::Register(url, pool))
 }
@@ -345,22 +290,11 @@ fn callback_url(text: &str) -> Result<BaseUrl, Response> {
 }
 
 fn pool_id(text: &str) -> Result<PoolId, Response> {
-    PoolId::new(text).map_err(|why| bad(&format!("`pool_id`: {why}")))
-}
-
-fn replica_key(pool: &str, replica: &str) -> Result<ReplicaKey, Response> {
-    let pool = pool_id(pool)?;
-    let replica = ReplicaId::new(replica).map_err(|why| bad(&format!("`replica_id`: {why}")))?;
-    Ok(ReplicaKey { pool, replica })
+    drain_routes::pool_id(text).map_err(refusal)
 }
 
 fn bad(message: &str) -> Response {
     error(400, "INVALID_PARAMS", message, None)
-}
-
-/// A caller's text, shortened for an error.
-fn shown(text: &str) -> String {
-    text.chars().take(SHOWN_CHARS_MAX).collect()
 }
 
 /// A query parameter's value with its escapes undone; what is no escape stays as it is.
@@ -390,29 +324,6 @@ mod tests {
 
     fn message(response: &Response) -> (u16, String) {
         (response.status, String::from_utf8_lossy(&response.body).into_owned())
-    }
-
-    #[test]
-    fn deadlines_are_optional_and_checked() {
-        for absent in ["", " \n", "{}", r#"{"deadline_ms":null}"#, r#"{"other":1}"#] {
-            assert_eq!(deadline_ms(absent.as_bytes()).map_err(|r| message(&r)), Ok(None), "{absent}");
-        }
-        assert_eq!(deadline_ms(br#"{"deadline_ms":0}"#).map_err(|r| message(&r)), Ok(Some(0)));
-        assert_eq!(
-            deadline_ms(br#"{"deadline_ms":86400000}"#).map_err(|r| message(&r)),
-            Ok(Some(86_400_000))
-        );
-        for (wrong, names) in [
-            ("[]", "JSON object"),
-            ("{", "JSON object"),
-            (r#"{"deadline_ms":-1}"#, "`deadline_ms`"),
-            (r#"{"deadline_ms":1.5}"#, "`deadline_ms`"),
-            (r#"{"deadline_ms":"1"}"#, "`deadline_ms`"),
-            (r#"{"deadline_ms":86400001}"#, "`deadline_ms`"),
-        ] {
-            let (status, text) = message(&deadline_ms(wrong.as_bytes()).expect_err(wrong));
-            assert!(status == 400 && text.contains(names), "{wrong}: {text}");
-        }
     }
 
     #[test]

@@ -13,6 +13,7 @@ use super::change::{Cause, Change};
 use super::probing::ProbeOutcome;
 use super::registry::{Registry, Replica};
 use crate::time::{Mono, Now};
+use crate::wire::activity::ActivityReport;
 use crate::wire::id::ReplicaKey;
 
 /// How long all answers of an engine may stand still before it is suspected, in milliseconds: llama.cpp
@@ -58,13 +59,36 @@ impl Activity {
     }
 
     /// For how long nothing has come that should have, in milliseconds, if that is suspicious.
-    fn silence_ms(&self, hang_suspect_ms: u64, now: Mono) -> Option<u64> {
+    #[must_use]
+    pub fn silence_ms(&self, hang_suspect_ms: u64, now: Mono) -> Option<u64> {
         // A long prefill may hold up all other answers of its engine, and whoever comes later does not
         // prolong that.
         let limit_ms =
             if self.waiting_since.is_some() { PREFILL_MS_MAX.max(hang_suspect_ms) } else { hang_suspect_ms };
         let since = self.last_byte.or(self.waiting_since)?;
         Some(now.ms_since(since)).filter(|ms| *ms >= limit_ms)
+    }
+
+    /// The same for another process, of an engine's generation.
+    #[must_use]
+    pub fn report(&self, generation: u64, now: Mono) -> ActivityReport {
+        ActivityReport {
+            generation,
+            begun: self.begun,
+            last_byte_age_ms: self.last_byte.map(|at| now.ms_since(at)),
+            waiting_ms: self.waiting_since.map(|since| now.ms_since(since)),
+        }
+    }
+
+    /// What another process reports, which arrived now.
+    #[must_use]
+    pub fn reported(report: &ActivityReport, now: Mono) -> Activity {
+        let before = |ms: u64| Mono(now.0.saturating_sub(ms.saturating_mul(1_000_000)));
+        Activity {
+            begun: report.begun,
+            last_byte: report.last_byte_age_ms.map(before),
+            waiting_since: report.waiting_ms.map(before),
+        }
     }
 }
 
@@ -92,13 +116,13 @@ impl Registry {
         self.hang_suspect_ms = hang_suspect_ms;
     }
 
-    /// Takes what the requests on a replica have been doing. To be told before each outcome of a probe,
-    /// while requests run.
+    /// Takes what the requests on a replica have been doing, or some of them. To be told before each outcome
+    /// of a probe, while requests run.
     pub fn active(
         &mut self,
         key: &ReplicaKey,
         generation: u64,
-        activity: Activity,
+        mut activity: Activity,
         now: Now,
         changes: &mut Vec<Change>,
     ) {
@@ -107,7 +131,9 @@ impl Registry {
         };
         if let Some(at) = activity.last_byte {
             replica.health.worked(at);
+            // Others may have told of bytes that came later.
             replica.hang.last_byte = replica.hang.last_byte.max(Some(at));
+            activity.last_byte = replica.hang.last_byte;
         }
         let is_cleared =
             replica.hang.cleared_at.is_some_and(|at| now.mono.ms_since(at) < self.hang_suspect_ms);

@@ -29,6 +29,7 @@
 
 pub mod change;
 pub mod directory;
+pub mod drain_routes;
 pub mod drains;
 pub mod hang;
 pub mod health;

@@ -5,6 +5,7 @@
 //! so the only place where they can agree or disagree. Readers are tolerant (unknown fields are
 //! ignored, `null` means absent, fields that older peers lack have defaults); writers are strict.
 
+pub mod activity;
 pub mod certificate;
 pub mod drain;
 pub mod gpu_load;

@@ -18,6 +18,8 @@ pub(super) enum Abort {
     OutOfTime,
     /// It goes to another engine.
     Moved,
+    /// Its engine is drained, and the drain's deadline has passed.
+    Drained,
 }
 
 impl Core {

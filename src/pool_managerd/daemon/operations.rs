@@ -9,10 +9,8 @@ use crate::pool_managerd::callbacks::Delivery;
 use crate::pool_managerd::core::Input;
 use crate::pool_managerd::operations::{self, Operation};
 use crate::reactor::token::Token;
+use crate::replicas::drain_routes::CUT_REASON;
 use crate::time::Now;
-
-/// What a client is told whose request is cut.
-pub(super) const CUT_REASON: &str = "cut: this replica is being drained and the drain's deadline has passed";
 
 impl Daemon {
     pub(super) fn operate(&mut self, client: Token, operation: Operation, now: Now) {
