@@ -14,7 +14,7 @@
 //! pass wherever it can:
 //!
 //! - Pinned to a node: the pass is over its replicas alone.
-//! - Otherwise [`selection`] names the groups of the [index](super::placement_index) that the request concerns,
+//! - Otherwise `selection` names the groups of the [index](super::placement_index) that the request concerns,
 //!   pins included, and the index the best of their members, the next best one if that does not fit, and so on
 //!   for a few.
 //! - If nobody has enough free slots, the sums of the index tell which refusal it is.
@@ -195,7 +195,7 @@ pub enum Choice {
 }
 
 /// A [`Choice`] with its reasons. [`survey`] counts exactly; [`choose`] leaves what the request has tried in
-/// vain, and pins where [`selection`] is not exact, out of account where it could answer from sums.
+/// vain, and pins where `selection` is not exact, out of account where it could answer from sums.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Placement {
     /// The answer.

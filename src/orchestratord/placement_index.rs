@@ -230,7 +230,7 @@ impl PlacementIndex {
     }
 
     /// How many members of groups that have none in common have room for `slots` at once. Exact up to
-    /// [`ROOMS_MAX`], and otherwise an upper bound.
+    /// `ROOMS_MAX`, and otherwise an upper bound.
     #[must_use]
     pub fn with_room_for(&self, groups: &[GroupId], slots: u32) -> u32 {
         let least = (slots.max(1) as usize).min(ROOMS_MAX) - 1;
