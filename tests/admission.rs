@@ -66,7 +66,7 @@ struct Engine {
 
 impl Engine {
     fn start() -> Engine {
-        let listener = llama_orch::service::machine::listen_on_free_port().expect("a port");
+        let listener = harness::listen_on_free_port();
         let port = listener.local_addr().expect("an address").port();
         let (sender, calls) = channel();
         std::thread::spawn(move || serve(&listener, &sender));

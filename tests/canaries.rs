@@ -46,7 +46,7 @@ enum Manner {
 }
 
 fn engine(manner: Manner) -> u16 {
-    let listener = llama_orch::service::machine::listen_on_free_port().expect("a port");
+    let listener = harness::listen_on_free_port();
     let port = listener.local_addr().expect("an address").port();
     thread::spawn(move || {
         for stream in listener.incoming() {

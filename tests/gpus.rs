@@ -505,7 +505,7 @@ fn a_kernel_log_that_cannot_be_read_is_a_note() {
 
 /// Listens and never says a word.
 fn mute() -> (std::net::TcpListener, u16) {
-    let listener = llama_orch::service::machine::listen_on_free_port().expect("a port");
+    let listener = harness::listen_on_free_port();
     let port = listener.local_addr().expect("an address").port();
     (listener, port)
 }

@@ -247,7 +247,7 @@ fn nobody_expires_when_the_control_plane_itself_stood_still() {
 
 /// A control plane that accepts connections and never says a word.
 fn deaf() -> (TcpListener, u16) {
-    let listener = llama_orch::service::machine::listen_on_free_port().expect("a port");
+    let listener = harness::listen_on_free_port();
     let port = listener.local_addr().expect("an address").port();
     (listener, port)
 }

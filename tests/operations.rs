@@ -6,7 +6,7 @@
 mod harness;
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -135,7 +135,7 @@ struct Listener {
 
 impl Listener {
     fn start(answer: impl Fn(&Seen) -> Option<(u16, String)> + Send + Sync + 'static) -> Listener {
-        let listener: TcpListener = llama_orch::service::machine::listen_on_free_port().expect("a port");
+        let listener = harness::listen_on_free_port();
         let port = listener.local_addr().expect("an address").port();
         let (seen, accepted) = (Arc::new(Mutex::new(Vec::new())), Arc::new(AtomicUsize::new(0)));
         let (notes, count, answer) = (seen.clone(), accepted.clone(), Arc::new(answer));

@@ -553,7 +553,7 @@ struct Engine {
 
 impl Engine {
     fn start() -> Engine {
-        let listener = llama_orch::service::machine::listen_on_free_port().expect("a port");
+        let listener = harness::listen_on_free_port();
         let port = listener.local_addr().expect("an address").port();
         let heard = Arc::new(Mutex::new(Vec::new()));
         let shared = heard.clone();

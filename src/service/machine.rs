@@ -74,10 +74,12 @@ pub fn resident_bytes() -> Option<u64> {
     Some(pages * rustix::param::page_size() as u64)
 }
 
-/// Ports of which free ones are chosen. They lie below those that the kernel gives to outgoing
-/// connections (32768 and above by default), one of which could otherwise take a port between its being
-/// chosen and its being listened on by somebody else.
+/// Ports of which free ones are chosen, where the kernel does not say which it gives to outgoing connections.
 const FREE_PORTS: Range<u16> = 15_000..32_768;
+/// Lowest port that is chosen: below are those of well-known services.
+const FREE_PORT_MIN: u16 = 10_000;
+/// Fewest ports to choose from that are worth it.
+const FREE_PORTS_LEN_MIN: usize = 1_000;
 /// Random ports that are tried before the kernel is asked for any.
 const FREE_PORT_ATTEMPTS: usize = 64;
 
@@ -88,8 +90,20 @@ const FREE_PORT_ATTEMPTS: usize = 64;
 /// Where not even the kernel has one.
 pub fn listen_on_free_port() -> io::Result<TcpListener> {
     let listen = |port| TcpListener::bind((Ipv4Addr::LOCALHOST, port));
-    let mut chosen = (0..FREE_PORT_ATTEMPTS).map(|_| fastrand::u16(FREE_PORTS));
+    let outgoing = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
+    let ports = free_ports(&outgoing);
+    let mut chosen = (0..FREE_PORT_ATTEMPTS).map(|_| fastrand::u16(ports.clone()));
     chosen.find_map(|port| listen(port).ok()).map_or_else(|| listen(0), Ok)
+}
+
+/// Ports that no outgoing connection gets: one could otherwise take a port between its being chosen and its
+/// being listened on by somebody else. `outgoing`: the kernel's range, "32768 60999" by default.
+fn free_ports(outgoing: &str) -> Range<u16> {
+    let mut bounds = outgoing.split_whitespace().map(str::parse::<u16>);
+    let (Some(Ok(low)), Some(Ok(high))) = (bounds.next(), bounds.next()) else { return FREE_PORTS };
+    let (below, above) = (FREE_PORT_MIN..low, high.saturating_add(1).max(FREE_PORT_MIN)..u16::MAX);
+    let longer = if below.len() >= above.len() { below } else { above };
+    if longer.len() >= FREE_PORTS_LEN_MIN { longer } else { FREE_PORTS }
 }
 
 /// Raises the soft limit on open descriptors to the hard one: a connection needs one, a relayed
@@ -175,5 +189,20 @@ mod tests {
         assert_eq!(local_v4(trie).collect::<Vec<_>>(), [Ipv4Addr::new(10, 0, 0, 7)]);
         let v6 = "00000000000000000000000000000001 01 80 10 80       lo\n";
         assert_eq!(local_v6(v6).collect::<Vec<_>>(), [Ipv6Addr::LOCALHOST]);
+    }
+    #[test]
+    fn free_ports_are_none_that_outgoing_connections_get() {
+        for (outgoing, ports) in [
+            ("32768\t60999\n", 10_000..32_768),
+            ("16000 65535", 10_000..16_000),
+            ("1024 30000", 30_001..65_535),
+            ("1024 65535", FREE_PORTS),
+            ("60000 65535", 10_000..60_000),
+            ("", FREE_PORTS),
+            ("32768", FREE_PORTS),
+            ("a b", FREE_PORTS),
+        ] {
+            assert_eq!(free_ports(outgoing), ports, "{outgoing:?}");
+        }
     }
 }

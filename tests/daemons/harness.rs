@@ -1,11 +1,13 @@
 //! Real daemons for tests: started on ports from the kernel, asked over real sockets, killed with the
 //! test.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -26,9 +28,21 @@ pub(crate) fn until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
     }
 }
 
+/// Listens on a port that no other test of this process gets, not even later.
+pub(crate) fn listen_on_free_port() -> TcpListener {
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    loop {
+        let listener = llama_orch::service::machine::listen_on_free_port().expect("a port");
+        let port = listener.local_addr().expect("an address").port();
+        if GIVEN.lock().unwrap_or_else(PoisonError::into_inner).insert(port) {
+            return listener;
+        }
+    }
+}
+
 /// A port that was free a moment ago.
 pub(crate) fn free_port() -> u16 {
-    llama_orch::service::machine::listen_on_free_port().and_then(|l| l.local_addr()).expect("a port").port()
+    listen_on_free_port().local_addr().expect("an address").port()
 }
 
 /// A process, killed with the test.
@@ -79,8 +93,12 @@ impl Process {
 }
 
 impl Drop for Process {
+    #[allow(clippy::print_stderr, reason = "a test fails, and the log says more than its message")]
     fn drop(&mut self) {
         self.kill();
+        if std::thread::panicking() {
+            eprintln!("{}:\n{}", self.log.display(), fs::read_to_string(&self.log).unwrap_or_default());
+        }
     }
 }
 

@@ -21,7 +21,7 @@ pub(crate) struct Engine {
 
 impl Engine {
     pub(crate) fn start(self) -> (Arc<Engine>, u16) {
-        self.listen(llama_orch::service::machine::listen_on_free_port().expect("a port"))
+        self.listen(crate::harness::listen_on_free_port())
     }
 
     /// On another address of this machine than loopback.
