@@ -427,18 +427,32 @@ fn an_idle_node_agent_sleeps() {
     });
     let tasks = format!("/proc/{}/task", cloud.agent.pid());
     assert!(fs::read_dir(&tasks).expect("threads").count() <= 3, "one loop and at most two helpers");
-    let switches = || -> u64 {
-        let threads = fs::read_dir(&tasks).expect("threads").flatten();
-        let status = threads.filter_map(|thread| fs::read_to_string(thread.path().join("status")).ok());
-        let line = |text: String| {
-            let line = text.lines().find(|line| line.starts_with("voluntary_ctxt_switches"))?.to_string();
-            line.split_whitespace().last()?.parse::<u64>().ok()
-        };
-        status.filter_map(line).sum()
-    };
     // A window of time is what is measured here, so this sleeps.
-    let before = switches();
+    let before = times_woken(&cloud.agent);
     thread::sleep(Duration::from_secs(3));
-    let woken = switches() - before;
+    let woken = times_woken(&cloud.agent) - before;
     assert!(woken <= 60, "{woken} wake-ups in 3 s: probes, a heartbeat, and nothing else");
+}
+
+/// How often a thread of the process has waited, and gone on.
+fn times_woken(process: &Process) -> u64 {
+    let threads = fs::read_dir(format!("/proc/{}/task", process.pid())).expect("threads").flatten();
+    let status = threads.filter_map(|thread| fs::read_to_string(thread.path().join("status")).ok());
+    let line = |text: String| {
+        let line = text.lines().find(|line| line.starts_with("voluntary_ctxt_switches"))?.to_string();
+        line.split_whitespace().last()?.parse::<u64>().ok()
+    };
+    status.filter_map(line).sum()
+}
+
+#[test]
+fn a_node_agent_without_replicas_wakes_up_for_heartbeats_alone() {
+    let cloud = Cloud::start(&[]);
+    cloud.until_status("Online");
+    // A window of time is what is measured here, so this sleeps: after what follows a start.
+    thread::sleep(Duration::from_secs(2));
+    let before = times_woken(&cloud.agent);
+    thread::sleep(Duration::from_secs(10));
+    let woken = times_woken(&cloud.agent) - before;
+    assert!(woken <= 4, "{woken} wake-ups in 10 s: at most two heartbeats and their answers");
 }

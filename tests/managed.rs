@@ -13,14 +13,17 @@ mod provisioner;
 mod daemons;
 
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use daemons::{POOL_MANAGERD, Process, free_port, get, post, until};
 use provisioner::Provisioner;
+use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, UTIME_NOW};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use server::{Reply, Server};
@@ -274,6 +277,77 @@ fn the_control_plane_passes_a_reload_on_to_the_nodes_agent() {
     assert_eq!(status("/v2/pools/nowhere/reload", &body), 404);
     assert_eq!(status("/v2/pools/pool-0/reload", "{}"), 400);
     assert_eq!(post(plane, "/v2/pools/pool-0/reload", &body).status, 401);
+}
+
+#[test]
+fn provisioners_are_asked_when_they_have_something_to_tell_and_not_in_between() {
+    let root = tempfile::tempdir().expect("a directory");
+    let (port, engines) = (free_port(), root.path().join("engines"));
+    let addr = format!("127.0.0.1:{port}");
+    let env = [
+        ("POOL_MANAGERD_ADDR", addr.as_str()),
+        ("POOL_MANAGERD_RUNTIME_DIR", engines.to_str().expect("UTF-8")),
+    ];
+    let agent = Process::start(POOL_MANAGERD, &[], &env, root.path());
+    until("the agent", || get(port, "/ready").filter(|answer| answer.status == 200));
+
+    // A provisioner that does nothing is asked once.
+    let directory = engines.join(".provisioners");
+    fs::create_dir(&directory).expect("created");
+    let socket = directory.join("1.sock");
+    let listener = UnixListener::bind(&socket).expect("bound");
+    let (asked, is_busy) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+    let (counted, busy) = (asked.clone(), is_busy.clone());
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.expect("a connection");
+            let mut line = String::new();
+            BufReader::new(&stream).read_line(&mut line).expect("a question");
+            assert_eq!(line.trim_end(), r#"{"op":"preparing"}"#);
+            counted.fetch_add(1, Ordering::SeqCst);
+            let step = json!({"kind": "model_fetch", "id": "p/r0", "status": "running", "detail": "m"});
+            let pools = if busy.load(Ordering::SeqCst) {
+                json!([{"pool_id": "p", "steps": [step]}])
+            } else {
+                json!([])
+            };
+            writeln!(stream, "{}", json!({"status": 200, "pools": pools})).expect("an answer");
+        }
+    });
+    let count = || asked.load(Ordering::SeqCst);
+    until("a first question", || (count() > 0).then_some(()));
+    // A window of time is what is measured here, so this sleeps.
+    std::thread::sleep(Duration::from_millis(500));
+    let before = count();
+    std::thread::sleep(Duration::from_secs(5));
+    assert_eq!(count(), before, "nothing has happened");
+
+    // One that begins with something is asked until that is over.
+    is_busy.store(true, Ordering::SeqCst);
+    touch(&socket);
+    until("questions while something is under way", || (count() >= before + 3).then_some(()));
+    is_busy.store(false, Ordering::SeqCst);
+    std::thread::sleep(Duration::from_secs(1));
+    let after = count();
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(count(), after, "it is over");
+
+    // The directory goes with the last provisioner and comes with the next.
+    for _ in 0..3 {
+        fs::remove_dir_all(&directory).expect("removed");
+        fs::create_dir(&directory).expect("created");
+        let listener = UnixListener::bind(&socket).expect("bound");
+        listener.set_nonblocking(true).expect("asked now and then");
+        let (mut stream, _) = until("a question", || listener.accept().ok());
+        writeln!(stream, "{}", json!({"status": 200, "pools": []})).expect("an answer");
+    }
+    drop(agent);
+}
+
+fn touch(file: &Path) {
+    let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
+    let times = Timestamps { last_access: now, last_modification: now };
+    rustix::fs::utimensat(CWD, file, &times, AtFlags::empty()).expect("touched");
 }
 
 #[test]

@@ -211,6 +211,7 @@ impl Control {
         };
         // Another provisioner that ends may just have taken the directory away.
         let listener = bind().or_else(|_| bind())?;
+        book.steps.are_told_on(&path);
         let (sender, orders) = sync_channel(ENGINES_MAX);
         std::thread::Builder::new().name("control".into()).spawn(move || {
             for stream in listener.incoming().flatten() {

@@ -1,11 +1,15 @@
 //! How far the preparation of engines has come: what is fetched, built and loaded, for whoever asks.
 //!
 //! Written by the thread that prepares, read by the loop. One list for everything that is under way or was
-//! last; a new preparation of a pool takes the place of its earlier one.
+//! last; a new preparation of a pool takes the place of its earlier one. When the first of them begins, the
+//! socket on which this program is asked is touched: who watches its directory need not ask in vain.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, UTIME_NOW};
 use serde_json::Value;
 
 use crate::wire::id::{PoolId, ReplicaKey};
@@ -76,12 +80,20 @@ impl Step {
 
 /// The list, shared.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Steps(Arc<Mutex<Vec<Step>>>);
+pub(super) struct Steps {
+    all: Arc<Mutex<Vec<Step>>>,
+    socket: Arc<OnceLock<PathBuf>>,
+}
 
 impl Steps {
     fn with<T>(&self, change: impl FnOnce(&mut Vec<Step>) -> T) -> T {
         // Nothing that is done under the lock can leave the list half changed.
-        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+        change(&mut self.all.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// From now on they are told on this socket.
+    pub(super) fn are_told_on(&self, socket: &Path) {
+        let _ = self.socket.set(socket.into());
     }
 
     /// Forgets what was done for a pool.
@@ -92,16 +104,17 @@ impl Steps {
     /// A step begins, or goes on with another text.
     pub(super) fn begin(&self, kind: Kind, key: &ReplicaKey, detail: &str) {
         let detail: String = detail.chars().take(DETAIL_CHARS_MAX).collect();
-        self.with(|steps| {
+        let is_first = self.with(|steps| {
+            let is_first = !steps.iter().any(|step| step.status == Status::Running);
             if let Some(step) = find(steps, kind, key) {
                 if step.status != Status::Running {
                     (step.bytes_done, step.bytes_total, step.pct) = (None, None, None);
                 }
                 (step.status, step.detail) = (Status::Running, detail);
-                return;
+                return is_first;
             }
             if steps.len() >= STEPS_MAX {
-                return;
+                return false;
             }
             steps.push(Step {
                 kind,
@@ -113,7 +126,12 @@ impl Steps {
                 bytes_total: None,
                 pct: None,
             });
+            is_first
         });
+        if is_first && let Some(socket) = self.socket.get() {
+            // Who is not told now asks a little later.
+            let _ = touch(socket);
+        }
     }
 
     /// So many bytes of it are there.
@@ -186,6 +204,12 @@ impl Steps {
             serde_json::to_value(of_pool).unwrap_or_default()
         })
     }
+}
+
+fn touch(file: &Path) -> io::Result<()> {
+    let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
+    let times = Timestamps { last_access: now, last_modification: now };
+    Ok(rustix::fs::utimensat(CWD, file, &times, AtFlags::SYMLINK_NOFOLLOW)?)
 }
 
 fn find<'a>(steps: &'a mut [Step], kind: Kind, key: &ReplicaKey) -> Option<&'a mut Step> {

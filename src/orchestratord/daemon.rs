@@ -251,7 +251,7 @@ impl Daemon {
                         }
                     }
                     Kind::Credentials => tokens_changed = true,
-                    Kind::Waker | Kind::KernelLog => {}
+                    Kind::Waker | Kind::KernelLog | Kind::Provisioners => {}
                     Kind::Listener | Kind::Client | Kind::Upstream | Kind::Exchange => {
                         self.net.on_edge(token, edge);
                     }

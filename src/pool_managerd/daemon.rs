@@ -188,7 +188,7 @@ impl Daemon {
                 .map_err(|error| Exit::runtime(format!("the event loop failed: {error}")))?;
             self.lag.woke(deadline, now.mono);
             let (mut changed, mut stops, mut ended) = (false, 0, Vec::new());
-            let (mut logged, mut tokens_changed) = (logged_more, false);
+            let (mut logged, mut tokens_changed, mut provisioners_told) = (logged_more, false, false);
             for (token, edge) in self.reactor.events() {
                 match token.kind() {
                     Kind::DirWatch => changed = true,
@@ -206,6 +206,7 @@ impl Daemon {
                     Kind::Waker => {}
                     Kind::KernelLog => logged = true,
                     Kind::Credentials => tokens_changed = true,
+                    Kind::Provisioners => provisioners_told = true,
                     Kind::Listener | Kind::Client | Kind::Upstream | Kind::Exchange => {
                         self.net.on_edge(token, edge);
                     }
@@ -218,6 +219,7 @@ impl Daemon {
             self.take_gpu_reports(logged, now);
             self.take_saved(now);
             self.take_ordered(now);
+            self.look_for_provisioners(changed, provisioners_told, now);
             self.ask_provisioners(now);
             self.tls.turn(&mut self.net, now);
             self.look_after_guard(tokens_changed, now);

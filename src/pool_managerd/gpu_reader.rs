@@ -35,8 +35,9 @@ use super::gpus::{DriverReading, GPUS_MAX, Memory, Process, Reading, Report, Tro
 const STACK_BYTES: usize = 1024 * 1024;
 /// Reports that wait for the loop: it takes them every turn, and a full queue wakes it.
 const QUEUE_MAX: usize = 16;
-/// Between attempts to find a driver where there was none, in milliseconds.
-const ABSENT_RETRY_MS: u64 = 60_000;
+/// Between attempts to find a driver where there never was one, in milliseconds: at first, and after many of
+/// them. Each waits twice as long as the one before.
+const ABSENT_RETRY_MS: (u64, u64) = (60_000, 600_000);
 /// Processes of one GPU that are told.
 const PROCESSES_MAX: usize = 256;
 /// Parents of a process that are followed: an engine's workers are few steps below it.
@@ -94,6 +95,7 @@ struct Thread {
 impl Thread {
     fn run(&mut self) -> Result<(), Over> {
         let mut was_there = false;
+        let mut absent_ms = ABSENT_RETRY_MS.0;
         loop {
             let next_at = match Nvml::init() {
                 Ok(nvml) => {
@@ -101,8 +103,8 @@ impl Thread {
                     self.while_open(&nvml)?
                 }
                 Err(error) => {
-                    let pause_ms =
-                        if was_there { self.interval_ms } else { self.interval_ms.max(ABSENT_RETRY_MS) };
+                    let pause_ms = if was_there { self.interval_ms } else { self.interval_ms.max(absent_ms) };
+                    absent_ms = (absent_ms * 2).min(ABSENT_RETRY_MS.1);
                     let next_at = now().mono.plus_ms(pause_ms);
                     self.out.reading(Err(unavailable(&error)), next_at, true)?;
                     next_at

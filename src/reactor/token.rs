@@ -34,9 +34,11 @@ pub enum Kind {
     Certificates,
     /// The watches on the directories in which tokens lie.
     Credentials,
+    /// The watch on the directory in which provisioners listen.
+    Provisioners,
 }
 
-const KINDS: [Kind; 12] = [
+const KINDS: [Kind; 13] = [
     Kind::Listener,
     Kind::Client,
     Kind::Upstream,
@@ -49,6 +51,7 @@ const KINDS: [Kind; 12] = [
     Kind::KernelLog,
     Kind::Certificates,
     Kind::Credentials,
+    Kind::Provisioners,
 ];
 
 const GENERATION_BITS: u32 = 24;

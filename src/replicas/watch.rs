@@ -22,6 +22,9 @@ use super::scan::Scanner;
 
 /// How much rarer the look at every name is while events arrive.
 pub const SAFETY_NET_FACTOR: u64 = 30;
+/// How much longer than that it may wait for a turn that something else brings about, in watch intervals:
+/// an idle process is not woken up for it.
+pub const SAFETY_NET_SLACK: u64 = 15;
 /// First pause before a directory that is away is looked for again, in milliseconds; it doubles up to
 /// the watch interval.
 pub const AWAY_MS_MIN: u64 = 50;
@@ -38,7 +41,10 @@ pub struct Watch {
     events: Option<DirWatch>,
     /// The kernel reports what this machine does to the file system, and others write to it too.
     is_shared: bool,
+    /// Everything is looked at in the first turn after this.
     due_at: Mono,
+    /// And the loop wakes up for it then.
+    wake_at: Mono,
     away_ms: u64,
     /// It was never listed: it is created where it does not exist.
     is_new: bool,
@@ -80,6 +86,7 @@ impl Watch {
             events: None,
             is_shared: false,
             due_at: Mono(0),
+            wake_at: Mono(0),
             away_ms: AWAY_MS_MIN,
             is_new: true,
             trouble: None,
@@ -108,12 +115,17 @@ impl Watch {
     /// When [`Watch::turn`] must run at the latest.
     #[must_use]
     pub fn deadline(&self) -> Mono {
-        earliest(Some(self.due_at), self.scanner.deadline()).unwrap_or(self.due_at)
+        earliest(Some(self.wake_at), self.scanner.deadline()).unwrap_or(self.wake_at)
     }
 
     /// Looks at everything by `at` at the latest.
     pub fn look_by(&mut self, at: Mono) {
         self.due_at = self.due_at.min(at);
+        self.wake_at = self.wake_at.min(at);
+    }
+
+    fn look_at(&mut self, at: Mono) {
+        (self.due_at, self.wake_at) = (at, at);
     }
 
     /// Whether a look is under way that must go on before the loop blocks.
@@ -132,7 +144,7 @@ impl Watch {
                 watch.disarm();
             }
             if hint.dirty || hint.lost {
-                self.due_at = now;
+                self.look_at(now);
             }
         }
         if now >= self.check_at {
@@ -140,21 +152,21 @@ impl Watch {
             // Neither a mount over the directory nor another name for one above it sends an event. Nobody is
             // woken up to look for that: any turn will do, and the safety net is one.
             if self.is_elsewhere() {
-                self.due_at = now;
+                self.look_at(now);
             }
         }
         let mut trouble = self.trouble.clone();
         if now >= self.due_at {
             trouble = self.prepare(registry);
             self.scanner.want_pass();
-            self.due_at = now.plus_ms(self.interval_ms);
+            self.look_at(now.plus_ms(self.interval_ms));
         }
         let listings = match self.scanner.step(now) {
             Ok(listings) => listings,
             Err(error) => {
                 self.disarm();
                 trouble = Some(self.explain(&error, true));
-                self.due_at = now.plus_ms(self.away_ms.min(self.interval_ms));
+                self.look_at(now.plus_ms(self.away_ms.min(self.interval_ms)));
                 self.away_ms = (self.away_ms * 2).min(self.interval_ms);
                 Vec::new()
             }
@@ -163,11 +175,12 @@ impl Watch {
             self.away_ms = AWAY_MS_MIN;
             self.is_new = false;
             let events_suffice = self.is_armed() && !self.is_shared;
-            let factor = if events_suffice { SAFETY_NET_FACTOR } else { 1 };
+            let (factor, slack) = if events_suffice { (SAFETY_NET_FACTOR, SAFETY_NET_SLACK) } else { (1, 0) };
             self.due_at = now.plus_ms(self.interval_ms * factor);
+            self.wake_at = self.due_at.plus_ms(self.interval_ms * slack);
         }
         if self.scanner.has_unreadable() {
-            self.due_at = self.due_at.min(now.plus_ms(self.interval_ms));
+            self.look_by(now.plus_ms(self.interval_ms));
         }
         let changed = trouble != self.trouble;
         self.trouble.clone_from(&trouble);

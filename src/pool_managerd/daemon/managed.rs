@@ -2,8 +2,10 @@
 //! belong.
 //!
 //! Orders are only accepted there. Who waits for the end of one is put on a list and answered when it has come;
-//! until then the provisioner is asked again and again, and nothing else waits. Where there are provisioners, they
-//! are asked now and then what they prepare: control planes want to know.
+//! until then the provisioner is asked again and again, and nothing else waits.
+//!
+//! Control planes want to know what is prepared. A provisioner that comes or begins with something touches its
+//! socket; then all are asked, and again until nothing is under way. Nobody wakes up in between.
 
 use std::collections::BTreeSet;
 
@@ -15,8 +17,9 @@ use crate::pool_managerd::api;
 use crate::pool_managerd::core::Input;
 use crate::pool_managerd::operations::PoolOrder;
 use crate::pool_managerd::provisioner_client;
+use crate::reactor::dirwatch::FileWatch;
 use crate::reactor::offload::Offload;
-use crate::reactor::token::Token;
+use crate::reactor::token::{Kind, Token};
 use crate::time::{Mono, Now, earliest};
 use crate::wire::id::PoolId;
 use crate::wire::pool::PROVISIONER_DIRECTORY;
@@ -34,8 +37,12 @@ const WAITING_MAX: usize = JOBS_MAX / 2;
 /// and an engine takes seconds.
 const ASK_EVERY_MS: u64 = 50;
 
-/// Pause between two looks at what is prepared, in milliseconds: while something is, and while nothing is.
-const LOOK_EVERY_MS: (u64, u64) = (500, 2_000);
+/// Pause between two looks at what is prepared, in milliseconds, while something is.
+const LOOK_EVERY_MS: u64 = 500;
+/// The same while nothing is and the kernel reports no touched sockets.
+const LOOK_IDLE_MS: u64 = 2_000;
+/// The same where it does: a safety net, for which nobody is woken up.
+const SAFETY_NET_MS: u64 = 60_000;
 
 type Helper = Offload<Job, Found>;
 
@@ -68,9 +75,16 @@ pub(super) struct Managed {
     helper: Option<Helper>,
     pub(super) pools: BTreeSet<PoolId>,
     waiting: Vec<Waiting>,
-    /// When it is looked what is prepared; `None` while it is.
-    look_at: Option<Mono>,
+    /// When it is looked what is prepared: the first turn after that does it.
+    look_at: Mono,
+    /// The loop wakes up for it.
+    wakes: bool,
     is_looking: bool,
+    /// More was touched while it was looked.
+    again: bool,
+    /// Where provisioners listen; made once some do.
+    sockets: Option<FileWatch>,
+    is_watched: bool,
 }
 
 /// A caller that is answered when what it ordered has ended.
@@ -87,9 +101,15 @@ struct Waiting {
 }
 
 impl Managed {
+    /// Nothing is known to be under way.
+    fn look_later(&mut self, are_reported: bool, now: Mono) {
+        let pause_ms = if are_reported { SAFETY_NET_MS } else { LOOK_IDLE_MS };
+        (self.look_at, self.wakes) = (now.plus_ms(pause_ms), !are_reported);
+    }
+
     /// When [`Daemon::ask_provisioners`] is wanted next.
     pub(super) fn deadline(&self) -> Option<Mono> {
-        let look_at = self.look_at.filter(|_| !self.is_looking);
+        let look_at = (self.wakes && !self.is_looking).then_some(self.look_at);
         earliest(look_at, self.waiting.iter().filter_map(|waiting| waiting.ask_at).min())
     }
 }
@@ -123,17 +143,37 @@ impl Daemon {
         self.managed.helper.as_ref().is_some_and(|helper| helper.submit(job).is_ok())
     }
 
-    /// Asks what is prepared, and how far the orders have come that somebody waits for.
-    pub(super) fn ask_provisioners(&mut self, now: Now) {
-        if !self.managed.is_looking && self.managed.look_at.is_none_or(|look_at| look_at <= now.mono) {
-            self.managed.look_at = Some(now.mono.plus_ms(LOOK_EVERY_MS.1));
-            // Most nodes have none.
-            let has_any = self.config.runtime_dir.join(PROVISIONER_DIRECTORY).is_dir();
-            self.managed.is_looking = has_any && self.hand_over(Job::Look);
-            if !has_any {
-                self.core.handle(Input::Preparing(Vec::new()), now, &mut self.effects);
-            }
+    /// Finds out whether provisioners have something to tell. `changed`: something happened in the runtime
+    /// directory; `told`: where they listen.
+    pub(super) fn look_for_provisioners(&mut self, changed: bool, told: bool, now: Now) {
+        let managed = &mut self.managed;
+        let is_due = managed.look_at <= now.mono;
+        if managed.is_looking {
+            managed.again |= told;
+            return;
         }
+        if !(is_due || told || (changed && !managed.is_watched)) {
+            return;
+        }
+        let directory = self.config.runtime_dir.join(PROVISIONER_DIRECTORY);
+        // Most nodes have none.
+        let has_any = directory.is_dir();
+        let socket = directory.join("any.sock");
+        let watch = || FileWatch::new(std::iter::once(socket.as_path()), Token::only(Kind::Provisioners));
+        // A watch that is not needed any more is kept: to close one makes the loop stand still.
+        managed.is_watched =
+            has_any && managed.sockets.get_or_insert_with(watch).renew(&self.registry).is_empty();
+        let are_reported = if has_any { managed.is_watched } else { self.watch.mode() == "inotify" };
+        managed.look_later(are_reported, now.mono);
+        let is_looking = has_any && self.hand_over(Job::Look);
+        self.managed.is_looking = is_looking;
+        if !has_any {
+            self.core.handle(Input::Preparing(Vec::new()), now, &mut self.effects);
+        }
+    }
+
+    /// Asks how far the orders have come that somebody waits for.
+    pub(super) fn ask_provisioners(&mut self, now: Now) {
         for at in 0..self.managed.waiting.len() {
             let waiting = &mut self.managed.waiting[at];
             if waiting.ask_at.is_none_or(|ask_at| ask_at > now.mono) {
@@ -181,9 +221,13 @@ impl Daemon {
     }
 
     fn take_preparing(&mut self, pools: Vec<PoolPreparation>, now: Now) {
-        let (busy_ms, idle_ms) = LOOK_EVERY_MS;
-        let pause_ms = if pools.is_empty() { idle_ms } else { busy_ms };
-        (self.managed.is_looking, self.managed.look_at) = (false, Some(now.mono.plus_ms(pause_ms)));
+        let managed = &mut self.managed;
+        managed.is_looking = false;
+        if std::mem::take(&mut managed.again) {
+            (managed.look_at, managed.wakes) = (now.mono, true);
+        } else if !pools.is_empty() {
+            (managed.look_at, managed.wakes) = (now.mono.plus_ms(LOOK_EVERY_MS), true);
+        }
         for pool in pools.iter().map(|preparation| &preparation.pool_id) {
             if self.managed.pools.len() < POOLS_MAX && !self.managed.pools.contains(pool) {
                 self.managed.pools.insert(pool.clone());
