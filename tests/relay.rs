@@ -754,9 +754,9 @@ fn a_client_that_takes_nothing_is_given_up_and_its_engine_freed() {
         flood(line, &AtomicU64::new(0), u64::MAX);
         tell.send(()).expect("the test listens");
     });
-    let limits = Limits { write_stall_ms: 100, ..Limits::default() };
+    let limits = Limits { write_stall_ms: 1_500, ..Limits::default() };
     // The engine is blocked for longer than it may be silent, and must not be blamed for it.
-    let gateway = Gateway::with(engine.address, limits, Patience { idle_ms: 30, ..PATIENT });
+    let gateway = Gateway::with(engine.address, limits, Patience { idle_ms: 500, ..PATIENT });
     let mut client = gateway.client();
     client.send("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
     told.recv_timeout(DEADLINE).expect("the engine's connection is closed");

@@ -467,6 +467,7 @@ impl Net {
         }
         self.share_bytes = SHARE_BYTES;
         self.turn_handshakes(now);
+        self.flush_owed(now);
         self.expire(now);
     }
 
@@ -488,7 +489,10 @@ impl Net {
     /// ended itself, say), so that the loop must not block.
     #[must_use]
     pub fn busy(&self) -> bool {
-        !self.ready.is_empty() || !self.tls.handshakes.is_empty() || !self.events.is_empty()
+        !self.ready.is_empty()
+            || !self.tls.handshakes.is_empty()
+            || !self.events.is_empty()
+            || !self.server.to_flush.is_empty()
     }
 
     /// When [`Net::turn`] must run at the latest.

@@ -103,6 +103,8 @@ pub(super) struct Client {
     pub(super) began: Mono,
     /// Its exchange waits until enough has been written.
     pub(super) above_high_water: bool,
+    /// What was put out for it in this turn is written at its end.
+    flush_owed: bool,
     /// Not all that it sent has been read.
     refused: bool,
     /// It is one too many, and told so once it can be.
@@ -219,6 +221,8 @@ pub(super) struct Server {
     listeners: Vec<Listener>,
     accept_again_at: Option<Mono>,
     pub(super) bodies: BodyBudget,
+    /// Clients to which something is written at the end of the turn.
+    pub(super) to_flush: Vec<Token>,
 }
 
 impl Server {
@@ -228,6 +232,7 @@ impl Server {
             listeners: Vec::new(),
             accept_again_at: None,
             bodies: BodyBudget::new(bodies_bytes_max),
+            to_flush: Vec::new(),
         }
     }
 
@@ -307,6 +312,7 @@ impl Net {
                 streams_events: false,
                 began: now,
                 above_high_water: false,
+                flush_owed: false,
                 refused: false,
                 is_crowd: count >= most - told,
             })
@@ -526,9 +532,35 @@ impl Net {
         self.ready.push_behind(client);
     }
 
+    /// Writes what was put out for a client once all that can be read has been: a peer that is woken up by the
+    /// first of many writes finds the others there. What is much goes at once.
+    pub(super) fn client_flush_soon(&mut self, client: Token, now: Mono) {
+        let Some(session) = self.server.clients.get_mut(client) else { return };
+        if session.out.len() > LOW_WATER_BYTES {
+            return self.client_flush(client, now);
+        }
+        if !std::mem::replace(&mut session.flush_owed, true) {
+            self.server.to_flush.push(client);
+        }
+    }
+
+    /// Writes what is owed to clients of this turn.
+    pub(super) fn flush_owed(&mut self, now: Mono) {
+        let mut clients = std::mem::take(&mut self.server.to_flush);
+        for client in clients.drain(..) {
+            if self.server.clients.get(client).is_some_and(|session| session.flush_owed) {
+                self.client_flush(client, now);
+            }
+        }
+        // What was owed meanwhile is so few that it may wait for the next turn.
+        let owed = std::mem::replace(&mut self.server.to_flush, clients);
+        self.server.to_flush.extend(owed);
+    }
+
     /// Writes what the client takes, and acts on what that makes possible.
     pub(super) fn client_flush(&mut self, client: Token, now: Mono) {
         let Some(session) = self.server.clients.get_mut(client) else { return };
+        session.flush_owed = false;
         let Ok(written) = session.out.flush(&mut session.stream) else {
             return self.close_client(client, now);
         };

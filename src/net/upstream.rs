@@ -511,7 +511,7 @@ impl Net {
         match result {
             Ok(Step::More) => {
                 if let Some(client) = client {
-                    self.client_flush(client, now);
+                    self.client_flush_soon(client, now);
                 }
                 self.upstreams.exchanges.get(exchange).is_some()
             }
@@ -564,7 +564,7 @@ impl Net {
             && let Some(session) = self.server.clients.get_mut(client)
         {
             session.answered(client_keeps_alive);
-            self.client_flush(client, now);
+            self.client_flush_soon(client, now);
         }
         self.finish_exchange(exchange, Outcome::Complete { status, body }, now);
     }
