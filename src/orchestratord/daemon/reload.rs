@@ -74,7 +74,7 @@ impl Daemon {
             let outbound = Outbound {
                 to: agent,
                 method: "POST".into(),
-                target: format!("/v2/pools/{pool}/reload"),
+                target: format!("/v2/pools/{pool}/reload").into(),
                 fields,
                 body: body.clone(),
                 sink: Sink::Collect { bytes_max: ANSWER_BYTES_MAX },
