@@ -17,6 +17,9 @@ use super::fields::{length_bit, push_field};
 pub const HEAD_BYTES_MAX: usize = 32 * 1024;
 /// Most fields in a head.
 pub const FIELDS_MAX: usize = 96;
+/// Where a field is takes four numbers, each below [`HEAD_BYTES_MAX`].
+const RANGE_BYTES: usize = 4 * size_of::<u16>();
+const _: () = assert!(HEAD_BYTES_MAX <= u16::MAX as usize);
 
 /// Finds the empty line behind the fields; made once, because making it costs more than most searches.
 static HEAD_END: LazyLock<memmem::Finder<'static>> = LazyLock::new(|| memmem::Finder::new(b"\r\n\r\n"));
@@ -58,6 +61,8 @@ impl fmt::Display for BadMessage {
     }
 }
 
+const TOO_LARGE: BadMessage = BadMessage { status: 431, reason: "the head is larger than 32 KiB" };
+
 const fn bad(reason: &'static str) -> BadMessage {
     BadMessage { status: 400, reason }
 }
@@ -65,8 +70,9 @@ const fn bad(reason: &'static str) -> BadMessage {
 /// The fields of a head, in order.
 #[derive(Clone, Default)]
 pub struct Fields {
+    /// The head, and behind it where its fields are: start and end of each name and of its value.
     bytes: Vec<u8>,
-    ranges: Vec<[u32; 4]>,
+    head_bytes: usize,
     /// A bit for each length that a name here has, so that most questions for a name need no search.
     name_lengths: u64,
     /// A `Connection` field says more than that the connection is kept or closed.
@@ -76,19 +82,19 @@ pub struct Fields {
 impl Fields {
     /// Name and value of every field as sent; values without surrounding blanks.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &[u8])> {
-        self.ranges.iter().map(|range| (self.name_at(*range), self.value_at(*range)))
+        self.ranges().map(|range| (self.name_at(range), self.value_at(range)))
     }
 
     /// The same with names as they are in memory, for whoever only compares and copies them.
     pub fn raw(&self) -> impl Iterator<Item = Field<'_>> {
-        self.ranges.iter().map(|range| {
-            let [start, name_end, value_start, value_end] = *range;
+        self.ranges().map(|range| {
+            let [start, name_end, value_start, value_end] = range;
             let is_usual = value_start == name_end + 2
                 && self.slice(name_end, value_start) == b": "
-                && self.bytes.get(value_end as usize..).is_some_and(|rest| rest.starts_with(b"\r\n"));
+                && self.bytes.get(value_end..).is_some_and(|rest| rest.starts_with(b"\r\n"));
             Field {
                 name: self.slice(start, name_end),
-                value: self.value_at(*range),
+                value: self.value_at(range),
                 line: is_usual.then(|| self.slice(start, value_end + 2)),
             }
         })
@@ -97,7 +103,7 @@ impl Fields {
     /// Length of the whole head, in bytes.
     #[must_use]
     pub fn bytes_len(&self) -> usize {
-        self.bytes.len()
+        self.head_bytes
     }
 
     /// The first field of this name (any case), if its value is text.
@@ -131,25 +137,36 @@ impl Fields {
 
     /// The values of all fields of this name (any case).
     fn of(&self, name: &str) -> impl Iterator<Item = &[u8]> {
-        let ranges =
-            if self.name_lengths & length_bit(name.as_bytes()) == 0 { &[][..] } else { &self.ranges };
-        let is_named = |range: &&[u32; 4]| {
-            (range[1] - range[0]) as usize == name.len()
+        let may_be = self.name_lengths & length_bit(name.as_bytes()) != 0;
+        let is_named = |range: &[usize; 4]| {
+            range[1] - range[0] == name.len()
                 && self.slice(range[0], range[1]).eq_ignore_ascii_case(name.as_bytes())
         };
-        ranges.iter().filter(is_named).map(|range| self.value_at(*range))
+        let ranges = self.ranges_in(if may_be { self.head_bytes } else { self.bytes.len() });
+        ranges.filter(is_named).map(|range| self.value_at(range))
     }
 
-    fn slice(&self, start: u32, end: u32) -> &[u8] {
-        &self.bytes[start as usize..end as usize]
+    fn ranges(&self) -> impl Iterator<Item = [usize; 4]> {
+        self.ranges_in(self.head_bytes)
     }
 
-    fn name_at(&self, [start, end, ..]: [u32; 4]) -> &str {
+    fn ranges_in(&self, start: usize) -> impl Iterator<Item = [usize; 4]> {
+        self.bytes[start..].as_chunks::<RANGE_BYTES>().0.iter().map(|range| {
+            let [a, b, c, d, e, f, g, h] = *range;
+            [[a, b], [c, d], [e, f], [g, h]].map(|place| usize::from(u16::from_ne_bytes(place)))
+        })
+    }
+
+    fn slice(&self, start: usize, end: usize) -> &[u8] {
+        &self.bytes[start..end]
+    }
+
+    fn name_at(&self, [start, end, ..]: [usize; 4]) -> &str {
         // httparse admits only token characters here, which are ASCII.
         std::str::from_utf8(self.slice(start, end)).unwrap_or_default()
     }
 
-    fn value_at(&self, [.., start, end]: [u32; 4]) -> &[u8] {
+    fn value_at(&self, [.., start, end]: [usize; 4]) -> &[u8] {
         self.slice(start, end)
     }
 }
@@ -294,7 +311,7 @@ pub fn head_length(bytes: &[u8], scanned: &mut usize) -> Result<Option<usize>, B
         return Err(bad("lines must end with CR LF"));
     }
     if bytes.len() >= HEAD_BYTES_MAX {
-        return Err(BadMessage { status: 431, reason: "the head is larger than 32 KiB" });
+        return Err(TOO_LARGE);
     }
     *scanned = bytes.len();
     Ok(None)
@@ -413,7 +430,11 @@ fn line(method: &str, target: &str) -> Box<str> {
     line.into_boxed_str()
 }
 
+/// The limits on lines that httparse does not set, and that on the whole.
 fn only_crlf(bytes: &[u8]) -> Result<(), BadMessage> {
+    if bytes.len() > HEAD_BYTES_MAX {
+        return Err(TOO_LARGE);
+    }
     let mut lines = 0;
     for at in memchr_iter(b'\n', bytes) {
         if at == 0 || bytes[at - 1] != b'\r' {
@@ -445,9 +466,9 @@ fn version(minor: Option<u8>) -> Result<Version, BadMessage> {
     }
 }
 
-fn range_in(whole: &[u8], part: &[u8]) -> Range<u32> {
+fn range_in(whole: &[u8], part: &[u8]) -> Range<usize> {
     let start = part.as_ptr() as usize - whole.as_ptr() as usize;
-    start as u32..(start + part.len()) as u32
+    start..start + part.len()
 }
 
 /// What the fields say about framing and connection, gathered in one pass.
@@ -529,14 +550,19 @@ impl<'h, 'b> Facts<'h, 'b> {
     }
 
     fn into_fields(self, bytes: &[u8]) -> Fields {
-        let ranges = self.headers.iter().map(|header| {
+        let mut copy = Vec::with_capacity(bytes.len() + self.headers.len() * RANGE_BYTES);
+        copy.extend_from_slice(bytes);
+        for header in self.headers {
             let (name, value) =
                 (range_in(bytes, header.name.as_bytes()), range_in_or_empty(bytes, header.value));
-            [name.start, name.end, value.start, value.end]
-        });
+            for place in [name.start, name.end, value.start, value.end] {
+                // Within a head, which is not longer.
+                copy.extend_from_slice(&(place as u16).to_ne_bytes());
+            }
+        }
         Fields {
-            ranges: ranges.collect(),
-            bytes: bytes.to_vec(),
+            bytes: copy,
+            head_bytes: bytes.len(),
             name_lengths: self
                 .headers
                 .iter()
@@ -546,7 +572,7 @@ impl<'h, 'b> Facts<'h, 'b> {
     }
 }
 
-fn range_in_or_empty(whole: &[u8], part: &[u8]) -> Range<u32> {
+fn range_in_or_empty(whole: &[u8], part: &[u8]) -> Range<usize> {
     // An empty value may be a constant that lies outside of `whole`.
     if part.is_empty() { 0..0 } else { range_in(whole, part) }
 }
@@ -569,6 +595,20 @@ fn content_length(value: &[u8]) -> Result<u64, BadMessage> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn fields_are_copied_as_they_came_or_as_they_should_have_come() {
+        let text = "GET / HTTP/1.1\r\nHost: a\r\nA:1\r\nB:  2 \r\nC: \r\nD:\r\nE: 3\t\r\nF: 4 5\r\n\r\n";
+        let head = parse_request(text.as_bytes()).expect("a head");
+        let mut copy = Vec::new();
+        head.fields.raw().for_each(|field| field.copy_to(&mut copy));
+        assert_eq!(
+            String::from_utf8_lossy(&copy),
+            "Host: a\r\nA: 1\r\nB: 2\r\nC: \r\nD: \r\nE: 3\r\nF: 4 5\r\n"
+        );
+        let large = format!("GET / HTTP/1.1\r\nHost: a\r\nA: {}\r\n\r\n", "x".repeat(HEAD_BYTES_MAX));
+        assert_eq!(parse_request(large.as_bytes()).map(|_| ()), Err(TOO_LARGE));
+    }
 
     #[test]
     fn printing_shows_neither_the_target_nor_a_value() {

@@ -64,7 +64,7 @@ pub const UNTRIED_ATTEMPTS_MAX: u32 = 16;
 /// A request between its ask and its end.
 #[derive(Debug)]
 struct Request {
-    asked: Asked,
+    asked: Box<Asked>,
     since: Mono,
     attempts: u32,
     /// Of these, on engines of which nothing but the state file told.
@@ -214,13 +214,15 @@ impl Core {
             }
             Input::Polled(id, outcome) => self.polled(id, outcome, now, &mut changes, effects),
             Input::PoolReady { reply, notice } => self.pool_ready(reply, &notice, now, effects),
-            Input::Ask { request, asked } => self.ask(request, *asked, now, effects),
+            Input::Ask { request, asked } => self.ask(request, asked, now, effects),
             Input::Limit { request, total_ms } => self.limit(request, total_ms),
             Input::Metered(id, metered) => {
                 if let Some(request) = self.requests.get(&id) {
                     let model = request.asked.ask.model.as_deref();
                     self.meters.metered(model, metered, request.since);
                 }
+                // Nothing follows from numbers.
+                return;
             }
             Input::Answering(request) => self.answering(request, now, &mut changes),
             Input::Measured { request, first_token_ms, tokens, decode_ms } => {
@@ -460,7 +462,7 @@ impl Core {
 
     // Requests.
 
-    fn ask(&mut self, id: RequestId, asked: Asked, now: Now, effects: &mut Vec<Effect>) {
+    fn ask(&mut self, id: RequestId, asked: Box<Asked>, now: Now, effects: &mut Vec<Effect>) {
         if self.ends_at.is_some() {
             return self.refuse(id, Refusal::ShuttingDown, effects);
         }

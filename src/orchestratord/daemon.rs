@@ -325,7 +325,7 @@ impl Daemon {
         while let Some(event) = self.net.next_event() {
             let _about = logging::about(self.name_of(&event));
             match event {
-                NetEvent::Request { client, request, peer } => self.serve(client, *request, peer, now),
+                NetEvent::Request { client, request, peer } => self.serve(client, request, peer, now),
                 NetEvent::ClientGone { client } => self.client_gone(client, now),
                 NetEvent::Drained { client } => self.drained(client),
                 NetEvent::Head { exchange, status } => self.head(exchange, status, now),
@@ -394,7 +394,7 @@ impl Daemon {
         }
     }
 
-    fn serve(&mut self, client: Token, request: Request, peer: SocketAddr, now: Now) {
+    fn serve(&mut self, client: Token, request: Box<Request>, peer: SocketAddr, now: Now) {
         let (found, policy, route) = routes::find(api::ROUTES, &request.head, request.head.path());
         let key = match self.guard.judge(&request.head, policy, route, peer, now.mono) {
             Admission::Pass { fields, key } => {
@@ -539,7 +539,8 @@ impl Daemon {
             return self.core.handle(Input::Ended(request, Ending::Withdrawn), now, &mut self.effects);
         };
         let (mut fields, method, path) = match &job.front {
-            Front::Engine { client, head } => {
+            Front::Engine { client, request } => {
+                let head = &request.head;
                 let (id, correlation) = (self.net.request_id(*client), self.net.correlation(*client));
                 let fields = to_engine(head, id.unwrap_or_default(), correlation.unwrap_or_default());
                 (fields, head.method(), head.target())

@@ -42,7 +42,7 @@ const BYTES_PER_TOKEN: u64 = 4;
 #[derive(Debug)]
 pub struct Forwarding {
     /// What it asks of placement.
-    pub asked: Asked,
+    pub asked: Box<Asked>,
     /// What must change in its body.
     pub rewrite: Option<Rewrite>,
     /// The alias by which it asked for its model.
@@ -80,7 +80,7 @@ pub fn forwarding(
         ..Ask::default()
     };
     let priority = Priority::Interactive;
-    let asked = Asked { ask, priority, client, wait_ms_max: u64::MAX, is_deadline: false };
+    let asked = Box::new(Asked { ask, priority, client, wait_ms_max: u64::MAX, is_deadline: false });
     let alias = read.model.filter(|_| rewrite.is_some()).map(Cow::into_owned);
     Ok(Forwarding { asked, rewrite, alias, stream: read.stream })
 }

@@ -22,8 +22,15 @@ const KEYLESS_PAUSE_MS: u64 = 2_000;
 
 impl Daemon {
     /// Asks for a place for a request. Its body keeps its room in the budget until an engine answers.
-    pub(super) fn forward(&mut self, client: Token, request: Request, mut forwarding: Forwarding, now: Now) {
-        let Request { head, mut body } = request;
+    pub(super) fn forward(
+        &mut self,
+        client: Token,
+        mut request: Box<Request>,
+        mut forwarding: Forwarding,
+        now: Now,
+    ) {
+        let mut body = std::mem::take(&mut request.body);
+        let head = &request.head;
         if let Some(rewrite) = &forwarding.rewrite {
             rewrite.apply(&mut body);
         }
@@ -49,7 +56,7 @@ impl Daemon {
             began: self.net.began(client).unwrap_or(now.mono),
         };
         self.explain.begin(self.next_request, &received, now);
-        let number = self.open_job(Front::Engine { client, head: Box::new(head) }, body, now);
+        let number = self.open_job(Front::Engine { client, request }, body, now);
         if let Some(job) = self.jobs.get_mut(number) {
             job.room = room;
         }
@@ -57,7 +64,7 @@ impl Daemon {
         if let Some(name) = session {
             self.join_session(number, name, now);
         }
-        let asked = Box::new(forwarding.asked);
+        let asked = forwarding.asked;
         self.core.handle(Input::Ask { request: number, asked }, now, &mut self.effects);
         self.limit(number, own_ms, now);
     }

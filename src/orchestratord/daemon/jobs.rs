@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
 use std::sync::Arc;
 
-use crate::http::head::RequestHead;
+use crate::http::server::Request;
 use crate::net::budget::BodyHold;
 use crate::reactor::token::{NumberHasher, Token};
 use crate::time::{Mono, Now};
@@ -30,8 +30,8 @@ pub(super) struct Job {
 pub(super) enum Front {
     /// A node, waiting for the core's answer.
     Call(Token),
-    /// A client whose request goes to an engine as it came.
-    Engine { client: Token, head: Box<RequestHead> },
+    /// A client whose request goes to an engine as it came; its body is the job's.
+    Engine { client: Token, request: Box<Request> },
     /// A task: `creator` waits for its admission, `reader` streams its events; its engine is asked at
     /// `path`.
     Task { creator: Option<Token>, reader: Option<Token>, path: &'static str },
