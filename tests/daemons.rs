@@ -454,5 +454,6 @@ fn a_node_agent_without_replicas_wakes_up_for_heartbeats_alone() {
     let before = times_woken(&cloud.agent);
     thread::sleep(Duration::from_secs(10));
     let woken = times_woken(&cloud.agent) - before;
-    assert!(woken <= 4, "{woken} wake-ups in 10 s: at most two heartbeats and their answers");
+    // Two heartbeats with their answers at most; the rest is for a machine on which a page has to be read again.
+    assert!(woken <= 6, "{woken} wake-ups in 10 s");
 }
