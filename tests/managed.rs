@@ -296,6 +296,7 @@ fn provisioners_are_asked_when_they_have_something_to_tell_and_not_in_between() 
     fs::create_dir(&directory).expect("created");
     let socket = directory.join("1.sock");
     let listener = UnixListener::bind(&socket).expect("bound");
+    touch(&socket);
     let (asked, is_busy) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
     let (counted, busy) = (asked.clone(), is_busy.clone());
     std::thread::spawn(move || {
@@ -338,6 +339,7 @@ fn provisioners_are_asked_when_they_have_something_to_tell_and_not_in_between() 
         fs::create_dir(&directory).expect("created");
         let listener = UnixListener::bind(&socket).expect("bound");
         listener.set_nonblocking(true).expect("asked now and then");
+        touch(&socket);
         let (mut stream, _) = until("a question", || listener.accept().ok());
         writeln!(stream, "{}", json!({"status": 200, "pools": []})).expect("an answer");
     }

@@ -91,9 +91,11 @@ impl Steps {
         change(&mut self.all.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// From now on they are told on this socket.
+    /// From now on they are told on this socket, which is listened on.
     pub(super) fn are_told_on(&self, socket: &Path) {
         let _ = self.socket.set(socket.into());
+        // Who saw it come may have been refused: a socket is there a moment before it is listened on.
+        let _ = touch(socket);
     }
 
     /// Forgets what was done for a pool.
