@@ -73,7 +73,7 @@ const PURE_ROOMS: &[(&str, &[&str])] = &[
             "orchestratord/daemon/dashboard.rs",
             "orchestratord/daemon/direct.rs",
             "orchestratord/daemon/front_door.rs",
-            "orchestratord/daemon/reload.rs",
+            "orchestratord/daemon/pool_orders.rs",
             "orchestratord/daemon/state.rs",
             "orchestratord/daemon/tasks.rs",
             "orchestratord/mod.rs",

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::http::server::{Request, Response};
 use crate::metrics::{self, Histogram, Scrape};
-use crate::replicas::drain_routes::DrainOrder;
+use crate::replicas::drain_routes::{self, DrainOrder};
 use crate::service::auth::{Fingerprint, Policy};
 use crate::service::guard::Guard;
 use crate::service::lag::LoopLag;
@@ -31,6 +31,7 @@ use super::openai::{self, Forwarding};
 use super::pages::{self, Page, limit_of};
 use super::patience::ClientPatience;
 use super::poller::{POLL_OUTCOMES, POLL_STATES};
+use super::pool_orders::PoolOrder;
 use super::refusal::Refusal;
 use super::service_registry::{Fenced, NodeStatus, Replica};
 use super::tasks::{self, NewTask};
@@ -61,8 +62,8 @@ pub enum Action {
     PoolReady(PoolReady),
     /// Drain this machine's engines or give them work again, then answer.
     Drain(DrainOrder),
-    /// Pass the order to reload a pool on to its nodes.
-    Reload(PoolId),
+    /// Pass an order about a pool on to the agents of its nodes.
+    Order(PoolOrder, PoolId),
     /// Place the request and relay it to an engine.
     Engine(Box<Forwarding>),
     /// Admit a task.
@@ -153,8 +154,8 @@ pub enum To {
     PoolHealth,
     /// Drains and states of this machine's engines: see [`drains`].
     Local,
-    /// Another model for a pool.
-    Reload,
+    /// What the agents of a pool's nodes do, and this process where it has engines of its own.
+    Order(PoolOrder),
     /// Why requests went where they went.
     Explain,
     /// A new task.
@@ -208,7 +209,7 @@ pub static ROUTES: &[Route<To>] = &[
     route_to("GET", "/v2/pools", Policy::Admin, To::Pools),
     route_to("GET", "/v2/pools/{pool}/health", Policy::Admin, To::PoolHealth),
     route_to("GET", "/control/pools/{pool}/health", Policy::Admin, To::PoolHealth),
-    route_to("POST", "/v2/pools/{pool}/reload", Policy::Admin, To::Reload),
+    route_to("POST", "/v2/pools/{pool}/reload", Policy::Admin, To::Order(PoolOrder::Reload)),
     route_to("GET", "/v2/pools/{pool}/status", Policy::NodeOrAdmin, To::Local),
     route_to("GET", "/v2/pools/{pool}/replicas/{replica}/status", Policy::NodeOrAdmin, To::Local),
     route_to("GET", "/v2/drains", Policy::Admin, To::Local),
@@ -218,9 +219,9 @@ pub static ROUTES: &[Route<To>] = &[
     route_to("GET", "/v2/gpus/{gpu}/drain", Policy::Admin, To::Local),
     route_to("POST", "/v2/gpus/{gpu}/drain", Policy::Admin, To::Local),
     route_to("POST", "/v2/gpus/{gpu}/resume", Policy::Admin, To::Local),
-    route_to("GET", "/v2/pools/{pool}/drain", Policy::Admin, To::Local),
-    route_to("POST", "/v2/pools/{pool}/drain", Policy::Admin, To::Local),
-    route_to("POST", "/v2/pools/{pool}/resume", Policy::Admin, To::Local),
+    route_to("GET", "/v2/pools/{pool}/drain", Policy::Admin, To::Order(PoolOrder::ShowDrain)),
+    route_to("POST", "/v2/pools/{pool}/drain", Policy::Admin, To::Order(PoolOrder::Drain)),
+    route_to("POST", "/v2/pools/{pool}/resume", Policy::Admin, To::Order(PoolOrder::Resume)),
     route_to("GET", "/v2/pools/{pool}/replicas/{replica}/drain", Policy::Admin, To::Local),
     route_to("POST", "/v2/pools/{pool}/replicas/{replica}/drain", Policy::Admin, To::Local),
     route_to("POST", "/v2/pools/{pool}/replicas/{replica}/resume", Policy::Admin, To::Local),
@@ -297,10 +298,12 @@ pub fn route(found: Found<'_, To>, request: &Request, core: &Core, facts: &Facts
         To::Explain => explained(part, request, core, facts, now),
         To::PoolHealth => pool_health(core, part),
         To::Local => drains::route(request, core),
-        To::Reload => match PoolId::new(part) {
-            Ok(pool) if request.body.len() <= NOTICE_BYTES_MAX => Action::Reload(pool),
-            Ok(_) => refuse(Refusal::Invalid(format!("the body is larger than {NOTICE_BYTES_MAX} bytes"))),
-            Err(why) => refuse(Refusal::Invalid(why.to_string())),
+        To::Order(order) if order != PoolOrder::Reload && core.local().is_some() => {
+            drains::route(request, core)
+        }
+        To::Order(order) => match ordered(order, part, &request.body) {
+            Ok(pool) => Action::Order(order, pool),
+            Err(refusal) => refuse(refusal),
         },
         To::CreateTask => match tasks::parse(&request.body, client_of(facts), facts.aliases) {
             Ok(task) => Action::CreateTask(Box::new(task)),
@@ -384,6 +387,18 @@ fn read_body<T: DeserializeOwned>(body: &[u8]) -> Result<Box<T>, Refusal> {
         return Err(Refusal::Fenced(Fenced::TooLarge { what, limit }));
     }
     json_place::read(body).map(Box::new).map_err(|error| Refusal::Invalid(format!("the body: {error}")))
+}
+
+/// The pool of an order that agents can be given.
+fn ordered(order: PoolOrder, pool: &str, body: &[u8]) -> Result<PoolId, Refusal> {
+    let pool = PoolId::new(pool).map_err(|why| Refusal::Invalid(why.to_string()))?;
+    if body.len() > NOTICE_BYTES_MAX {
+        return Err(Refusal::Invalid(format!("the body is larger than {NOTICE_BYTES_MAX} bytes")));
+    }
+    if order == PoolOrder::Drain {
+        drain_routes::deadline_ms(body).map_err(drains::refusal)?;
+    }
+    Ok(pool)
 }
 
 /// `GET /v2/explain`, and below it one request; its id may have slashes.

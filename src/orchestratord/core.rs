@@ -212,6 +212,9 @@ impl Core {
             Input::AgentSaid { node, pool, replicas } => {
                 self.registry.set_engine_url(&node, &pool, &replicas, now, &mut changes);
             }
+            Input::PoolOrdered { node, pool, draining } => {
+                self.pool_ordered(&node, &pool, draining, now, &mut changes);
+            }
             Input::Polled(id, outcome) => self.polled(id, outcome, now, &mut changes, effects),
             Input::PoolReady { reply, notice } => self.pool_ready(reply, &notice, now, effects),
             Input::Ask { request, asked } => self.ask(request, *asked, now, effects),

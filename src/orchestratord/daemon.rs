@@ -48,7 +48,7 @@ mod dashboard;
 mod direct;
 mod front_door;
 mod jobs;
-mod reload;
+mod pool_orders;
 mod state;
 mod tasks;
 
@@ -89,8 +89,8 @@ pub struct Daemon {
     by_client: BTreeMap<Token, RequestId>,
     exchanges: BTreeMap<Token, Running>,
     direct: Direct<Token>,
-    reloads: BTreeMap<u64, reload::Reloading>,
-    reload_serial: u64,
+    orders: BTreeMap<u64, pool_orders::Ordered>,
+    order_serial: u64,
     explain: Explain,
     lag: LoopLag,
     board: Board<Token>,
@@ -115,7 +115,7 @@ enum Running {
     Agent(NodeId, PoolId),
     Poll(PollId),
     Request(RequestId),
-    Reload(u64, NodeId),
+    Ordered(u64, NodeId),
     Told(Engine),
 }
 
@@ -181,8 +181,8 @@ impl Daemon {
             by_client: BTreeMap::new(),
             exchanges: BTreeMap::new(),
             direct: Direct::new(config.hang_suspect_ms),
-            reloads: BTreeMap::new(),
-            reload_serial: 0,
+            orders: BTreeMap::new(),
+            order_serial: 0,
             explain: Explain::new(config.tables.explain_max),
             lag: LoopLag::default(),
             board: Board::default(),
@@ -463,7 +463,7 @@ impl Daemon {
                 self.core.handle(Input::Drain(order.clone()), now, &mut self.effects);
                 self.net.respond(client, &drains::done(&order, self.core.local()), now.mono);
             }
-            Action::Reload(pool) => self.reload(client, pool, request.body.to_vec(), now),
+            Action::Order(order, pool) => self.order(client, order, pool, request.body.to_vec(), now),
             Action::Engine(forwarding) => self.forward(client, request, *forwarding, now),
             Action::CreateTask(task) => self.create_task(client, *task, now),
             Action::TaskEvents(id, verbose) => self.open_task(client, &id, verbose, now),
@@ -674,7 +674,7 @@ impl Daemon {
                 self.agent_answered(node, pool, outcome, now);
             }
             Some(Running::Poll(id)) => self.poll_ended(id, outcome, now),
-            Some(Running::Reload(serial, node)) => self.reload_answered(serial, node, outcome, now),
+            Some(Running::Ordered(serial, node)) => self.order_answered(serial, node, outcome, now),
             Some(Running::Told(engine)) => self.agent_told(&engine, &outcome),
             Some(Running::Request(request)) => self.request_ended(request, outcome, now),
             None => {}

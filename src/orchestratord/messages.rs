@@ -171,6 +171,15 @@ pub enum Input {
         /// Its replicas.
         replicas: Vec<ReplicaStatus>,
     },
+    /// A node's agent has accepted an order about a pool.
+    PoolOrdered {
+        /// The node.
+        node: NodeId,
+        /// The pool.
+        pool: PoolId,
+        /// No new work, rather than work again.
+        draining: bool,
+    },
     /// A poll ended.
     Polled(PollId, Result<Box<AgentReport>, PollError>),
     /// Somebody says that there is news of a pool.

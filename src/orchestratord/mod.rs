@@ -38,6 +38,7 @@ pub mod peek;
 pub mod placement;
 pub mod placement_index;
 pub mod poller;
+pub mod pool_orders;
 pub mod refusal;
 pub mod replica_table;
 pub mod report;

@@ -1,0 +1,148 @@
+//! Routes of the control plane for operators and for programs that run engines of their own: pools drained on
+//! every node at once, what is where, what can be asked, and engines without an agent. Real daemons, real
+//! sockets.
+
+#[path = "membership/cluster.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
+mod cluster;
+#[path = "daemons/harness.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
+mod harness;
+
+use cluster::*;
+use harness::*;
+use serde_json::{Value, json};
+
+const POOL: &str = "/v2/pools/pool-0";
+
+/// A stream that has begun.
+fn stream(port: u16) -> Open {
+    let mut stream = open(port, "POST", CHAT, None, &stream_of(100_000)).expect("an answer");
+    stream.event().expect("a first event");
+    stream
+}
+
+fn show(port: u16, path: &str) -> Value {
+    let answer = get(port, path).expect("an answer");
+    assert_eq!(answer.status, 200, "{path}: {answer:?}");
+    answer.json()
+}
+
+/// Requests that an agent has relayed to its engines.
+fn relayed(node: &Node) -> f64 {
+    let answer = get(node.port, "/metrics").expect("metrics");
+    let of_relay = |line: &&str| line.starts_with("pool_managerd_relayed_total");
+    answer.body.lines().filter(of_relay).filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
+}
+
+#[test]
+fn a_pool_drains_on_every_node_and_takes_work_again() {
+    let control = Control::start(&[]);
+    let nodes = ["a", "b"].map(|name| Node::start(name, control.port, 1, "50", &[]));
+    control.until_routable(2.0);
+    let running = stream(control.port);
+    let begun = post(control.port, &format!("{POOL}/drain"), r#"{"deadline_ms":3600000}"#);
+    assert_eq!(begun.status, 202, "{begun:?}");
+    let told = begun.json();
+    assert_eq!((&told["draining"], &told["in_flight"]), (&json!(true), &json!(1)), "{told}");
+    assert!(told["deadline_at_ms"].is_u64(), "{told}");
+    let names: Vec<&str> = told["nodes"]
+        .as_array()
+        .expect("a list")
+        .iter()
+        .filter_map(|node| node["node_id"].as_str())
+        .collect();
+    assert_eq!(names, ["a", "b"]);
+    // From the answer on nothing goes there, whenever the next heartbeats come.
+    let before: f64 = nodes.iter().map(relayed).sum();
+    let refused = ask(control.port, "GET", "/v2/pools", None, "").expect("an answer").json();
+    for replica in refused["pools"][0]["replicas"].as_array().expect("a list") {
+        assert_eq!((&replica["routable"], &replica["reason"]), (&json!(false), &json!("draining")));
+    }
+    let body = r#"{"messages":[{"role":"user","content":"x"}],"max_tokens":3}"#;
+    let waits = std::thread::scope(|scope| {
+        let asked = scope.spawn(|| {
+            let asked = ask(control.port, "POST", CHAT, None, body).expect("an answer");
+            (asked.status, asked.body)
+        });
+        until("the request to wait", || {
+            metric(control.port, "orchestratord_requests_waiting").filter(|waiting| *waiting == 1.0)
+        });
+        let shown = show(control.port, &format!("{POOL}/drain"));
+        assert_eq!((&shown["drained"], &shown["in_flight"]), (&json!(false), &json!(1)), "{shown}");
+        assert_eq!(nodes.iter().map(relayed).sum::<f64>(), before, "nothing new was sent to an agent");
+        drop(running);
+        let drained = until("what runs to end", || {
+            Some(show(control.port, &format!("{POOL}/drain"))).filter(|shown| shown["drained"] == true)
+        });
+        assert_eq!((&drained["finished"], &drained["cut"]), (&json!(1), &json!(0)), "{drained}");
+        control.until_routable(0.0);
+        let resumed = post(control.port, &format!("{POOL}/resume"), "");
+        assert_eq!((resumed.status, &resumed.json()["draining"]), (200, &json!(false)), "{resumed:?}");
+        control.until_routable(2.0);
+        asked.join().expect("no panic")
+    });
+    assert_eq!(waits.0, 200, "{}", waits.1);
+    assert_eq!(show(control.port, &format!("{POOL}/drain"))["draining"], false);
+}
+
+#[test]
+fn a_node_that_cannot_be_told_is_named() {
+    let control = Control::start(&[("ORCHESTRATORD_NODE_TIMEOUT_MS", "60000")]);
+    let mut nodes = ["a", "b"].map(|name| Node::start(name, control.port, 1, "0", &[]));
+    control.until_routable(2.0);
+    for (path, body, status) in [
+        ("/v2/pools/none/drain", "", 404),
+        ("/v2/pools/none/resume", "", 404),
+        ("/v2/pools/pool-0/drain", r#"{"deadline_ms":-1}"#, 400),
+        ("/v2/pools/pool-0/drain", "[]", 400),
+        ("/v2/node/drain", "", 404),
+    ] {
+        assert_eq!(post(control.port, path, body).status, status, "{path} {body}");
+    }
+    nodes[1].agent.kill();
+    let refused = post(control.port, &format!("{POOL}/drain"), "");
+    let told = refused.json();
+    assert_eq!((refused.status, &told["code"]), (502, &json!("AGENT_FAILED")), "{told}");
+    assert!(
+        told["message"].as_str().is_some_and(|why| why.starts_with("1 of 2 agents") && why.contains("b: "))
+    );
+    assert_eq!(
+        (&told["nodes"][0]["status"], &told["nodes"][1]["status"]),
+        (&json!(202), &json!(502)),
+        "{told}"
+    );
+    // Where it was taken it is in force.
+    let status = show(nodes[0].port, &format!("{POOL}/drain"));
+    assert_eq!(status["draining"], true, "{status}");
+    until("the node that lives to take no work", || {
+        let node = control.node("a")?;
+        (node["replicas"][0]["routable"] == false).then_some(())
+    });
+}
+
+#[test]
+fn agents_take_the_control_planes_orders_with_the_token_of_nodes() {
+    let (node, admin) =
+        ("node-token-0123456789abcdef0123456789abcd", "admin-token-0123456789abcdef0123456789abc");
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = |name: &str, text: &str| {
+        let path = directory.path().join(name);
+        std::fs::write(&path, text).expect("written");
+        path.display().to_string()
+    };
+    let (node_file, admin_file) = (file("node", node), file("admin", admin));
+    let keys =
+        [("LLORCH_NODE_TOKEN_FILE", node_file.as_str()), ("LLORCH_ADMIN_TOKEN_FILE", admin_file.as_str())];
+    let control = Control::start(&keys);
+    let _nodes = ["a", "b"].map(|name| Node::start(name, control.port, 1, "0", &keys));
+    control.until_routable(2.0);
+    let ask = |token: &str, verb: &str| {
+        ask(control.port, "POST", &format!("{POOL}/{verb}"), Some(token), "").expect("an answer")
+    };
+    assert_eq!(ask(node, "drain").status, 403, "that is for operators");
+    assert_eq!(ask(admin, "drain").status, 202);
+    control.until_routable(0.0);
+    assert_eq!(ask(admin, "resume").status, 200);
+    control.until_routable(2.0);
+}
