@@ -132,8 +132,12 @@ fn agents_take_the_control_planes_orders_with_the_token_of_nodes() {
         path.display().to_string()
     };
     let (node_file, admin_file) = (file("node", node), file("admin", admin));
-    let keys =
-        [("LLORCH_NODE_TOKEN_FILE", node_file.as_str()), ("LLORCH_ADMIN_TOKEN_FILE", admin_file.as_str())];
+    let client_file = file("client", "client-token-0123456789abcdef0123456789");
+    let keys = [
+        ("LLORCH_CLIENT_TOKEN_FILE", client_file.as_str()),
+        ("LLORCH_NODE_TOKEN_FILE", node_file.as_str()),
+        ("LLORCH_ADMIN_TOKEN_FILE", admin_file.as_str()),
+    ];
     let control = Control::start(&keys);
     let _nodes = ["a", "b"].map(|name| Node::start(name, control.port, 1, "0", &keys));
     control.until_routable(2.0);
@@ -145,4 +149,40 @@ fn agents_take_the_control_planes_orders_with_the_token_of_nodes() {
     control.until_routable(0.0);
     assert_eq!(ask(admin, "resume").status, 200);
     control.until_routable(2.0);
+}
+
+#[test]
+fn models_are_where_their_replicas_are() {
+    let home = Home::start(&[]);
+    let refused = get(home.port, "/v2/catalog/availability").expect("an answer");
+    assert_eq!((refused.status, &refused.json()["code"]), (503, &json!("CLOUD_DISABLED")));
+
+    let control = Control::start(&[]);
+    let mut nodes = ["a", "b"].map(|name| Node::bare(name, control.port, &[]));
+    for (node, model) in nodes.iter_mut().zip(["everywhere", "everywhere"]) {
+        let (port, own) = (free_port(), format!("only-{}", node.name));
+        node.engine = Some(demo_engine(port, &["--model", model], node.directory.path()));
+        let engines = node.directory.path().join(".runtime/engines");
+        hand_over(&engines, "r0.json", &handoff(port, "r0", 4));
+        let second = format!(
+            r#"{{"pool_id":"other","replica_id":"r0","url":"http://127.0.0.1:{port}","slots":2,"models":["{own}"]}}"#
+        );
+        hand_over(&engines, "other.json", &second);
+    }
+    control.until_routable(4.0);
+    let shown = show(control.port, "/v2/catalog/availability");
+    assert_eq!(shown["replicated_models"], json!(["everywhere"]), "{shown}");
+    assert_eq!(shown["single_node_models"], json!(["only-a", "only-b"]), "{shown}");
+    assert_eq!((&shown["total_models"], &shown["total_nodes"]), (&json!(3), &json!(2)), "{shown}");
+    let model = &shown["models"][0];
+    assert_eq!((&model["model_id"], &model["nodes"]), (&json!("everywhere"), &json!(["a", "b"])), "{shown}");
+    assert_eq!((&model["total_nodes"], &model["total_capacity"]), (&json!(2), &json!(8)), "{shown}");
+    let a = &shown["nodes"]["a"];
+    assert_eq!((&a["online"], &a["models"]), (&json!(true), &json!(["everywhere", "only-a"])), "{shown}");
+    assert_eq!(a["address"], format!("http://127.0.0.1:{}", nodes[0].port));
+    assert_eq!(a["pools"][0], json!({"pool_id": "other", "ready": true, "models": ["only-a"]}), "{shown}");
+    let first = show(control.port, "/v2/catalog/availability?limit=1");
+    assert_eq!((first["nodes"].get("b"), &first["next"]), (None, &json!("a")), "{first}");
+    let second = show(control.port, "/v2/catalog/availability?limit=1&after=a");
+    assert!(second["nodes"]["b"].is_object() && second.get("next").is_none(), "{second}");
 }

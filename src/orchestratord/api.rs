@@ -20,6 +20,7 @@ use crate::wire::json_place;
 use crate::wire::node::{Heartbeat, RegisterRequest};
 
 use super::aliases::Aliases;
+use super::catalog;
 use super::core::Core;
 use super::dashboard;
 use super::drains;
@@ -148,6 +149,8 @@ pub enum To {
     Heartbeat,
     /// A node's farewell.
     Deregister,
+    /// Which models are where.
+    Availability,
     /// The pools.
     Pools,
     /// One pool's health.
@@ -206,6 +209,7 @@ pub static ROUTES: &[Route<To>] = &[
     route_to("POST", "/callbacks/pool-ready", Policy::Node, To::PoolReady),
     route_to("POST", "/v2/callbacks/pool-ready", Policy::Node, To::PoolReady),
     route_to("POST", "/v2/callbacks/ready", Policy::Node, To::PoolReady),
+    route_to("GET", "/v2/catalog/availability", Policy::Admin, To::Availability),
     route_to("GET", "/v2/pools", Policy::Admin, To::Pools),
     route_to("GET", "/v2/pools/{pool}/health", Policy::Admin, To::PoolHealth),
     route_to("GET", "/control/pools/{pool}/health", Policy::Admin, To::PoolHealth),
@@ -287,10 +291,16 @@ pub fn route(found: Found<'_, To>, request: &Request, core: &Core, facts: &Facts
         },
         To::Register | To::Heartbeat | To::Deregister if !facts.cloud => refuse(Refusal::CloudDisabled),
         // Polled nodes may be looked at in every profile.
-        To::Nodes | To::Node if !facts.cloud && core.poller().is_empty() => refuse(Refusal::CloudDisabled),
+        To::Nodes | To::Node | To::Availability if !facts.cloud && core.poller().is_empty() => {
+            refuse(Refusal::CloudDisabled)
+        }
         To::Nodes | To::Node | To::Register | To::Heartbeat | To::Deregister => {
             nodes(to, part, request, core, now)
         }
+        To::Availability => match catalog::availability(core.registry(), head) {
+            Ok(response) => Action::Respond(response),
+            Err(refusal) => refuse(refusal),
+        },
         To::Pools => match Page::of(head) {
             Ok(page) => Action::Respond(pages::pools(core.registry(), page, now)),
             Err(refusal) => refuse(refusal),

@@ -6,7 +6,7 @@
 //! front doors turn HTTP into asks: [`openai`], which reads bodies through [`peek`] and knows [`aliases`],
 //! and [`tasks`]. [`forecast`] says when a waiting request may start, [`sessions`] records which requests
 //! belong together, and [`served_sessions`] where the next of them should go. [`explain`] remembers why
-//! requests went where they went, [`pages`] shows nodes and pools. [`daemon`] does what was decided.
+//! requests went where they went, [`pages`] shows nodes and pools, [`catalog`] models. [`daemon`] does what was decided.
 
 use std::ffi::OsString;
 
@@ -17,6 +17,7 @@ pub mod affinity;
 pub mod aliases;
 pub mod api;
 pub mod blame;
+pub mod catalog;
 pub mod cohorts;
 pub mod config;
 pub mod core;
