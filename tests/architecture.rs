@@ -76,6 +76,7 @@ const PURE_ROOMS: &[(&str, &[&str])] = &[
             "orchestratord/daemon/pool_orders.rs",
             "orchestratord/daemon/state.rs",
             "orchestratord/daemon/tasks.rs",
+            "orchestratord/daemon/workers.rs",
             "orchestratord/mod.rs",
         ],
     ),

@@ -27,6 +27,7 @@ use super::drains;
 use super::envelope::{HOPS_MAX, hops};
 use super::explain::{self, Explain, Survey};
 use super::messages::PoolReady;
+use super::meta;
 use super::meters;
 use super::openai::{self, Forwarding};
 use super::pages::{self, Page, limit_of};
@@ -36,6 +37,7 @@ use super::pool_orders::PoolOrder;
 use super::refusal::Refusal;
 use super::service_registry::{Fenced, NodeStatus, Replica};
 use super::tasks::{self, NewTask};
+use super::workers::{self, WorkerOrder};
 
 /// Largest body of a node's message, in bytes: a heartbeat of the largest node is below it.
 const NODE_BODY_BYTES_MAX: usize = 4 * 1024 * 1024;
@@ -63,6 +65,8 @@ pub enum Action {
     PoolReady(PoolReady),
     /// Drain this machine's engines or give them work again, then answer.
     Drain(DrainOrder),
+    /// Let a worker join or leave.
+    Worker(WorkerOrder),
     /// Pass an order about a pool on to the agents of its nodes.
     Order(PoolOrder, PoolId),
     /// Place the request and relay it to an engine.
@@ -159,6 +163,14 @@ pub enum To {
     Local,
     /// What the agents of a pool's nodes do, and this process where it has engines of its own.
     Order(PoolOrder),
+    /// An engine without an agent.
+    RegisterWorker,
+    /// Its end.
+    RemoveWorker,
+    /// What can be asked of engines.
+    Capabilities,
+    /// What this program is.
+    Version,
     /// Why requests went where they went.
     Explain,
     /// A new task.
@@ -229,6 +241,10 @@ pub static ROUTES: &[Route<To>] = &[
     route_to("GET", "/v2/pools/{pool}/replicas/{replica}/drain", Policy::Admin, To::Local),
     route_to("POST", "/v2/pools/{pool}/replicas/{replica}/drain", Policy::Admin, To::Local),
     route_to("POST", "/v2/pools/{pool}/replicas/{replica}/resume", Policy::Admin, To::Local),
+    route_to("POST", "/v2/workers/register", Policy::Node, To::RegisterWorker),
+    route_to("DELETE", "/v2/pools/{pool}/replicas/{replica}", Policy::NodeOrAdmin, To::RemoveWorker),
+    route_to("GET", "/v2/meta/capabilities", Policy::Any, To::Capabilities),
+    route_to("GET", "/v2/meta/version", Policy::Any, To::Version),
     route_to("GET", "/v2/handoffs", Policy::Admin, To::Handoffs),
     route_to("GET", "/v2/events", Policy::Admin, To::Events),
     route_to("GET", "/v2/explain/{request...}", Policy::Admin, To::Explain),
@@ -308,13 +324,30 @@ pub fn route(found: Found<'_, To>, request: &Request, core: &Core, facts: &Facts
         To::Explain => explained(part, request, core, facts, now),
         To::PoolHealth => pool_health(core, part),
         To::Local => drains::route(request, core),
-        To::Order(order) if order != PoolOrder::Reload && core.local().is_some() => {
+        // Where a directory is watched all engines are this process's own.
+        To::Order(order) if order != PoolOrder::Reload && facts.watch_mode.is_some() => {
             drains::route(request, core)
         }
         To::Order(order) => match ordered(order, part, &request.body) {
             Ok(pool) => Action::Order(order, pool),
             Err(refusal) => refuse(refusal),
         },
+        To::RegisterWorker => {
+            match workers::read(&request.body).and_then(|worker| workers::join(worker, core)) {
+                Ok(order) => Action::Worker(order),
+                Err(refusal) => refuse(refusal),
+            }
+        }
+        To::RemoveWorker => {
+            let replica = parts.get(1).copied().unwrap_or_default();
+            let key = drain_routes::replica_key(part, replica).map_err(drains::refusal);
+            match key.and_then(|key| workers::leave(key, core)) {
+                Ok(order) => Action::Worker(order),
+                Err(refusal) => refuse(refusal),
+            }
+        }
+        To::Capabilities => respond(200, &meta::capabilities(core.registry())),
+        To::Version => respond(200, &meta::version()),
         To::CreateTask => match tasks::parse(&request.body, client_of(facts), facts.aliases) {
             Ok(task) => Action::CreateTask(Box::new(task)),
             Err(refusal) => refuse(refusal),

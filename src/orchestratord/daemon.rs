@@ -51,6 +51,7 @@ mod jobs;
 mod pool_orders;
 mod state;
 mod tasks;
+mod workers;
 
 /// How long a connection to an engine may take to come about, in milliseconds.
 const CONNECT_MS: u64 = 2_000;
@@ -145,7 +146,8 @@ impl Daemon {
         net.set_dial_rule(DialRule::new(move |url, ip| rules.check_address(url, ip)));
         net.keep_streams_alive(config.stream_keepalive_ms);
         let at = now();
-        let core = Core::new(options(&config, bound)?, at);
+        let mut core = Core::new(options(&config, bound)?, at);
+        workers::accept(&mut core, &config, bound, at)?;
         let watch = config.watches().then(|| {
             // In this profile files have the memory that nodes would have.
             let files_max = config.tables.registry_bytes_max / FILE_BYTES;
@@ -463,6 +465,7 @@ impl Daemon {
                 self.core.handle(Input::Drain(order.clone()), now, &mut self.effects);
                 self.net.respond(client, &drains::done(&order, self.core.local()), now.mono);
             }
+            Action::Worker(order) => self.worker(client, order, key, now),
             Action::Order(order, pool) => self.order(client, order, pool, request.body.to_vec(), now),
             Action::Engine(forwarding) => self.forward(client, request, *forwarding, now),
             Action::CreateTask(task) => self.create_task(client, *task, now),
@@ -755,18 +758,19 @@ fn address_rules(bound: SocketAddr) -> EnginePolicy {
     EnginePolicy::new(machine::own_addresses(), Some(bound.port()), AllowList::default(), "")
 }
 
+/// Where engines may be that this process dials without an agent's word.
+fn engine_rules(config: &Config, bound: SocketAddr) -> EnginePolicy {
+    let allow = config.allow_engine_hosts.clone();
+    let own = machine::own_addresses();
+    EnginePolicy::new(own, Some(bound.port()), allow, "ORCHESTRATORD_ALLOW_ENGINE_HOSTS")
+}
+
 fn options(config: &Config, bound: SocketAddr) -> Result<Options, Exit> {
     let local = if !config.watches() {
         None
     } else {
         let node = NodeId::new(LOCAL_NODE).map_err(|error| Exit::runtime(error.to_string()))?;
-        let policy = EnginePolicy::new(
-            machine::own_addresses(),
-            Some(bound.port()),
-            config.allow_engine_hosts.clone(),
-            "ORCHESTRATORD_ALLOW_ENGINE_HOSTS",
-        );
-        Some((node, policy))
+        Some((node, engine_rules(config, bound)))
     };
     Ok(Options {
         limits: config.registry,

@@ -66,7 +66,8 @@ fn respond(body: &serde_json::Value) -> Action {
 }
 
 /// Why an order makes no sense, in the control plane's words.
-pub(super) fn refusal(refused: DrainRefused) -> Refusal {
+#[must_use]
+pub fn refusal(refused: DrainRefused) -> Refusal {
     match refused {
         DrainRefused::Invalid(why) => Refusal::Invalid(why),
         DrainRefused::NotFound(why) => Refusal::NotFound(why),

@@ -24,6 +24,7 @@ use super::poller::{PollId, PollOrder};
 use super::refusal::Refusal;
 use super::saved::{Piece, Saved};
 use super::service_registry::{Limits, Target};
+use super::workers::WorkerOrder;
 
 /// Names a request, or a call of a node, until it is answered.
 pub type RequestId = u64;
@@ -160,6 +161,8 @@ pub enum Input {
     },
     /// An operator drains local engines, or gives them work again.
     Drain(DrainOrder),
+    /// A worker comes or goes.
+    Worker(WorkerOrder),
     /// A probe of a local engine ended.
     Probed(ProbeId, ProbeOutcome),
     /// A node's agent told about a pool.

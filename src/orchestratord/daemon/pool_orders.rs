@@ -5,12 +5,15 @@ use std::sync::Arc;
 
 use super::{Daemon, Running};
 use crate::http::fields::FieldLines;
+use crate::http::server::Response;
 use crate::net::{FaultKind, Outbound, Outcome, Patience, Sink};
 use crate::orchestratord::core::Input;
+use crate::orchestratord::drains;
 use crate::orchestratord::pool_orders::{AgentSaid, PoolCall, PoolOrder};
 use crate::orchestratord::refusal::Refusal;
 use crate::orchestratord::service_registry::{Node, NodeStatus};
 use crate::reactor::token::Token;
+use crate::replicas::drain_routes::{self, DrainOrder};
 use crate::time::Now;
 use crate::wire::id::{NodeId, PoolId};
 use crate::wire::url::BaseUrl;
@@ -40,7 +43,10 @@ impl Daemon {
             asked.filter(has_pool).map(|node| (&node.id, node.address.as_ref())).collect();
         let agents: Vec<(NodeId, BaseUrl)> =
             nodes.iter().filter_map(|(node, agent)| Some(((*node).clone(), (*agent)?.clone()))).collect();
-        let refusal = match (nodes.is_empty(), agents.is_empty()) {
+        // Drains of workers are kept here.
+        let own = nodes.iter().find(|(_, agent)| agent.is_none() && order != PoolOrder::Reload);
+        let own = own.map(|(node, _)| (*node).clone());
+        let refusal = match (nodes.is_empty(), agents.is_empty() && own.is_none()) {
             (true, _) => Some(Refusal::NotFound(format!("no node that is known has pool {pool}"))),
             (false, true) => Some(Refusal::NotFound(format!(
                 "pool {pool} is of this machine and has no agent here: run pool-managerd, or send SIGHUP to its engine-provisioner"
@@ -54,9 +60,41 @@ impl Daemon {
             return self.net.respond(client, &refusal.response(false), now.mono);
         }
         self.order_serial += 1;
-        let call = PoolCall::new(order, pool, agents);
+        let mut call = PoolCall::new(order, pool, agents);
+        if let Some(node) = own {
+            let said = self.order_own(order, call.pool(), &body, now);
+            call.answered(&node, said);
+        }
         self.orders.insert(self.order_serial, Ordered { client, body: Arc::new(body), call });
         self.ask_agents(self.order_serial, now);
+        self.end_order(self.order_serial, now);
+    }
+
+    /// Carries an order out that is about workers.
+    fn order_own(&mut self, order: PoolOrder, pool: &PoolId, body: &[u8], now: Now) -> AgentSaid {
+        let (method, verb) = order.request();
+        let Some(replicas) = self.core.local() else { return AgentSaid::Failed("it has no workers".into()) };
+        let segments = ["pools", pool.as_str(), verb];
+        match drain_routes::read(&segments, method, body, replicas, |_| true) {
+            Some(Ok(order)) => {
+                if !matches!(order, DrainOrder::Show(_)) {
+                    self.core.handle(Input::Drain(order.clone()), now, &mut self.effects);
+                }
+                let Response { status, body, .. } = drains::done(&order, self.core.local());
+                AgentSaid::Answered { status, body }
+            }
+            Some(Err(refused)) => AgentSaid::Failed(drains::refusal(refused).message()),
+            None => AgentSaid::Failed("it makes no sense".into()),
+        }
+    }
+
+    /// Answers the client once all have answered.
+    fn end_order(&mut self, serial: u64, now: Now) {
+        if self.orders.get(&serial).is_some_and(|ordered| ordered.call.is_over())
+            && let Some(done) = self.orders.remove(&serial)
+        {
+            self.net.respond(done.client, &done.call.response(), now.mono);
+        }
     }
 
     /// Asks as many agents as may be asked at once.
@@ -103,10 +141,6 @@ impl Daemon {
             self.core.handle(Input::PoolOrdered { node, pool, draining }, now, &mut self.effects);
         }
         self.ask_agents(serial, now);
-        if self.orders.get(&serial).is_some_and(|ordered| ordered.call.is_over())
-            && let Some(done) = self.orders.remove(&serial)
-        {
-            self.net.respond(done.client, &done.call.response(), now.mono);
-        }
+        self.end_order(serial, now);
     }
 }
