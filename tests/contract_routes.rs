@@ -186,3 +186,115 @@ fn models_are_where_their_replicas_are() {
     let second = show(control.port, "/v2/catalog/availability?limit=1&after=a");
     assert!(second["nodes"]["b"].is_object() && second.get("next").is_none(), "{second}");
 }
+
+/// Registers a worker.
+fn register(port: u16, body: &Value) -> Answer {
+    post(port, "/v2/workers/register", &body.to_string())
+}
+
+fn chat(port: u16) -> Answer {
+    post(port, CHAT, SHORT)
+}
+
+#[test]
+fn an_engine_without_an_agent_serves_beside_those_of_this_machine() {
+    let home = Home::start(&[]);
+    let (port, second) = (free_port(), free_port());
+    let _engine = demo_engine(port, &["--model", "m", "--slots", "3"], home.directory.path());
+    let missing = register(home.port, &json!({"pool_id": "p"}));
+    assert_eq!(missing.status, 400, "{missing:?}");
+    assert!(missing.body.contains("`url` is missing"), "{missing:?}");
+    for (url, part) in [
+        ("http://169.254.169.254", "169.254"),
+        ("http://192.0.2.7:8080", "ORCHESTRATORD_ALLOW_ENGINE_HOSTS"),
+        (&format!("http://127.0.0.1:{}", home.port), "127.0.0.1"),
+    ] {
+        let refused = register(home.port, &json!({"url": url}));
+        assert!(refused.status == 400 && refused.body.contains(part), "{url}: {refused:?}");
+    }
+    let registered = register(home.port, &json!({"url": format!("http://127.0.0.1:{port}")}));
+    let told = registered.json();
+    assert_eq!(
+        (registered.status, &told),
+        (200, &json!({"ok": true, "pool_id": "default", "replica_id": "r0"}))
+    );
+    home.until_routable(1.0);
+    let answer = chat(home.port);
+    assert_eq!((answer.status, answer.field("x-llorch-pool")), (200, Some("default")), "{answer:?}");
+    // Said again it is no news, and a file has its name for itself.
+    let again = register(home.port, &json!({"url": format!("http://127.0.0.1:{port}")}));
+    assert_eq!(again.status, 200);
+    let _second = demo_engine(second, &[], home.directory.path());
+    hand_over(&home.engines(), "r0.json", &handoff(second, "r0", 4));
+    home.until_routable(2.0);
+    let taken = json!({"pool_id": "pool-0", "replica_id": "r0", "url": format!("http://127.0.0.1:{port}")});
+    assert_eq!(register(home.port, &taken).status, 409);
+    let remove = |path: &str| ask(home.port, "DELETE", path, None, "").expect("an answer").status;
+    assert_eq!(remove("/v2/pools/pool-0/replicas/r0"), 409, "a file stands behind it");
+    assert_eq!(remove("/v2/pools/default/replicas/r9"), 404);
+    assert_eq!(remove("/v2/pools/default/replicas/r0"), 204);
+    home.until_routable(1.0);
+}
+
+#[test]
+fn a_control_plane_of_nodes_takes_workers_and_drains_them_too() {
+    let control = Control::start(&[("LLORCH_API_TOKEN", "a-token-0123456789abcdef0123456789abcdef")]);
+    let token = Some("a-token-0123456789abcdef0123456789abcdef");
+    let call = |method: &str, path: &str, body: &str| {
+        ask(control.port, method, path, token, body).expect("an answer")
+    };
+    let (port, directory) = (free_port(), tempfile::tempdir().expect("a directory"));
+    let mut engine = demo_engine(port, &["--model", "m"], directory.path());
+    let body = json!({"pool_id": "pool-0", "replica_id": "w", "url": format!("http://127.0.0.1:{port}")})
+        .to_string();
+    assert_eq!(post(control.port, "/v2/workers/register", &body).status, 401);
+    let told = call("POST", "/v2/workers/register", &body);
+    assert_eq!(told.status, 200, "{told:?}");
+    assert!(told.json()["identity"].as_str().is_some_and(|who| who.starts_with("token ")), "{told:?}");
+    control.until_routable(1.0);
+    let answer = call("POST", CHAT, SHORT);
+    assert_eq!((answer.status, answer.field("x-llorch-node")), (200, Some("workers")), "{answer:?}");
+    let shown = call("GET", "/v2/catalog/availability", "").json();
+    assert_eq!(shown["nodes"]["workers"]["models"], json!(["m"]), "{shown}");
+    // Its pool is one as any other, also where a node has it too.
+    let _node = Node::start("a", control.port, 1, "0", &[("LLORCH_API_TOKEN", token.expect("a token"))]);
+    control.until_routable(2.0);
+    let drained = call("POST", &format!("{POOL}/drain"), "");
+    let names: Vec<Value> = drained.json()["nodes"].as_array().expect("a list").clone();
+    assert_eq!((drained.status, names.len()), (202, 2), "{drained:?}");
+    assert_eq!((&names[0]["node_id"], &names[1]["node_id"]), (&json!("a"), &json!("workers")));
+    control.until_routable(0.0);
+    assert_eq!(call("POST", &format!("{POOL}/resume"), "").status, 200);
+    control.until_routable(2.0);
+    // Nobody says that it is gone, and it is found out.
+    engine.kill();
+    control.until_routable(1.0);
+    assert_eq!(call("DELETE", &format!("{POOL}/replicas/w"), "").status, 204);
+    let health = || call("GET", "/v2/nodes/workers", "").json();
+    until("its end", || (health()["replicas"] == json!([])).then_some(()));
+    let stolen =
+        call("POST", "/v2/nodes/register", r#"{"node_id":"workers","address":"http://127.0.0.1:9"}"#);
+    assert_eq!(stolen.status, 409, "{stolen:?}");
+}
+
+#[test]
+fn what_can_be_asked_is_what_engines_tell() {
+    let home = Home::start(&[]);
+    let told = show(home.port, "/v2/meta/capabilities");
+    assert_eq!(told["engines"], json!([]), "nobody has told anything: {told}");
+    let port = free_port();
+    let _engine = demo_engine(port, &["--model", "m", "--slots", "3"], home.directory.path());
+    assert_eq!(register(home.port, &json!({"url": format!("http://127.0.0.1:{port}")})).status, 200);
+    home.until_routable(1.0);
+    let told = show(home.port, "/v2/meta/capabilities");
+    let engine = &told["engines"][0];
+    assert_eq!((&engine["engine"], &engine["concurrency"]), (&json!("llamacpp"), &json!(3)), "{told}");
+    assert_eq!(
+        (&engine["supported_workloads"], &engine["features"]["models"]),
+        (&json!(["completion"]), &json!(["m"]))
+    );
+    assert!(engine["ctx_max"].as_u64().is_some_and(|tokens| tokens > 0), "{told}");
+    let version = show(home.port, "/v2/meta/version");
+    assert_eq!(version["version"], env!("CARGO_PKG_VERSION"), "{version}");
+    assert!(version.get("build_commit").is_some() && version.get("build_time").is_some(), "{version}");
+}
