@@ -238,10 +238,10 @@ fn an_engine_without_an_agent_serves_beside_those_of_this_machine() {
 
 #[test]
 fn a_control_plane_of_nodes_takes_workers_and_drains_them_too() {
-    let control = Control::start(&[("LLORCH_API_TOKEN", "a-token-0123456789abcdef0123456789abcdef")]);
-    let token = Some("a-token-0123456789abcdef0123456789abcdef");
+    let token = "a-token-0123456789abcdef0123456789abcdef";
+    let control = Control::start(&[("LLORCH_API_TOKEN", token)]);
     let call = |method: &str, path: &str, body: &str| {
-        ask(control.port, method, path, token, body).expect("an answer")
+        ask(control.port, method, path, Some(token), body).expect("an answer")
     };
     let (port, directory) = (free_port(), tempfile::tempdir().expect("a directory"));
     let mut engine = demo_engine(port, &["--model", "m"], directory.path());
@@ -257,7 +257,7 @@ fn a_control_plane_of_nodes_takes_workers_and_drains_them_too() {
     let shown = call("GET", "/v2/catalog/availability", "").json();
     assert_eq!(shown["nodes"]["workers"]["models"], json!(["m"]), "{shown}");
     // Its pool is one as any other, also where a node has it too.
-    let _node = Node::start("a", control.port, 1, "0", &[("LLORCH_API_TOKEN", token.expect("a token"))]);
+    let _node = Node::start("a", control.port, 1, "0", &[("LLORCH_API_TOKEN", token)]);
     control.until_routable(2.0);
     let drained = call("POST", &format!("{POOL}/drain"), "");
     let names: Vec<Value> = drained.json()["nodes"].as_array().expect("a list").clone();
@@ -266,6 +266,19 @@ fn a_control_plane_of_nodes_takes_workers_and_drains_them_too() {
     control.until_routable(0.0);
     assert_eq!(call("POST", &format!("{POOL}/resume"), "").status, 200);
     control.until_routable(2.0);
+    let url = format!("http://127.0.0.1:{}", control.port);
+    for (verb, told, routable) in [("drain", "drained", 0.0), ("resume", "takes work again", 2.0)] {
+        let llorch = std::process::Command::new(env!("CARGO_BIN_EXE_llorch"))
+            .args([verb, "pool", "pool-0", "--url", &url])
+            .env("LLORCH_API_TOKEN", token)
+            .output()
+            .expect("it runs");
+        assert!(
+            llorch.status.success() && String::from_utf8_lossy(&llorch.stdout).contains(told),
+            "{llorch:?}"
+        );
+        control.until_routable(routable);
+    }
     // Nobody says that it is gone, and it is found out.
     engine.kill();
     control.until_routable(1.0);
