@@ -49,6 +49,9 @@ struct Engine<'a> {
     engine_version: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     max_tokens_out: Option<u64>,
+    /// Sets of models that were looked at: replicas share them.
+    #[serde(skip)]
+    sets: BTreeSet<u32>,
 }
 
 #[derive(Default, Serialize)]
@@ -59,13 +62,13 @@ struct Features<'a> {
 }
 
 impl<'a> Engine<'a> {
-    fn add(&mut self, replica: &'a Replica) {
+    fn add(&mut self, replica: &'a Replica, models: u32) {
         self.ctx_max = self.ctx_max.max(replica.context_length);
         self.concurrency += u64::from(replica.slots_total);
         let features = &mut self.features;
         features.replicas += 1;
-        for model in replica.models.iter() {
-            add_name(&mut features.models, model);
+        if self.sets.insert(models) {
+            replica.models.iter().for_each(|model| add_name(&mut features.models, model));
         }
         if let Some(version) = &replica.engine_version {
             add_name(&mut features.engine_versions, version);
@@ -93,9 +96,12 @@ fn add_name<'a>(names: &mut BTreeSet<&'a str>, name: &'a str) {
 pub fn capabilities(registry: &ServiceRegistry) -> Value {
     let table = registry.table();
     let mut engines: BTreeMap<&str, Engine<'_>> = BTreeMap::new();
-    for (index, _) in table.hot().iter().enumerate().filter(|(_, hot)| hot.exists && hot.placeable) {
+    for (index, hot) in table.hot().iter().enumerate().filter(|(_, hot)| hot.exists && hot.placeable) {
         if let Some((_, replica)) = table.at(index) {
-            engines.entry(replica.engine.as_deref().unwrap_or(UNKNOWN)).or_default().add(replica);
+            engines
+                .entry(replica.engine.as_deref().unwrap_or(UNKNOWN))
+                .or_default()
+                .add(replica, hot.model_set);
         }
     }
     for (name, engine) in &mut engines {
