@@ -88,7 +88,7 @@ pub fn learn(handoff: &mut Handoff, slots_wanted: Option<u32>, facts: Facts) -> 
 
 /// Asks pool-managerd about a pool.
 #[must_use]
-pub fn about_pool(agent: &BaseUrl, key: &ReplicaKey, token: Option<&str>) -> Outbound {
+pub fn about_pool(agent: &BaseUrl, key: &ReplicaKey, token: Option<&str>) -> Outbound<'static> {
     let mut fields = FieldLines::new().with("Connection", "close");
     if let Some(token) = token {
         fields.push("Authorization", format!("Bearer {token}"));
@@ -96,7 +96,7 @@ pub fn about_pool(agent: &BaseUrl, key: &ReplicaKey, token: Option<&str>) -> Out
     Outbound {
         to: agent.clone(),
         method: "GET".into(),
-        target: format!("/v2/pools/{}/status", key.pool),
+        target: format!("/v2/pools/{}/status", key.pool).into(),
         fields,
         body: std::sync::Arc::default(),
         sink: Sink::Collect { bytes_max: AGENT_BYTES_MAX },

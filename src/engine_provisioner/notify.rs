@@ -72,7 +72,7 @@ impl Notices {
     }
 
     /// The notices to be sent now.
-    pub fn due(&mut self, token: Option<&str>, now: Mono) -> Vec<(NoticeId, Outbound)> {
+    pub fn due(&mut self, token: Option<&str>, now: Mono) -> Vec<(NoticeId, Outbound<'static>)> {
         let mut out = Vec::new();
         for (id, pending) in self.pending.iter_mut().filter(|(_, p)| !p.under_way && p.due <= now) {
             pending.under_way = true;
@@ -131,7 +131,7 @@ impl Notices {
     }
 }
 
-fn request(place: &BaseUrl, pending: &Pending, token: Option<&str>) -> Outbound {
+fn request(place: &BaseUrl, pending: &Pending, token: Option<&str>) -> Outbound<'static> {
     let key = pending.handoff.key();
     let body = || {
         let mut body = pending.handoff.to_value();
@@ -153,7 +153,7 @@ fn request(place: &BaseUrl, pending: &Pending, token: Option<&str>) -> Outbound 
     Outbound {
         to: place.clone(),
         method: method.into(),
-        target,
+        target: target.into(),
         fields,
         body: Arc::new(body),
         sink: Sink::Collect { bytes_max: ANSWER_BYTES_MAX },
@@ -199,7 +199,7 @@ mod tests {
         notices.changed(&handoff(), true, now);
         let sent = notices.due(Some("secret"), now);
         assert_eq!(sent[0].1.target, "/v2/pools/p/ready");
-        assert_eq!((sent[1].1.method.as_str(), sent[1].1.target.as_str()), ("POST", ""));
+        assert_eq!((&*sent[1].1.method, &*sent[1].1.target), ("POST", ""));
         assert!(sent.iter().all(|(_, out)| out.fields.holds(b"Authorization")));
         assert!(notices.due(None, now).is_empty(), "one at a time");
         // One takes it; the other is away, and by the time it is back the replica is gone.

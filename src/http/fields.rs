@@ -6,6 +6,8 @@
 
 use std::fmt;
 
+use super::head::Field;
+
 /// Fields, each a line that ends with CR LF.
 #[derive(Clone, Default)]
 pub struct FieldLines {
@@ -32,6 +34,12 @@ impl FieldLines {
         let (name, value) = (name.as_ref(), value.as_ref());
         push_field(&mut self.bytes, name, value);
         self.name_lengths |= length_bit(name);
+    }
+
+    /// Adds a field of another message.
+    pub fn copy(&mut self, field: &Field<'_>) {
+        field.copy_to(&mut self.bytes);
+        self.name_lengths |= length_bit(field.name);
     }
 
     /// Adds a field whose value is a number.

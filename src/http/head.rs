@@ -11,7 +11,7 @@ use std::sync::LazyLock;
 
 use memchr::{memchr_iter, memmem};
 
-use super::fields::length_bit;
+use super::fields::{length_bit, push_field};
 
 /// Largest head, line ends included, in bytes. nginx and HAProxy allow 8 to 32 KiB.
 pub const HEAD_BYTES_MAX: usize = 32 * 1024;
@@ -80,8 +80,18 @@ impl Fields {
     }
 
     /// The same with names as they are in memory, for whoever only compares and copies them.
-    pub fn raw(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
-        self.ranges.iter().map(|range| (self.slice(range[0], range[1]), self.value_at(*range)))
+    pub fn raw(&self) -> impl Iterator<Item = Field<'_>> {
+        self.ranges.iter().map(|range| {
+            let [start, name_end, value_start, value_end] = *range;
+            let is_usual = value_start == name_end + 2
+                && self.slice(name_end, value_start) == b": "
+                && self.bytes.get(value_end as usize..).is_some_and(|rest| rest.starts_with(b"\r\n"));
+            Field {
+                name: self.slice(start, name_end),
+                value: self.value_at(*range),
+                line: is_usual.then(|| self.slice(start, value_end + 2)),
+            }
+        })
     }
 
     /// Length of the whole head, in bytes.
@@ -94,6 +104,12 @@ impl Fields {
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&str> {
         self.of(name).next().and_then(|value| std::str::from_utf8(value).ok())
+    }
+
+    /// The value of the first field of this name (any case), whatever it is.
+    #[must_use]
+    pub fn value(&self, name: &str) -> Option<&[u8]> {
+        self.of(name).next()
     }
 
     /// Whether a `Connection` field (there may be several) says that fields of this name concern one
@@ -135,6 +151,26 @@ impl Fields {
 
     fn value_at(&self, [.., start, end]: [u32; 4]) -> &[u8] {
         self.slice(start, end)
+    }
+}
+
+/// A field of a head that was parsed: its name is a token, and nothing in its value could end its line early.
+pub struct Field<'a> {
+    /// As sent.
+    pub name: &'a [u8],
+    /// Without surrounding blanks.
+    pub value: &'a [u8],
+    /// The whole line, where it has the form in which we would write it.
+    line: Option<&'a [u8]>,
+}
+
+impl Field<'_> {
+    /// Writes it to another head.
+    pub fn copy_to(&self, out: &mut Vec<u8>) {
+        match self.line {
+            Some(line) => out.extend_from_slice(line),
+            None => push_field(out, self.name, self.value),
+        }
     }
 }
 
@@ -304,7 +340,7 @@ pub fn parse_request(bytes: &[u8]) -> Result<RequestHead, BadMessage> {
     Ok(RequestHead {
         query: method.len() + target.find('?').unwrap_or(target.len()),
         target: method.len(),
-        line: [method, target].concat().into(),
+        line: line(method, target),
         version,
         framing,
         keep_alive: facts.keep_alive(version),
@@ -367,6 +403,14 @@ pub fn is_hop_by_hop(name: &[u8]) -> bool {
         "upgrade",
     ];
     ALWAYS.iter().any(|known| name.eq_ignore_ascii_case(known.as_bytes()))
+}
+
+/// Both in one allocation of just their size.
+fn line(method: &str, target: &str) -> Box<str> {
+    let mut line = String::with_capacity(method.len() + target.len());
+    line.push_str(method);
+    line.push_str(target);
+    line.into_boxed_str()
 }
 
 fn only_crlf(bytes: &[u8]) -> Result<(), BadMessage> {

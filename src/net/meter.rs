@@ -5,10 +5,7 @@
 //! llama.cpp adds `timings` also where nobody asked for usage. Only the last [`TAIL_BYTES`] are kept, and
 //! nothing is parsed until the answer is over.
 
-use std::sync::LazyLock;
-
-use memchr::memchr2_iter;
-use memchr::memmem::Finder;
+use memchr::{memchr_iter, memchr2_iter, memrchr_iter};
 
 use crate::http::sse::holds_finish;
 
@@ -32,27 +29,6 @@ pub struct Meter {
     /// What an answer told that passed as a whole.
     told: Option<Tokens>,
 }
-
-/// What is looked for; made once, because making a searcher costs more than a search in a short answer.
-struct Keys {
-    usage: Finder<'static>,
-    timings: Finder<'static>,
-    /// In `usage`, under either of its names.
-    prompt: [Finder<'static>; 2],
-    completion: [Finder<'static>; 2],
-    /// In `timings`.
-    prompt_n: Finder<'static>,
-    predicted_n: Finder<'static>,
-}
-
-static KEYS: LazyLock<Keys> = LazyLock::new(|| Keys {
-    usage: Finder::new("\"usage\""),
-    timings: Finder::new("\"timings\""),
-    prompt: [Finder::new("\"prompt_tokens\""), Finder::new("\"input_tokens\"")],
-    completion: [Finder::new("\"completion_tokens\""), Finder::new("\"output_tokens\"")],
-    prompt_n: Finder::new("\"prompt_n\""),
-    predicted_n: Finder::new("\"predicted_n\""),
-});
 
 impl Meter {
     /// The last of the answer's data passed. Mostly that is all of it, and nothing needs to be kept.
@@ -89,23 +65,27 @@ impl Meter {
 }
 
 fn told(tail: &[u8]) -> Tokens {
-    let keys = &*KEYS;
-    let usage = object(tail, &keys.usage);
-    let find = |names: &[Finder<'_>; 2], timing: &Finder<'_>| {
-        let told = usage.and_then(|usage| names.iter().find_map(|name| number(usage, name)));
-        told.or_else(|| object(tail, &keys.timings).and_then(|timings| number(timings, timing)))
-    };
-    Tokens {
-        prompt: find(&keys.prompt, &keys.prompt_n),
-        completion: find(&keys.completion, &keys.predicted_n),
+    let usage = object(tail, b"\"usage\"").map(|usage| {
+        counts(usage, &[b"prompt_tokens", b"input_tokens"], &[b"completion_tokens", b"output_tokens"])
+    });
+    let told = usage.unwrap_or_default();
+    if told.prompt.is_some() && told.completion.is_some() {
+        return told;
     }
+    let timings = object(tail, b"\"timings\"");
+    let timed = timings.map(|timings| counts(timings, &[b"prompt_n"], &[b"predicted_n"])).unwrap_or_default();
+    Tokens { prompt: told.prompt.or(timed.prompt), completion: told.completion.or(timed.completion) }
 }
 
-/// What follows the last `key` whose value is an object.
-fn object<'a>(tail: &'a [u8], key: &Finder<'_>) -> Option<&'a [u8]> {
-    let values = key.find_iter(tail).filter_map(|at| after_colon(&tail[at + key.needle().len()..]));
-    // Forward and to the end: only that direction is searched by vector instructions.
-    let value = values.filter(|value| value.starts_with(b"{")).last()?;
+/// What follows the last `key`, quotes included, whose value is an object.
+fn object<'a>(tail: &'a [u8], key: &[u8]) -> Option<&'a [u8]> {
+    // A letter of both keys that is in no other name near the end of an answer, where they mostly stand.
+    let offset = key.iter().position(|byte| *byte == b'g')?;
+    let value = memrchr_iter(b'g', tail).find_map(|at| {
+        let start = at.checked_sub(offset)?;
+        let value = after_colon(tail[start..].strip_prefix(key)?)?;
+        value.starts_with(b"{").then_some(value)
+    })?;
     Some(&value[..end_of_object(value)?])
 }
 
@@ -122,11 +102,32 @@ fn end_of_object(text: &[u8]) -> Option<usize> {
     None
 }
 
-fn number(object: &[u8], key: &Finder<'_>) -> Option<u64> {
-    let at = key.find(object)?;
-    let value = after_colon(&object[at + key.needle().len()..])?;
-    let digits = value.iter().take_while(|byte| byte.is_ascii_digit()).count();
-    std::str::from_utf8(&value[..digits]).ok()?.parse().ok()
+/// The numbers of an object that stand behind the first of these names for the prompt's and the answer's tokens.
+fn counts(object: &[u8], prompt: &[&[u8]], completion: &[&[u8]]) -> Tokens {
+    let mut tokens = Tokens::default();
+    let mut quotes = memchr_iter(b'"', object);
+    while let (Some(open), Some(close)) = (quotes.next(), quotes.next()) {
+        let name = &object[open + 1..close];
+        let place = if prompt.contains(&name) {
+            &mut tokens.prompt
+        } else if completion.contains(&name) {
+            &mut tokens.completion
+        } else {
+            continue;
+        };
+        if place.is_none() {
+            *place = after_colon(&object[close + 1..]).and_then(number);
+        }
+    }
+    tokens
+}
+
+/// The number with which `text` begins.
+fn number(text: &[u8]) -> Option<u64> {
+    let digits = text.iter().take_while(|byte| byte.is_ascii_digit());
+    let add = |sum: u64, digit: &u8| sum.checked_mul(10)?.checked_add(u64::from(digit - b'0'));
+    text.first().filter(|first| first.is_ascii_digit())?;
+    digits.copied().try_fold(0, |sum, digit| add(sum, &digit))
 }
 
 fn after_colon(text: &[u8]) -> Option<&[u8]> {

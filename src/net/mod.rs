@@ -15,6 +15,7 @@
 //! Every exchange that was started ends with exactly one [`NetEvent::Finished`]. Nothing here decides
 //! where a request goes or what a failure means for an engine; that is the cores' business.
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::fmt;
 use std::io;
@@ -125,13 +126,13 @@ pub struct Patience {
 }
 
 /// A request to an engine or a peer.
-pub struct Outbound {
+pub struct Outbound<'a> {
     /// Scheme, host, port and base path.
     pub to: BaseUrl,
     /// Method.
-    pub method: String,
+    pub method: Cow<'a, str>,
     /// Path and query below the base path.
-    pub target: String,
+    pub target: Cow<'a, str>,
     /// Fields, without `Host`, `Content-Length` and hop-by-hop ones.
     pub fields: FieldLines,
     /// Body; shared with whoever may have to send it again elsewhere.
@@ -145,7 +146,7 @@ pub struct Outbound {
     pub keep_ms: Option<u64>,
 }
 
-impl fmt::Debug for Outbound {
+impl fmt::Debug for Outbound<'_> {
     /// Without the values of fields, which may be keys, and the body, which may be a prompt.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Outbound")
@@ -631,12 +632,12 @@ impl Net {
     }
 
     /// Starts an exchange. It ends with [`NetEvent::Finished`], also when it fails at once.
-    pub fn start(&mut self, outbound: Outbound, now: Mono) -> Token {
+    pub fn start(&mut self, outbound: Outbound<'_>, now: Mono) -> Token {
         self.start_judged(outbound, None, now)
     }
 
     /// The same under a rule of its own, in the place of the one for all.
-    pub fn start_judged(&mut self, mut outbound: Outbound, rule: Option<DialRule>, now: Mono) -> Token {
+    pub fn start_judged(&mut self, mut outbound: Outbound<'_>, rule: Option<DialRule>, now: Mono) -> Token {
         let (client, forward) = match &mut outbound.sink {
             Sink::Client { client, fields, .. } => {
                 let session = self.server.clients.get(*client);
@@ -746,7 +747,8 @@ pub fn forwardable(head: &RequestHead, replaced: impl Fn(&[u8]) -> bool) -> Fiel
         ["host", "content-length", "expect", "authorization", "x-conversation-id", "forwarded", "x-real-ip"];
     const NOT_FORWARDED_PREFIXES: [&str; 2] = ["x-llorch-", "x-forwarded-"];
     let mut lines = FieldLines::with_capacity(FORWARDED_FIRST_ALLOCATION_BYTES);
-    for (name, value) in head.fields.raw() {
+    for field in head.fields.raw() {
+        let name = field.name;
         let is = |known: &&str| name.eq_ignore_ascii_case(known.as_bytes());
         let starts_with = |prefix: &&str| {
             name.get(..prefix.len()).is_some_and(|s| s.eq_ignore_ascii_case(prefix.as_bytes()))
@@ -754,7 +756,7 @@ pub fn forwardable(head: &RequestHead, replaced: impl Fn(&[u8]) -> bool) -> Fiel
         let is_ours = NOT_FORWARDED_PREFIXES.iter().any(starts_with) || head.fields.connection_names(name);
         let may_pass = !is_ours || is(&HOPS_FIELD);
         if may_pass && !is_hop_by_hop(name) && !NOT_FORWARDED.iter().any(is) && !replaced(name) {
-            lines.push(name, value);
+            lines.copy(&field);
         }
     }
     lines

@@ -376,7 +376,8 @@ fn encode_forwarded_head(
     out: &mut Vec<u8>,
 ) {
     begin_head(out, head.status);
-    for (name, value) in head.fields.raw() {
+    for field in head.fields.raw() {
+        let name = field.name;
         // A length beside a status that has no body would make the next answer part of this one.
         let vain = head.status == 204 && name.eq_ignore_ascii_case(b"content-length");
         if !is_hop_by_hop(name)
@@ -385,7 +386,7 @@ fn encode_forwarded_head(
             && !vain
             && !speaks_to_pages(name)
         {
-            push_field(out, name, value);
+            field.copy_to(out);
         }
     }
     if body == Body::Rechunked || head.framing == Framing::Chunked && body == Body::Same {

@@ -713,19 +713,23 @@ fn is_acceptable_id(id: &str) -> bool {
     (1..=CORRELATION_BYTES_MAX).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic())
 }
 
+/// Two hexadecimal digits of each byte: a request has an id, and digit by digit that takes as long as its head.
+static HEX: [[u8; 2]; 256] = {
+    let (digits, mut pairs, mut byte) = (b"0123456789abcdef", [[0; 2]; 256], 0);
+    while byte < pairs.len() {
+        pairs[byte] = [digits[byte >> 4], digits[byte & 15]];
+        byte += 1;
+    }
+    pairs
+};
+
 /// A random (version 4) UUID. It names a request in logs and is no secret.
 fn new_id(text: &mut [u8; ID_BYTES]) -> &str {
+    const PLACES: [usize; 16] = [0, 2, 4, 6, 9, 11, 14, 16, 19, 21, 24, 26, 28, 30, 32, 34];
     let bits = fastrand::u128(..) & !(0xf << 76) & !(0x3 << 62) | 0x4 << 76 | 0x2 << 62;
-    let mut at = 0;
-    for (index, byte) in bits.to_be_bytes().into_iter().enumerate() {
-        if matches!(index, 4 | 6 | 8 | 10) {
-            text[at] = b'-';
-            at += 1;
-        }
-        for digit in [byte >> 4, byte & 15] {
-            text[at] = b"0123456789abcdef"[usize::from(digit)];
-            at += 1;
-        }
+    *text = [b'-'; ID_BYTES];
+    for (place, byte) in PLACES.into_iter().zip(bits.to_be_bytes()) {
+        text[place..place + 2].copy_from_slice(&HEX[usize::from(byte)]);
     }
     std::str::from_utf8(text).unwrap_or_default()
 }

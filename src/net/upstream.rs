@@ -124,7 +124,7 @@ impl Upstreams {
 
     pub(super) fn begin(
         &mut self,
-        outbound: Outbound,
+        outbound: Outbound<'_>,
         forward: Option<Forward>,
         rule: Option<DialRule>,
         spares: &mut Spares,

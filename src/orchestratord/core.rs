@@ -652,7 +652,7 @@ impl Core {
         let is_untried = self.registry.replica(replica).is_some_and(Replica::is_untried);
         request.untried += u32::from(is_untried && request.untried < UNTRIED_ATTEMPTS_MAX);
         let (since, attempts) = (request.since, request.attempts - request.untried);
-        let (ask, abort): (Ask, _) = (request.asked.ask.clone(), run.abort);
+        let abort = run.abort;
         match ending {
             Ending::Complete => {
                 self.counts.answered += 1;
@@ -667,6 +667,7 @@ impl Core {
             Ending::NotTried(reason) => self.refuse(id, Refusal::Overloaded(reason), effects),
             Ending::Failed { reason, connect, timeout, answered } => {
                 request.tried.push(replica);
+                let ask = request.asked.ask.clone();
                 self.counts.failures.add(connect, timeout);
                 self.engine_failed(replica, &reason, connect, timeout, now, changes, effects);
                 self.registry.release(run.grant);
@@ -683,6 +684,7 @@ impl Core {
                 return self.serve_waiters(replica, now, effects);
             }
             Ending::BrokenOff(reason) => {
+                let ask = request.asked.ask.clone();
                 self.counts.failures.add(false, false);
                 self.engine_failed(replica, &reason, false, false, now, changes, effects);
                 self.registry.release(run.grant);
@@ -692,6 +694,7 @@ impl Core {
             }
             Ending::NotReady { reason, pause_ms } => {
                 request.tried.push(replica);
+                let ask = request.asked.ask.clone();
                 self.counts.failures.not_ready += 1;
                 self.registry.data_path_not_ready(replica, pause_ms, &reason, now, changes);
                 self.registry.release(run.grant);
@@ -790,11 +793,12 @@ impl Core {
     }
 
     fn send_probes(&mut self, now: Now, effects: &mut Vec<Effect>) {
-        if let Some(local) = &mut self.local {
-            effects.extend(local.replicas.take_process_orders().into_iter().map(Effect::Process));
-        }
+        let Some(local) = self.local.as_mut().filter(|local| local.replicas.has_orders(now.mono)) else {
+            return;
+        };
+        effects.extend(local.replicas.take_process_orders().into_iter().map(Effect::Process));
         let mut orders = Vec::new();
-        if let Some(local) = self.local.as_mut().filter(|_| self.ends_at.is_none()) {
+        if self.ends_at.is_none() {
             local.replicas.due_probes(now, &mut orders);
         }
         effects.extend(orders.into_iter().map(Effect::Probe));

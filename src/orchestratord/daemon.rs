@@ -1,6 +1,7 @@
 //! The control plane's shell: it owns the reactor, the sockets and the core, turns what happens into
 //! inputs, and carries out effects. The loop is in [`Daemon::run`].
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -9,7 +10,7 @@ use crate::http::fields::FieldLines;
 use crate::http::server::{Request, Response};
 use crate::net::{DialRule, Net, NetEvent, Outbound, Outcome, Patience, Sink, Timing};
 use crate::reactor::signal::Signals;
-use crate::reactor::token::{Kind, Token};
+use crate::reactor::token::{Kind, Token, TokenMap};
 use crate::reactor::{Reactor, Registry, Waker, now};
 use crate::replicas::directory::FILE_BYTES;
 use crate::replicas::{Activity, AllowList, EnginePolicy, ProbeOrder, Processes, Watch, probe};
@@ -87,8 +88,8 @@ pub struct Daemon {
     tasks: Tasks,
     sessions: Sessions,
     jobs: Jobs,
-    by_client: BTreeMap<Token, RequestId>,
-    exchanges: BTreeMap<Token, Running>,
+    by_client: TokenMap<RequestId>,
+    exchanges: TokenMap<Running>,
     direct: Direct<Token>,
     orders: BTreeMap<u64, pool_orders::Ordered>,
     order_serial: u64,
@@ -180,8 +181,8 @@ impl Daemon {
             tasks: Tasks::new(config.tables.tasks_max, config.tables.gone_max),
             sessions: Sessions::new(config.tables.sessions_max),
             jobs: Jobs::default(),
-            by_client: BTreeMap::new(),
-            exchanges: BTreeMap::new(),
+            by_client: TokenMap::default(),
+            exchanges: TokenMap::default(),
             direct: Direct::new(config.hang_suspect_ms),
             orders: BTreeMap::new(),
             order_serial: 0,
@@ -552,13 +553,13 @@ impl Daemon {
             Front::Call(_) => return,
         };
         let (to, target, hold_back) = match &dispatch.target {
-            Target::Direct(engine) => (engine.clone(), path.to_string(), HOLD_BACK),
+            Target::Direct(engine) => (engine.clone(), Cow::Borrowed(path), HOLD_BACK),
             Target::Relay { agent, .. } => {
                 let (pool, replica) = (&dispatch.key.pool, &dispatch.key.replica);
                 fields.push_number("X-Llorch-Generation", dispatch.generation);
                 fields.push_number("X-Llorch-Slots", dispatch.slots.into());
                 let target = format!("/v2/pools/{pool}/replicas/{replica}/engine{path}");
-                (agent.clone(), target, HOLD_BACK_FROM_AGENT)
+                (agent.clone(), target.into(), HOLD_BACK_FROM_AGENT)
             }
             Target::AskNode | Target::Forbidden(_) => return self.undeliverable(request, now),
         };
@@ -581,16 +582,16 @@ impl Daemon {
             }
             _ => Sink::Owner { hold_back },
         };
-        let method = method.to_string();
         let body = job.body.clone();
         let patience = Patience {
             connect_ms: CONNECT_MS,
             first_byte_ms: self.config.first_byte_timeout_ms,
             idle_ms: self.config.idle_timeout_ms,
         };
-        self.task_dispatched(request, dispatch, now);
+        let method = method.into();
         let outbound = Outbound { to, method, target, fields, body, sink, patience, keep_ms: None };
         let exchange = self.net.start(outbound, now.mono);
+        self.task_dispatched(request, dispatch, now);
         self.exchanges.insert(exchange, Running::Request(request));
         self.note_direct(exchange, dispatch, now);
         if let Some(job) = self.jobs.get_mut(request) {

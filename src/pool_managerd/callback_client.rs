@@ -21,7 +21,7 @@ pub(super) fn dial_rule(policy: Policy) -> DialRule {
 }
 
 /// The request that delivers a notice. `bearer` is shown to trusted receivers only.
-pub(super) fn outbound(delivery: &Delivery, bearer: Option<String>) -> Outbound {
+pub(super) fn outbound(delivery: &Delivery, bearer: Option<String>) -> Outbound<'static> {
     let mut fields = FieldLines::new()
         .with("User-Agent", concat!("pool-managerd/", env!("CARGO_PKG_VERSION")))
         .with("Content-Type", "application/json")

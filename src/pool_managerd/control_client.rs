@@ -50,7 +50,7 @@ pub(crate) fn outbound(
     incarnation: u64,
     body: Vec<u8>,
     bearer: Option<String>,
-) -> Outbound {
+) -> Outbound<'static> {
     let (method, target) = match order.call {
         Call::Register => ("POST", "/v2/nodes/register".to_string()),
         Call::Heartbeat { .. } => ("POST", format!("/v2/nodes/{node}/heartbeat")),
@@ -66,7 +66,7 @@ pub(crate) fn outbound(
     Outbound {
         to: plane.clone(),
         method: method.into(),
-        target,
+        target: target.into(),
         fields,
         body: Arc::new(body),
         sink: Sink::Collect { bytes_max: ANSWER_BYTES_MAX },

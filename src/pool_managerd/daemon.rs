@@ -1,7 +1,6 @@
 //! The node agent's shell: it owns the reactor, the sockets and the core, turns what happens into
 //! inputs, and carries out effects. The loop is in [`Daemon::run`].
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -14,7 +13,7 @@ use crate::net::{self, DialRule, FaultKind, Net, NetEvent, Outbound, Outcome, Pa
 use crate::reactor::kmsg::KernelLog;
 use crate::reactor::offload::Offload;
 use crate::reactor::signal::Signals;
-use crate::reactor::token::{Kind, Token};
+use crate::reactor::token::{Kind, Token, TokenMap};
 use crate::reactor::{Reactor, Registry, Waker, now};
 use crate::replicas::{
     Activity, AllowList, EnginePolicy, Fault, ProbeOrder, Processes, Refused, ReplicaLease, Watch, probe,
@@ -73,7 +72,7 @@ pub struct Daemon {
     callback_rule: DialRule,
     lag: LoopLag,
     supervisor: Supervisor,
-    exchanges: BTreeMap<Token, Running>,
+    exchanges: TokenMap<Running>,
     guard: Guard,
     tls: Tls,
     managed: managed::Managed,
@@ -150,7 +149,7 @@ impl Daemon {
             callback_rule: callback_client::dial_rule(policy),
             lag: LoopLag::default(),
             supervisor,
-            exchanges: BTreeMap::new(),
+            exchanges: TokenMap::default(),
             guard,
             tls,
             managed: managed::Managed::default(),
@@ -537,8 +536,8 @@ impl Daemon {
         }
         let outbound = Outbound {
             to: url,
-            method: request.head.method().to_string(),
-            target,
+            method: request.head.method().into(),
+            target: target.into(),
             fields,
             body: Arc::new(request.body),
             sink: Sink::Client { client, hold_back: &[], fields: FieldLines::new() },

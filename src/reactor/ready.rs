@@ -7,10 +7,10 @@
 //! those that carry on, of which a turn serves only as many as move [`CARRIED_ON_BYTES`]: many fast peers together
 //! make a turn little longer than one of them does, and starve neither the others nor each other.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 
 use super::Edge;
-use super::token::Token;
+use super::token::{Token, TokenSet};
 
 /// Bytes that a session may move when it became ready; with more it carries on behind the others. Tokens of a
 /// stream and most requests and answers are smaller.
@@ -49,7 +49,7 @@ pub struct ReadyList {
     queue: VecDeque<Token>,
     /// Those that used up their share.
     carry_on: VecDeque<Token>,
-    queued: BTreeSet<Token>,
+    queued: TokenSet,
 }
 
 impl ReadyList {

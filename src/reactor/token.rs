@@ -4,6 +4,9 @@
 //! one. The generation tells them apart: [`Table`] finds nothing for a token of a dead session, and
 //! so the event dies there.
 
+use std::collections::{HashMap, HashSet};
+use std::hash::{BuildHasherDefault, Hasher};
+
 use slab::Slab;
 
 /// What kind of source a token names. A closed set: each daemon's loop matches on it.
@@ -53,6 +56,32 @@ const KINDS: [Kind; 13] = [
     Kind::Credentials,
     Kind::Provisioners,
 ];
+
+/// What somebody keeps of sessions, by their tokens. In no order.
+pub type TokenMap<T> = HashMap<Token, T, BuildHasherDefault<NumberHasher>>;
+
+/// Some sessions. In no order.
+pub type TokenSet = HashSet<Token, BuildHasherDefault<NumberHasher>>;
+
+/// For numbers that this process gave out itself: nobody can choose them so that they collide, and one
+/// multiplication spreads them.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NumberHasher(u64);
+
+impl Hasher for NumberHasher {
+    fn write_u64(&mut self, number: u64) {
+        // An odd number near 2^64 over the golden ratio: what numbers that follow each other become lies far apart.
+        self.0 = (self.0 ^ number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u64(u64::from(*byte)));
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
 
 const GENERATION_BITS: u32 = 24;
 

@@ -17,7 +17,7 @@ const KEY_BYTES_MAX: u64 = 8 * 1024;
 
 /// The request that carries out an order.
 #[must_use]
-pub fn outbound(order: &ProbeOrder) -> Outbound {
+pub fn outbound(order: &ProbeOrder) -> Outbound<'static> {
     // The next probe comes long after an engine has closed an idle connection: none is kept.
     let mut fields = FieldLines::new().with("Accept", "application/json").with("Connection", "close");
     if let Some(Ok(key)) = order.auth_file.as_deref().map(read_key) {
@@ -29,7 +29,7 @@ pub fn outbound(order: &ProbeOrder) -> Outbound {
     Outbound {
         to: order.url.clone(),
         method: if order.body.is_some() { "POST" } else { "GET" }.into(),
-        target: order.path.clone(),
+        target: order.path.clone().into(),
         fields,
         body: Arc::new(order.body.clone().unwrap_or_default().into_bytes()),
         sink: Sink::Collect { bytes_max: ANSWER_BYTES_MAX },

@@ -208,6 +208,12 @@ impl Registry {
         earliest(due.map(|(at, _)| (*at).max(next_turn)), self.schedule.lost.first().map(|(at, _)| *at))
     }
 
+    /// Whether there are orders to be taken now.
+    #[must_use]
+    pub fn has_orders(&self, now: Mono) -> bool {
+        !self.process_orders.is_empty() || self.deadline().is_some_and(|at| at <= now)
+    }
+
     /// Takes a probe's outcome. One that belongs to an earlier engine or order is ignored.
     pub fn probed(&mut self, id: &ProbeId, outcome: ProbeOutcome, now: Now, changes: &mut Vec<Change>) {
         let Some(replica) = self.replicas.get_mut(&id.key).filter(|replica| replica.serial == id.serial)

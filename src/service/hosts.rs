@@ -110,10 +110,8 @@ impl Origins {
     /// Whether the request was made by a page of another origin that is not listed.
     #[must_use]
     pub fn is_foreign(&self, fields: &Fields) -> bool {
-        let Some(origin) = fields.iter().find(|(name, _)| name.eq_ignore_ascii_case("origin")) else {
-            return false;
-        };
-        let Ok(origin) = std::str::from_utf8(origin.1) else { return true };
+        let Some(origin) = fields.value("origin") else { return false };
+        let Ok(origin) = std::str::from_utf8(origin) else { return true };
         let host = origin.split_once("://").map(|(_, host)| host);
         let same =
             host.is_some_and(|host| fields.get("host").is_some_and(|own| own.eq_ignore_ascii_case(host)));

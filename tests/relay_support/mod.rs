@@ -174,8 +174,8 @@ fn run(reactor: &mut Reactor, net: &mut Net, engine: SocketAddr, patience: Patie
                         let outbound = Outbound {
                             keep_ms: None,
                             to: to.clone(),
-                            method: request.head.method().to_string(),
-                            target: request.head.target().to_string(),
+                            method: request.head.method().into(),
+                            target: request.head.target().into(),
                             fields: forwardable(&request.head, |_| false),
                             body: Arc::new(request.body),
                             sink: Sink::Client {

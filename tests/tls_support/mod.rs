@@ -193,6 +193,11 @@ impl Socket {
         Ok(Socket { tcp, session: self.session.clone(), stash: self.stash.clone(), says_farewell: false })
     }
 
+    /// The kernel keeps about so many bytes that were written and are not read.
+    pub fn keep_little(&self, bytes: usize) {
+        rustix::net::sockopt::set_socket_send_buffer_size(&self.tcp, bytes).expect("a socket option");
+    }
+
     pub fn shutdown(&self, how: Shutdown) -> io::Result<()> {
         if let Some(session) = &self.session {
             Socket::lock(session).send_close_notify();

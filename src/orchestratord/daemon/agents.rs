@@ -86,7 +86,7 @@ impl Daemon {
         let outbound = Outbound {
             to,
             method: "GET".into(),
-            target,
+            target: target.into(),
             fields,
             body: Arc::default(),
             sink: Sink::Collect { bytes_max },

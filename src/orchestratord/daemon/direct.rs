@@ -44,7 +44,7 @@ impl Daemon {
             let outbound = Outbound {
                 to,
                 method: "POST".into(),
-                target: format!("/v2/pools/{}/replicas/{}/activity", key.pool, key.replica),
+                target: format!("/v2/pools/{}/replicas/{}/activity", key.pool, key.replica).into(),
                 fields,
                 body: Arc::new(body),
                 sink: Sink::Collect { bytes_max: ANSWER_BYTES_MAX },

@@ -1,11 +1,12 @@
 //! The requests that the shell knows, from their arrival to their answer.
 
-use std::collections::BTreeMap;
+use std::collections::HashMap;
+use std::hash::BuildHasherDefault;
 use std::sync::Arc;
 
 use crate::http::head::RequestHead;
 use crate::net::budget::BodyHold;
-use crate::reactor::token::Token;
+use crate::reactor::token::{NumberHasher, Token};
 use crate::time::{Mono, Now};
 use crate::wire::id::ReplicaKey;
 
@@ -51,10 +52,10 @@ impl Job {
     }
 }
 
-/// Jobs by number. Each has memory of its own: within the tree they would be moved whenever others come and go.
+/// Jobs by number.
 #[derive(Default)]
 pub(super) struct Jobs {
-    by_number: BTreeMap<RequestId, Box<Job>>,
+    by_number: HashMap<RequestId, Box<Job>, BuildHasherDefault<NumberHasher>>,
 }
 
 impl Jobs {
@@ -78,6 +79,7 @@ impl Jobs {
         self.by_number.contains_key(&request)
     }
 
+    /// All, in no order.
     pub(super) fn iter(&self) -> impl Iterator<Item = &Job> {
         self.by_number.values().map(Box::as_ref)
     }

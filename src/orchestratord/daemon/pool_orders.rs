@@ -111,7 +111,7 @@ impl Daemon {
             let outbound = Outbound {
                 to,
                 method: method.into(),
-                target: format!("/v2/pools/{}/{verb}", ordered.call.pool()),
+                target: format!("/v2/pools/{}/{verb}", ordered.call.pool()).into(),
                 fields,
                 body: ordered.body.clone(),
                 sink: Sink::Collect { bytes_max },
