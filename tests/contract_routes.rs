@@ -122,6 +122,20 @@ fn a_node_that_cannot_be_told_is_named() {
 }
 
 #[test]
+fn a_node_that_stays_silent_is_named_in_the_end() {
+    let control = Control::start(&[("ORCHESTRATORD_NODE_TIMEOUT_MS", "60000")]);
+    // Connections are made there, and nobody takes them.
+    let silent = listen_on_free_port();
+    let port = silent.local_addr().expect("an address").port();
+    let node = format!(r#"{{"node_id":"deaf","address":"http://127.0.0.1:{port}","pools":["pool-0"]}}"#);
+    assert_eq!(post(control.port, "/v2/nodes/register", &node).status, 200);
+    let refused = get(control.port, &format!("{POOL}/drain")).expect("an answer");
+    let told = refused.json();
+    assert_eq!((refused.status, &told["code"]), (504, &json!("AGENT_TIMEOUT")), "{told}");
+    assert!(told["message"].as_str().is_some_and(|why| why.contains("deaf: ")), "{told}");
+}
+
+#[test]
 fn agents_take_the_control_planes_orders_with_the_token_of_nodes() {
     let (node, admin) =
         ("node-token-0123456789abcdef0123456789abcd", "admin-token-0123456789abcdef0123456789abc");
