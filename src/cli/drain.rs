@@ -234,12 +234,16 @@ fn agents(remote: &Remote, scope: &Scope, node: Option<String>) -> Result<Vec<(S
         .into_iter()
         .map(|node| {
             let name = words(&node["node_id"]);
-            let url =
-                node["address"].as_str().and_then(|url| BaseUrl::lenient(url).ok()).ok_or_else(|| {
-                    Exit::runtime(format!(
-                        "node {name} tells no address of its agent: ask that directly with --url"
-                    ))
-                })?;
+            // Where no agent is, the control plane itself is asked.
+            let url = match node["address"].as_str() {
+                None if node["via"] == "local" => Some(remote.url().clone()),
+                address => address.and_then(|url| BaseUrl::lenient(url).ok()),
+            };
+            let url = url.ok_or_else(|| {
+                Exit::runtime(format!(
+                    "node {name} tells no address of its agent: ask that directly with --url"
+                ))
+            })?;
             Ok((format!("node {name}: "), remote.at(url)))
         })
         .collect()

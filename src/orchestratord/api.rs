@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::http::server::{Request, Response};
 use crate::metrics::{self, Histogram, Scrape};
-use crate::replicas::drain_routes::DrainOrder;
+use crate::replicas::drain_routes::{self, DrainOrder};
 use crate::service::auth::{Fingerprint, Policy};
 use crate::service::guard::Guard;
 use crate::service::lag::LoopLag;
@@ -20,20 +20,24 @@ use crate::wire::json_place;
 use crate::wire::node::{Heartbeat, RegisterRequest};
 
 use super::aliases::Aliases;
+use super::catalog;
 use super::core::Core;
 use super::dashboard;
 use super::drains;
 use super::envelope::{HOPS_MAX, hops};
 use super::explain::{self, Explain, Survey};
 use super::messages::PoolReady;
+use super::meta;
 use super::meters;
 use super::openai::{self, Forwarding};
 use super::pages::{self, Page, limit_of};
 use super::patience::ClientPatience;
 use super::poller::{POLL_OUTCOMES, POLL_STATES};
+use super::pool_orders::PoolOrder;
 use super::refusal::Refusal;
 use super::service_registry::{Fenced, NodeStatus, Replica};
 use super::tasks::{self, NewTask};
+use super::workers::{self, WorkerOrder};
 
 /// Largest body of a node's message, in bytes: a heartbeat of the largest node is below it.
 const NODE_BODY_BYTES_MAX: usize = 4 * 1024 * 1024;
@@ -61,8 +65,10 @@ pub enum Action {
     PoolReady(PoolReady),
     /// Drain this machine's engines or give them work again, then answer.
     Drain(DrainOrder),
-    /// Pass the order to reload a pool on to its nodes.
-    Reload(PoolId),
+    /// Let a worker join or leave.
+    Worker(WorkerOrder),
+    /// Pass an order about a pool on to the agents of its nodes.
+    Order(PoolOrder, PoolId),
     /// Place the request and relay it to an engine.
     Engine(Box<Forwarding>),
     /// Admit a task.
@@ -147,14 +153,24 @@ pub enum To {
     Heartbeat,
     /// A node's farewell.
     Deregister,
+    /// Which models are where.
+    Availability,
     /// The pools.
     Pools,
     /// One pool's health.
     PoolHealth,
     /// Drains and states of this machine's engines: see [`drains`].
     Local,
-    /// Another model for a pool.
-    Reload,
+    /// What the agents of a pool's nodes do, and this process where it has engines of its own.
+    Order(PoolOrder),
+    /// An engine without an agent.
+    RegisterWorker,
+    /// Its end.
+    RemoveWorker,
+    /// What can be asked of engines.
+    Capabilities,
+    /// What this program is.
+    Version,
     /// Why requests went where they went.
     Explain,
     /// A new task.
@@ -205,10 +221,11 @@ pub static ROUTES: &[Route<To>] = &[
     route_to("POST", "/callbacks/pool-ready", Policy::Node, To::PoolReady),
     route_to("POST", "/v2/callbacks/pool-ready", Policy::Node, To::PoolReady),
     route_to("POST", "/v2/callbacks/ready", Policy::Node, To::PoolReady),
+    route_to("GET", "/v2/catalog/availability", Policy::Admin, To::Availability),
     route_to("GET", "/v2/pools", Policy::Admin, To::Pools),
     route_to("GET", "/v2/pools/{pool}/health", Policy::Admin, To::PoolHealth),
     route_to("GET", "/control/pools/{pool}/health", Policy::Admin, To::PoolHealth),
-    route_to("POST", "/v2/pools/{pool}/reload", Policy::Admin, To::Reload),
+    route_to("POST", "/v2/pools/{pool}/reload", Policy::Admin, To::Order(PoolOrder::Reload)),
     route_to("GET", "/v2/pools/{pool}/status", Policy::NodeOrAdmin, To::Local),
     route_to("GET", "/v2/pools/{pool}/replicas/{replica}/status", Policy::NodeOrAdmin, To::Local),
     route_to("GET", "/v2/drains", Policy::Admin, To::Local),
@@ -218,12 +235,16 @@ pub static ROUTES: &[Route<To>] = &[
     route_to("GET", "/v2/gpus/{gpu}/drain", Policy::Admin, To::Local),
     route_to("POST", "/v2/gpus/{gpu}/drain", Policy::Admin, To::Local),
     route_to("POST", "/v2/gpus/{gpu}/resume", Policy::Admin, To::Local),
-    route_to("GET", "/v2/pools/{pool}/drain", Policy::Admin, To::Local),
-    route_to("POST", "/v2/pools/{pool}/drain", Policy::Admin, To::Local),
-    route_to("POST", "/v2/pools/{pool}/resume", Policy::Admin, To::Local),
+    route_to("GET", "/v2/pools/{pool}/drain", Policy::Admin, To::Order(PoolOrder::ShowDrain)),
+    route_to("POST", "/v2/pools/{pool}/drain", Policy::Admin, To::Order(PoolOrder::Drain)),
+    route_to("POST", "/v2/pools/{pool}/resume", Policy::Admin, To::Order(PoolOrder::Resume)),
     route_to("GET", "/v2/pools/{pool}/replicas/{replica}/drain", Policy::Admin, To::Local),
     route_to("POST", "/v2/pools/{pool}/replicas/{replica}/drain", Policy::Admin, To::Local),
     route_to("POST", "/v2/pools/{pool}/replicas/{replica}/resume", Policy::Admin, To::Local),
+    route_to("POST", "/v2/workers/register", Policy::Node, To::RegisterWorker),
+    route_to("DELETE", "/v2/pools/{pool}/replicas/{replica}", Policy::NodeOrAdmin, To::RemoveWorker),
+    route_to("GET", "/v2/meta/capabilities", Policy::Any, To::Capabilities),
+    route_to("GET", "/v2/meta/version", Policy::Any, To::Version),
     route_to("GET", "/v2/handoffs", Policy::Admin, To::Handoffs),
     route_to("GET", "/v2/events", Policy::Admin, To::Events),
     route_to("GET", "/v2/explain/{request...}", Policy::Admin, To::Explain),
@@ -286,10 +307,16 @@ pub fn route(found: Found<'_, To>, request: &Request, core: &Core, facts: &Facts
         },
         To::Register | To::Heartbeat | To::Deregister if !facts.cloud => refuse(Refusal::CloudDisabled),
         // Polled nodes may be looked at in every profile.
-        To::Nodes | To::Node if !facts.cloud && core.poller().is_empty() => refuse(Refusal::CloudDisabled),
+        To::Nodes | To::Node | To::Availability if !facts.cloud && core.poller().is_empty() => {
+            refuse(Refusal::CloudDisabled)
+        }
         To::Nodes | To::Node | To::Register | To::Heartbeat | To::Deregister => {
             nodes(to, part, request, core, now)
         }
+        To::Availability => match catalog::availability(core.registry(), head) {
+            Ok(response) => Action::Respond(response),
+            Err(refusal) => refuse(refusal),
+        },
         To::Pools => match Page::of(head) {
             Ok(page) => Action::Respond(pages::pools(core.registry(), page, now)),
             Err(refusal) => refuse(refusal),
@@ -297,11 +324,30 @@ pub fn route(found: Found<'_, To>, request: &Request, core: &Core, facts: &Facts
         To::Explain => explained(part, request, core, facts, now),
         To::PoolHealth => pool_health(core, part),
         To::Local => drains::route(request, core),
-        To::Reload => match PoolId::new(part) {
-            Ok(pool) if request.body.len() <= NOTICE_BYTES_MAX => Action::Reload(pool),
-            Ok(_) => refuse(Refusal::Invalid(format!("the body is larger than {NOTICE_BYTES_MAX} bytes"))),
-            Err(why) => refuse(Refusal::Invalid(why.to_string())),
+        // Where a directory is watched all engines are this process's own.
+        To::Order(order) if order != PoolOrder::Reload && facts.watch_mode.is_some() => {
+            drains::route(request, core)
+        }
+        To::Order(order) => match ordered(order, part, &request.body) {
+            Ok(pool) => Action::Order(order, pool),
+            Err(refusal) => refuse(refusal),
         },
+        To::RegisterWorker => {
+            match workers::read(&request.body).and_then(|worker| workers::join(worker, core)) {
+                Ok(order) => Action::Worker(order),
+                Err(refusal) => refuse(refusal),
+            }
+        }
+        To::RemoveWorker => {
+            let replica = parts.get(1).copied().unwrap_or_default();
+            let key = drain_routes::replica_key(part, replica).map_err(drains::refusal);
+            match key.and_then(|key| workers::leave(key, core)) {
+                Ok(order) => Action::Worker(order),
+                Err(refusal) => refuse(refusal),
+            }
+        }
+        To::Capabilities => respond(200, &meta::capabilities(core.registry())),
+        To::Version => respond(200, &meta::version()),
         To::CreateTask => match tasks::parse(&request.body, client_of(facts), facts.aliases) {
             Ok(task) => Action::CreateTask(Box::new(task)),
             Err(refusal) => refuse(refusal),
@@ -384,6 +430,18 @@ fn read_body<T: DeserializeOwned>(body: &[u8]) -> Result<Box<T>, Refusal> {
         return Err(Refusal::Fenced(Fenced::TooLarge { what, limit }));
     }
     json_place::read(body).map(Box::new).map_err(|error| Refusal::Invalid(format!("the body: {error}")))
+}
+
+/// The pool of an order that agents can be given.
+fn ordered(order: PoolOrder, pool: &str, body: &[u8]) -> Result<PoolId, Refusal> {
+    let pool = PoolId::new(pool).map_err(|why| Refusal::Invalid(why.to_string()))?;
+    if body.len() > NOTICE_BYTES_MAX {
+        return Err(Refusal::Invalid(format!("the body is larger than {NOTICE_BYTES_MAX} bytes")));
+    }
+    if order == PoolOrder::Drain {
+        drain_routes::deadline_ms(body).map_err(drains::refusal)?;
+    }
+    Ok(pool)
 }
 
 /// `GET /v2/explain`, and below it one request; its id may have slashes.

@@ -189,7 +189,7 @@ pub static TABLE: &[Setting] = &[
         aliases: &[],
         default: None,
         value: "HOSTS",
-        help: "Hosts or CIDRs, separated by commas, on which handoffs may place engines beside this machine",
+        help: "Hosts or CIDRs, separated by commas, on which handoffs and workers may place engines beside this machine",
     },
     Setting {
         flag: "hang-suspect-ms",

@@ -40,6 +40,7 @@ use super::served_sessions::{ServedSession, ServedSessions};
 use super::service_registry::{
     Change, Fenced, Grant, NodeStatus, Replica, ReplicaRef, ServiceRegistry, Target,
 };
+use super::workers::Idle;
 
 #[cfg(test)]
 mod affinity_tests;
@@ -51,6 +52,7 @@ mod predicting;
 #[cfg(test)]
 mod tests;
 mod waiting;
+mod workers;
 
 pub use self::waiting::NOBODY_GRACE_MS;
 
@@ -112,6 +114,8 @@ pub struct Core {
     meters: Meters,
     requests: BTreeMap<RequestId, Box<Request>>,
     local: Option<Local>,
+    /// Where this process has no engines, and workers may come.
+    idle: Option<Idle>,
     poller: Poller,
     strategy: Strategy,
     strategy_state: StrategyState,
@@ -153,6 +157,7 @@ impl Core {
             meters: Meters::default(),
             requests: BTreeMap::new(),
             local,
+            idle: None,
             strategy: options.strategy,
             strategy_state: StrategyState::new(options.seed),
             sessions: ServedSessions::new(options.served_sessions_max),
@@ -204,6 +209,7 @@ impl Core {
                     local.active(&key, generation, activity, now, found);
                 })
             }
+            Input::Worker(order) => self.worker(order, now, effects),
             Input::Drain(order) => self.drain(&order, now, effects),
             Input::Probed(id, outcome) => {
                 self.with_local(now, effects, |local, now, found| local.probed(&id, outcome, now, found));
@@ -211,6 +217,9 @@ impl Core {
             Input::WatchTrouble(trouble) => self.note_watch(trouble, now, effects),
             Input::AgentSaid { node, pool, replicas } => {
                 self.registry.set_engine_url(&node, &pool, &replicas, now, &mut changes);
+            }
+            Input::PoolOrdered { node, pool, draining } => {
+                self.pool_ordered(&node, &pool, draining, now, &mut changes);
             }
             Input::Polled(id, outcome) => self.polled(id, outcome, now, &mut changes, effects),
             Input::PoolReady { reply, notice } => self.pool_ready(reply, &notice, now, effects),

@@ -49,9 +49,10 @@ mod dashboard;
 mod direct;
 mod front_door;
 mod jobs;
-mod reload;
+mod pool_orders;
 mod state;
 mod tasks;
+mod workers;
 
 /// How long a connection to an engine may take to come about, in milliseconds.
 const CONNECT_MS: u64 = 2_000;
@@ -90,8 +91,8 @@ pub struct Daemon {
     by_client: TokenMap<RequestId>,
     exchanges: TokenMap<Running>,
     direct: Direct<Token>,
-    reloads: BTreeMap<u64, reload::Reloading>,
-    reload_serial: u64,
+    orders: BTreeMap<u64, pool_orders::Ordered>,
+    order_serial: u64,
     explain: Explain,
     lag: LoopLag,
     board: Board<Token>,
@@ -116,7 +117,7 @@ enum Running {
     Agent(NodeId, PoolId),
     Poll(PollId),
     Request(RequestId),
-    Reload(u64, NodeId),
+    Ordered(u64, NodeId),
     Told(Engine),
 }
 
@@ -146,7 +147,8 @@ impl Daemon {
         net.set_dial_rule(DialRule::new(move |url, ip| rules.check_address(url, ip)));
         net.keep_streams_alive(config.stream_keepalive_ms);
         let at = now();
-        let core = Core::new(options(&config, bound)?, at);
+        let mut core = Core::new(options(&config, bound)?, at);
+        workers::accept(&mut core, &config, bound, at)?;
         let watch = config.watches().then(|| {
             // In this profile files have the memory that nodes would have.
             let files_max = config.tables.registry_bytes_max / FILE_BYTES;
@@ -182,8 +184,8 @@ impl Daemon {
             by_client: TokenMap::default(),
             exchanges: TokenMap::default(),
             direct: Direct::new(config.hang_suspect_ms),
-            reloads: BTreeMap::new(),
-            reload_serial: 0,
+            orders: BTreeMap::new(),
+            order_serial: 0,
             explain: Explain::new(config.tables.explain_max),
             lag: LoopLag::default(),
             board: Board::default(),
@@ -464,7 +466,8 @@ impl Daemon {
                 self.core.handle(Input::Drain(order.clone()), now, &mut self.effects);
                 self.net.respond(client, &drains::done(&order, self.core.local()), now.mono);
             }
-            Action::Reload(pool) => self.reload(client, pool, request.body.to_vec(), now),
+            Action::Worker(order) => self.worker(client, order, key, now),
+            Action::Order(order, pool) => self.order(client, order, pool, request.body.to_vec(), now),
             Action::Engine(forwarding) => self.forward(client, request, *forwarding, now),
             Action::CreateTask(task) => self.create_task(client, *task, now),
             Action::TaskEvents(id, verbose) => self.open_task(client, &id, verbose, now),
@@ -676,7 +679,7 @@ impl Daemon {
                 self.agent_answered(node, pool, outcome, now);
             }
             Some(Running::Poll(id)) => self.poll_ended(id, outcome, now),
-            Some(Running::Reload(serial, node)) => self.reload_answered(serial, node, outcome, now),
+            Some(Running::Ordered(serial, node)) => self.order_answered(serial, node, outcome, now),
             Some(Running::Told(engine)) => self.agent_told(&engine, &outcome),
             Some(Running::Request(request)) => self.request_ended(request, outcome, now),
             None => {}
@@ -757,18 +760,19 @@ fn address_rules(bound: SocketAddr) -> EnginePolicy {
     EnginePolicy::new(machine::own_addresses(), Some(bound.port()), AllowList::default(), "")
 }
 
+/// Where engines may be that this process dials without an agent's word.
+fn engine_rules(config: &Config, bound: SocketAddr) -> EnginePolicy {
+    let allow = config.allow_engine_hosts.clone();
+    let own = machine::own_addresses();
+    EnginePolicy::new(own, Some(bound.port()), allow, "ORCHESTRATORD_ALLOW_ENGINE_HOSTS")
+}
+
 fn options(config: &Config, bound: SocketAddr) -> Result<Options, Exit> {
     let local = if !config.watches() {
         None
     } else {
         let node = NodeId::new(LOCAL_NODE).map_err(|error| Exit::runtime(error.to_string()))?;
-        let policy = EnginePolicy::new(
-            machine::own_addresses(),
-            Some(bound.port()),
-            config.allow_engine_hosts.clone(),
-            "ORCHESTRATORD_ALLOW_ENGINE_HOSTS",
-        );
-        Some((node, policy))
+        Some((node, engine_rules(config, bound)))
     };
     Ok(Options {
         limits: config.registry,

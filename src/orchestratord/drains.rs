@@ -65,7 +65,9 @@ fn respond(body: &serde_json::Value) -> Action {
     Action::Respond(Response::json(200, body))
 }
 
-fn refusal(refused: DrainRefused) -> Refusal {
+/// Why an order makes no sense, in the control plane's words.
+#[must_use]
+pub fn refusal(refused: DrainRefused) -> Refusal {
     match refused {
         DrainRefused::Invalid(why) => Refusal::Invalid(why),
         DrainRefused::NotFound(why) => Refusal::NotFound(why),

@@ -24,6 +24,7 @@ use super::poller::{PollId, PollOrder};
 use super::refusal::Refusal;
 use super::saved::{Piece, Saved};
 use super::service_registry::{Limits, Target};
+use super::workers::WorkerOrder;
 
 /// Names a request, or a call of a node, until it is answered.
 pub type RequestId = u64;
@@ -160,6 +161,8 @@ pub enum Input {
     },
     /// An operator drains local engines, or gives them work again.
     Drain(DrainOrder),
+    /// A worker comes or goes.
+    Worker(WorkerOrder),
     /// A probe of a local engine ended.
     Probed(ProbeId, ProbeOutcome),
     /// A node's agent told about a pool.
@@ -170,6 +173,15 @@ pub enum Input {
         pool: PoolId,
         /// Its replicas.
         replicas: Vec<ReplicaStatus>,
+    },
+    /// A node's agent has accepted an order about a pool.
+    PoolOrdered {
+        /// The node.
+        node: NodeId,
+        /// The pool.
+        pool: PoolId,
+        /// No new work, rather than work again.
+        draining: bool,
     },
     /// A poll ended.
     Polled(PollId, Result<Box<AgentReport>, PollError>),

@@ -6,7 +6,8 @@
 //! front doors turn HTTP into asks: [`openai`], which reads bodies through [`peek`] and knows [`aliases`],
 //! and [`tasks`]. [`forecast`] says when a waiting request may start, [`sessions`] records which requests
 //! belong together, and [`served_sessions`] where the next of them should go. [`explain`] remembers why
-//! requests went where they went, [`pages`] shows nodes and pools. [`daemon`] does what was decided.
+//! requests went where they went, [`pages`] shows nodes and pools, [`catalog`] models,
+//! [`meta`] what can be asked; [`pool_orders`] go to agents, and [`workers`] come without one. [`daemon`] does what was decided.
 
 use std::ffi::OsString;
 
@@ -17,6 +18,7 @@ pub mod affinity;
 pub mod aliases;
 pub mod api;
 pub mod blame;
+pub mod catalog;
 pub mod cohorts;
 pub mod config;
 pub mod core;
@@ -29,6 +31,7 @@ pub mod envelope;
 pub mod explain;
 pub mod forecast;
 pub mod messages;
+pub mod meta;
 pub mod meters;
 pub mod model_sets;
 pub mod openai;
@@ -38,6 +41,7 @@ pub mod peek;
 pub mod placement;
 pub mod placement_index;
 pub mod poller;
+pub mod pool_orders;
 pub mod refusal;
 pub mod replica_table;
 pub mod report;
@@ -49,6 +53,7 @@ pub mod sessions;
 mod status;
 pub mod tables;
 pub mod tasks;
+pub mod workers;
 
 /// Runs the daemon until a signal ends it.
 ///

@@ -47,7 +47,9 @@ impl<'a> Page<'a> {
         Ok(Page { limit, after: head.query("after").filter(|after| !after.is_empty()) })
     }
 
-    fn is_behind(&self, id: &str) -> bool {
+    /// Whether an entry with this id comes behind.
+    #[must_use]
+    pub fn is_behind(&self, id: &str) -> bool {
         self.after.is_none_or(|after| id > after)
     }
 }

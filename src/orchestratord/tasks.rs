@@ -36,7 +36,7 @@ pub mod request;
 mod tests;
 
 use self::answer::{Answer, Failure};
-pub use self::request::{NewTask, Standing, admission_body, parse, steps};
+pub use self::request::{MAX_TOKENS_MAX, NewTask, Standing, admission_body, parse, steps};
 
 /// Tasks that are remembered at once.
 pub const TASKS_MAX: usize = 10_000;

@@ -132,7 +132,11 @@ fn scope(
     })
 }
 
-fn deadline_ms(body: &[u8]) -> Result<Option<u64>, DrainRefused> {
+/// Until when a drain waits, in milliseconds from now, as its body says; `None` for ever.
+///
+/// # Errors
+/// [`DrainRefused::Invalid`] where it says something else.
+pub fn deadline_ms(body: &[u8]) -> Result<Option<u64>, DrainRefused> {
     if body.trim_ascii().is_empty() {
         return Ok(None);
     }

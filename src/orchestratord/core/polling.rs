@@ -7,6 +7,7 @@ use crate::orchestratord::poller::{Hint, PollId, PollState, Poller};
 use crate::orchestratord::refusal::Refusal;
 use crate::orchestratord::service_registry::{Change, Polled};
 use crate::time::Now;
+use crate::wire::id::{NodeId, PoolId};
 use crate::wire::pool::AgentReport;
 use crate::wire::url::BaseUrl;
 
@@ -52,6 +53,23 @@ impl Core {
         if let Some(happening) = self.poller.ended(id, state, error, node, now) {
             self.happened(happening, now, effects);
         }
+    }
+
+    /// A node's agent has accepted an order about a pool. That it takes no new work counts at once; that it takes
+    /// work again, once it says so: its engines may have become something else meanwhile.
+    pub(super) fn pool_ordered(
+        &mut self,
+        node: &NodeId,
+        pool: &PoolId,
+        draining: bool,
+        now: Now,
+        changes: &mut Vec<Change>,
+    ) {
+        if draining {
+            self.registry.drains(node, pool, now, changes);
+        }
+        let hint = Hint { node: Some(node), url: None };
+        self.poller.hint(&hint, |_| false, now);
     }
 
     /// Somebody says that a pool became ready, or stopped being ready: whoever knows is asked at once. What

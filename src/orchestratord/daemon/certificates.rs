@@ -26,6 +26,11 @@ impl Daemon {
                 None if self.net.client_certificate(client).is_some() => return None,
                 None => return Some(Refusal::Certificate("notices of nodes need a certificate".into())),
             },
+            // Nor does it.
+            Action::Worker(_) if self.net.client_certificate(client).is_some() => return None,
+            Action::Worker(_) => {
+                return Some(Refusal::Certificate("messages about workers need a certificate".into()));
+            }
             _ => return None,
         };
         mismatch(node, self.net.client_certificate(client)).map(Refusal::Certificate)

@@ -1,9 +1,11 @@
 //! What is kept of a node's pools: little, because their replicas are in the table and have the rest.
 
-use crate::wire::id::PoolId;
+use crate::time::Now;
+use crate::wire::id::{NodeId, PoolId};
 use crate::wire::node::PoolBeat;
 
 use super::snapshot::cut;
+use super::{Change, ServiceRegistry};
 
 /// A pool as its node last reported it.
 #[derive(Clone, Debug)]
@@ -103,5 +105,23 @@ impl KnownPool {
             && (self.ready, self.draining, self.slots_total) == (beat.ready, beat.draining, beat.slots_total)
             && self.sums.is_none() == beat.replicas.is_some()
             && same_sums()
+    }
+}
+
+impl ServiceRegistry {
+    /// A node's agent has said that it gives a pool no new work. What the node tells next says it again, or
+    /// something else.
+    pub fn drains(&mut self, node: &NodeId, pool: &PoolId, now: Now, changes: &mut Vec<Change>) {
+        let Some(index) = self.by_id.get(node).copied() else { return };
+        let node = &mut self.nodes[index];
+        let Some(known) = node.pools.iter_mut().find(|known| known.pool_id == *pool) else { return };
+        node.touched |= !std::mem::replace(&mut known.draining, true);
+        for (key, replica) in node.replicas.iter() {
+            if key.pool == *pool {
+                node.touched |= self.table.get(*replica).is_some_and(|replica| !replica.draining);
+                self.table.update(*replica, now, changes, |replica| replica.draining = true);
+            }
+        }
+        self.note_changes(index);
     }
 }

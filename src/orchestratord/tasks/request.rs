@@ -18,7 +18,7 @@ use crate::wire::json_place;
 use crate::wire::preparation::PoolPreparation;
 
 /// Most tokens that one task may ask for.
-const MAX_TOKENS_MAX: i64 = 50_000;
+pub const MAX_TOKENS_MAX: i64 = 50_000;
 /// Tokens of a task that does not say.
 const MAX_TOKENS_DEFAULT: i64 = 256;
 /// Most steps of preparation that one answer shows.

@@ -114,3 +114,33 @@ fn without_polled_agents_notices_are_harmless() {
     }
     assert!(polls(handle(&mut core, Input::Tick, NOW)).is_empty());
 }
+
+#[test]
+fn a_drain_that_an_agent_accepted_counts_before_the_agent_tells_of_it() {
+    let mut core = core(&["http://10.0.0.1:9200"]);
+    let order = polls(handle(&mut core, Input::Tick, NOW)).remove(0);
+    handle(&mut core, Input::Polled(order.id, report("n", "p")), NOW);
+    let (node, now) = (NodeId::new("n").expect("an id"), NOW.plus_ms(1));
+    let ordered = |pool: &str, draining| {
+        let pool = PoolId::new(pool).expect("an id");
+        Input::PoolOrdered { node: node.clone(), pool, draining }
+    };
+    handle(&mut core, ordered("q", true), now);
+    let draining = |core: &Core| core.registry().replicas().all(|(_, replica)| replica.draining);
+    assert!(!draining(&core), "that was another pool");
+    handle(&mut core, ordered("p", true), now);
+    assert!(draining(&core));
+    let effects = handle(&mut core, ask(1, Ask::default()), now);
+    assert!(matches!(effects[..], [Effect::Waiting { .. }]), "{effects:?}");
+    // Its agent is asked at once, and what it says counts.
+    let order = polls(handle(&mut core, Input::Tick, now)).pop().expect("a poll");
+    let later = now.plus_ms(1);
+    let effects = handle(&mut core, Input::Polled(order.id, report("n", "p")), later);
+    assert!(matches!(effects[..], [Effect::Dispatch(1, _)]), "{effects:?}");
+    assert!(!draining(&core));
+    // Work again is something that only the agent can say.
+    handle(&mut core, ordered("p", true), later);
+    handle(&mut core, ordered("p", false), later);
+    assert!(draining(&core));
+    core.check_invariants();
+}
