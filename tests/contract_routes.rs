@@ -153,7 +153,7 @@ fn agents_take_the_control_planes_orders_with_the_token_of_nodes() {
         ("LLORCH_ADMIN_TOKEN_FILE", admin_file.as_str()),
     ];
     let control = Control::start(&keys);
-    let _nodes = ["a", "b"].map(|name| Node::start(name, control.port, 1, "0", &keys));
+    let nodes = ["a", "b"].map(|name| Node::start(name, control.port, 1, "0", &keys));
     control.until_routable(2.0);
     let ask = |token: &str, verb: &str| {
         ask(control.port, "POST", &format!("{POOL}/{verb}"), Some(token), "").expect("an answer")
@@ -163,6 +163,17 @@ fn agents_take_the_control_planes_orders_with_the_token_of_nodes() {
     control.until_routable(0.0);
     assert_eq!(ask(admin, "resume").status, 200);
     control.until_routable(2.0);
+
+    // What a file of its machine says an agent tells an engine for operators alone.
+    let with_key = json!({"url": "http://127.0.0.1:9", "replica_id": "r9", "auth": {"file": client_file}});
+    let announce = |token: &str, handoff: &Value| {
+        let path = format!("{POOL}/ready");
+        harness::ask(nodes[0].port, "POST", &path, Some(token), &handoff.to_string()).expect("an answer")
+    };
+    let refused = announce(node, &with_key);
+    assert_eq!((refused.status, &refused.json()["code"]), (403, &json!("WRONG_SCOPE")), "{refused:?}");
+    assert_eq!(announce(admin, &with_key).status, 202);
+    assert_eq!(announce(node, &json!({"url": "http://127.0.0.1:9", "replica_id": "r8"})).status, 202);
 }
 
 #[test]

@@ -198,7 +198,7 @@ pub fn route(found: Found<'_, To>, request: &Request, core: &Core, facts: &Facts
             Some(status) => respond(200, &status),
             None => Action::Respond(not_found(&format!("pool {id} not found"))),
         }),
-        To::Announced => with_pool(part(0), |pool| announced(&request.body, pool, core)),
+        To::Announced => with_pool(part(0), |pool| announced(request, pool, core, facts)),
         To::Abandon => with_pool(part(0), |pool| abandon(pool, part(1), core)),
         To::Relay => relay(request, part(0), part(1)),
         To::Activity => with_pool(part(0), |pool| activity(&request.body, pool, part(1), core)),
@@ -279,7 +279,8 @@ fn with_pool(pool: &str, then: impl FnOnce(PoolId) -> Action) -> Action {
 
 /// A pool is said to be ready: with a handoff as the body its engine is taken in as if a file had
 /// announced it; without one the pool's engines are asked at once.
-fn announced(body: &[u8], pool: PoolId, core: &Core) -> Action {
+fn announced(request: &Request, pool: PoolId, core: &Core, facts: &Facts<'_>) -> Action {
+    let body: &[u8] = &request.body;
     if body.is_empty() {
         return if core.pool_status(&pool).is_some() {
             Action::Ask(pool)
@@ -299,6 +300,13 @@ fn announced(body: &[u8], pool: PoolId, core: &Core) -> Action {
         serde_json::from_slice::<serde_json::Value>(body).is_ok_and(|body| !body["pool_id"].is_null());
     if names_pool && handoff.pool_id != pool {
         return invalid(&format!("`pool_id` must be that of the path, {pool}"));
+    }
+    // What a file of this machine says is sent to the engine: that is for an operator to decide, or for who may
+    // write handoff files, and not for control planes.
+    let keys = facts.guard.credentials.keys();
+    if handoff.auth_file.is_some() && keys.check(Policy::Admin, &request.head.fields).is_err() {
+        let message = "`auth.file` can be named with an operator's token, or in a handoff file";
+        return Action::Respond(error(403, "WRONG_SCOPE", message, None));
     }
     handoff.pool_id = pool;
     match core.replicas().may_adopt(&handoff) {
