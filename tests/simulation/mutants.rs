@@ -460,8 +460,8 @@ const MUTANTS: &[Mutant] = &[
     Mutant {
         name: "relist after overflow",
         file: "replicas/watch.rs",
-        text: "            if hint.dirty || hint.lost {\n                self.due_at = now;",
-        replacement: "            if (hint.dirty || hint.lost) && !$off {\n                self.due_at = now;",
+        text: "            if hint.dirty || hint.lost {\n                self.look_at(now);",
+        replacement: "            if (hint.dirty || hint.lost) && !$off {\n                self.look_at(now);",
     },
     Mutant {
         name: "half a file",
