@@ -9,13 +9,17 @@
 //! node, devices, avoidances, preferences, a long context, more slots than anybody has free, and replicas tried
 //! in vain; each where some have room and where none has. Of the pools one is free, one takes no work, and one is
 //! full. `change` is what a slot costs that is taken and given back.
+//!
+//! `catalog` shows which models are on which nodes: a page of 1,000 nodes, of as many and of ten times as many.
 
 use std::hint::black_box;
 
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use llama_orch::http::head::parse_request;
 use llama_orch::orchestratord::affinity::{self, Affinity};
+use llama_orch::orchestratord::catalog::availability;
 use llama_orch::orchestratord::placement::{Ask, Choice, Strategy, StrategyState, choose};
 use llama_orch::orchestratord::served_sessions::ServedSessions;
 use llama_orch::orchestratord::service_registry::{Limits, ReplicaRef, ServiceRegistry};
@@ -268,5 +272,18 @@ fn pins(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, placement, pins);
+fn catalog(c: &mut Criterion) {
+    let mut group = c.benchmark_group("catalog");
+    group.warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_millis(1_000));
+    let request = b"GET /v2/catalog/availability?limit=1000 HTTP/1.1\r\nHost: a\r\n\r\n";
+    let head = parse_request(request).expect("a head");
+    for nodes in [1_000usize, 10_000] {
+        let registry = registry_of(nodes);
+        group.bench_function(BenchmarkId::from_parameter(nodes), |b| {
+            b.iter(|| availability(black_box(&registry), &head).expect("a page"));
+        });
+    }
+}
+
+criterion_group!(benches, placement, pins, catalog);
 criterion_main!(benches);

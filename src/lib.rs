@@ -72,8 +72,8 @@
 //!    [`orchestratord::explain`] remembers why.
 //! 4. `Effect::Dispatch`: the daemon dials the engine, or the node agent that relays to an engine which
 //!    listens on its own machine only (`pool_managerd` checks generation and slots before it does).
-//! 5. Bytes move between the two sockets inside [`net`], through [`net::relay`], bounded and unchanged.
-//!    The core sees none of them.
+//! 5. Bytes move between the two sockets inside [`net`], through [`net::relay`], bounded and unchanged: what
+//!    a turn has read of engines, it writes to their clients at its end. The core sees none of them.
 //! 6. The exchange ends: `Input::Ended`. The slot is free, and the next waiter has it.
 //!
 //! # A GPU breaks

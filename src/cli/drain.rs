@@ -2,7 +2,8 @@
 //! nothing runs there any more; and work again.
 //!
 //! Drains live in the agents, and in a control plane that watches its own machine. Where the daemon that is
-//! asked is a control plane of nodes, their agents are asked instead, each at its address. A drain stays when this command ends: it is the agents', not ours.
+//! asked is a control plane of nodes, their agents are asked instead, each at its address. A drain stays when
+//! this command ends: it is the agents', not ours.
 
 use std::ffi::OsString;
 

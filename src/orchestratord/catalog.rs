@@ -284,23 +284,4 @@ mod tests {
         let rest = shown(&registry, 10, None, first["next_model"].as_str());
         assert_eq!((rest["models"].as_array().map(Vec::len), rest.get("next_model")), (Some(200), None));
     }
-
-    /// How long an answer takes: `cargo test --release --lib catalog -- --ignored --nocapture`.
-    #[test]
-    #[ignore = "a measurement"]
-    #[allow(clippy::print_stdout, reason = "its result")]
-    fn cost() {
-        for nodes in [1_000, 10_000] {
-            let registry = registry(nodes, 4, |n, p| vec![format!("m{p}"), format!("m{}", 4 + (n + p) % 40)]);
-            let head = Page { limit: 1_000, after: None };
-            let best = (0..20)
-                .map(|_| {
-                    let begun = std::time::Instant::now();
-                    let response = Response::json(200, &of(&registry, head, None));
-                    (begun.elapsed(), response.body.len())
-                })
-                .min();
-            println!("{nodes} nodes of 4 pools: {best:?}");
-        }
-    }
 }

@@ -6,8 +6,8 @@
 //! front doors turn HTTP into asks: [`openai`], which reads bodies through [`peek`] and knows [`aliases`],
 //! and [`tasks`]. [`forecast`] says when a waiting request may start, [`sessions`] records which requests
 //! belong together, and [`served_sessions`] where the next of them should go. [`explain`] remembers why
-//! requests went where they went, [`pages`] shows nodes and pools, [`catalog`] models,
-//! [`meta`] what can be asked; [`pool_orders`] go to agents, and [`workers`] come without one. [`daemon`] does what was decided.
+//! requests went where they went, [`pages`] shows nodes and pools, [`catalog`] models, [`meta`] what can be
+//! asked; [`pool_orders`] go to agents, and [`workers`] come without one. [`daemon`] does what was decided.
 
 use std::ffi::OsString;
 

@@ -16,8 +16,8 @@ use super::tls::{Handshake, Session};
 use super::token::Token;
 use super::{Edge, Registry};
 
-/// What the kernel may keep, in bytes, for a peer that does not read, and of a peer that is not read. It takes up to
-/// twice as much memory for it. Enough for 2 MB a second to a client that is 100 ms away.
+/// What the kernel may keep, in bytes, for a client that does not read, and of an engine that is not read. It takes up
+/// to twice as much memory for it. Enough for 2 MB a second to a client that is 100 ms away.
 const KERNEL_BUFFER_BYTES: usize = 192 * 1024;
 
 /// What a read found.

@@ -84,6 +84,7 @@ pub(super) struct Managed {
     again: bool,
     /// Where provisioners listen; made once some do.
     sockets: Option<FileWatch>,
+    /// They are there now, and the kernel reports what becomes of their directory.
     is_watched: bool,
 }
 
@@ -107,7 +108,7 @@ impl Managed {
         (self.look_at, self.wakes) = (now.plus_ms(pause_ms), !are_reported);
     }
 
-    /// When [`Daemon::ask_provisioners`] is wanted next.
+    /// When [`Daemon::look_for_provisioners`] or [`Daemon::ask_provisioners`] is wanted next.
     pub(super) fn deadline(&self) -> Option<Mono> {
         let look_at = (self.wakes && !self.is_looking).then_some(self.look_at);
         earliest(look_at, self.waiting.iter().filter_map(|waiting| waiting.ask_at).min())
