@@ -183,6 +183,15 @@ impl FileWatch {
         }
         failed
     }
+
+    /// Whether all is watched, and still stands at its path. While somebody holds a directory that was removed,
+    /// be it by a socket in it, no event tells of its end.
+    #[must_use]
+    pub fn is_still(&self) -> bool {
+        self.directories
+            .iter()
+            .all(|(directory, watch)| watch.as_ref().is_some_and(|watch| watch.is_still(directory)))
+    }
 }
 
 #[cfg(test)]
@@ -256,5 +265,24 @@ mod tests {
         is_signalled();
         fs::write(&files[1], "new").expect("written");
         assert!(is_signalled());
+    }
+
+    #[test]
+    fn a_directory_that_was_removed_while_somebody_holds_it_is_missed() {
+        let home = tempfile::tempdir().expect("a directory");
+        let directory = home.path().join("sockets");
+        fs::create_dir(&directory).expect("made");
+        let reactor = Reactor::new().expect("a reactor");
+        let registry = reactor.registry().expect("a registry");
+        let socket = directory.join("1.sock");
+        let mut watch = FileWatch::new(std::iter::once(socket.as_path()), Token::only(Kind::Provisioners));
+        assert!(!watch.is_still() && watch.renew(&registry).is_empty() && watch.is_still());
+        let held = std::os::unix::net::UnixListener::bind(&socket).expect("bound");
+        fs::remove_dir_all(&directory).expect("removed");
+        assert!(!watch.is_still());
+        fs::create_dir(&directory).expect("made");
+        assert!(!watch.is_still(), "it is another one");
+        assert!(watch.renew(&registry).is_empty() && watch.is_still());
+        drop(held);
     }
 }

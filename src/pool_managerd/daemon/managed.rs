@@ -108,6 +108,11 @@ impl Managed {
         (self.look_at, self.wakes) = (now.plus_ms(pause_ms), !are_reported);
     }
 
+    /// Whether what provisioners touch now is reported.
+    fn is_watching(&self) -> bool {
+        self.is_watched && self.sockets.as_ref().is_some_and(FileWatch::is_still)
+    }
+
     /// When [`Daemon::look_for_provisioners`] or [`Daemon::ask_provisioners`] is wanted next.
     pub(super) fn deadline(&self) -> Option<Mono> {
         let look_at = (self.wakes && !self.is_looking).then_some(self.look_at);
@@ -148,12 +153,12 @@ impl Daemon {
     /// directory; `told`: where they listen.
     pub(super) fn look_for_provisioners(&mut self, changed: bool, told: bool, now: Now) {
         let managed = &mut self.managed;
-        let is_due = managed.look_at <= now.mono;
+        let told = told || (changed && !managed.is_watching());
         if managed.is_looking {
             managed.again |= told;
             return;
         }
-        if !(is_due || told || (changed && !managed.is_watched)) {
+        if !told && managed.look_at > now.mono {
             return;
         }
         let directory = self.config.runtime_dir.join(PROVISIONER_DIRECTORY);
