@@ -377,11 +377,15 @@ fn idle_streams_cost_little_memory_and_no_processor_time() {
     let (after, busy) = taken(&plane.control);
     let each = after.saturating_sub(before) / streams as u64;
     assert!(each <= BYTES_EACH_MAX, "{each} bytes a stream");
-    // A window of time is what is measured here, so this sleeps.
-    std::thread::sleep(Duration::from_secs(2));
-    let idle = taken(&plane.control).1 - busy;
-    eprintln!("{streams} idle streams: {each} bytes each, {idle:?} of processor time in 2 s");
-    assert!(idle <= Duration::from_millis(100), "{idle:?} of processor time in 2 s");
+    // Once for each, the limit for connecting passes and is found to have become a longer one. A window of time is
+    // what is measured here, so this sleeps.
+    let mut busy = busy;
+    let idle = until("rest", || {
+        std::thread::sleep(Duration::from_secs(1));
+        let before = std::mem::replace(&mut busy, taken(&plane.control).1);
+        Some(busy - before).filter(|spent| *spent <= Duration::from_millis(20))
+    });
+    eprintln!("{streams} idle streams: {each} bytes each, {idle:?} of processor time in 1 s");
     assert_eq!(metric(plane.port, "orchestratord_requests_in_flight"), Some(clients.len() as f64));
     drop(clients);
     plane.until_free(65_536);
