@@ -22,7 +22,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use crate::http::fields::FieldLines;
+use crate::http::fields::{FieldLines, same_name};
 use crate::http::head::{RequestHead, is_hop_by_hop};
 use crate::http::server::{Request, Response};
 use crate::metrics::Histogram;
@@ -585,7 +585,7 @@ impl Net {
     /// The correlation id of the request that a client waits on.
     #[must_use]
     pub fn correlation(&self, client: Token) -> Option<&str> {
-        self.server.clients.get(client).map(|session| session.correlation.as_str())
+        self.server.clients.get(client).map(|session| session.correlation())
     }
 
     /// The name of the request that a client waits on: its `x-request-id`, or one that was made.
@@ -719,7 +719,10 @@ impl Net {
             }
             match token.kind() {
                 Kind::Client => self.client_expired(token, now),
-                Kind::Upstream => self.close_connection(token),
+                Kind::Upstream => match self.upstreams.connections.get(token).and_then(|c| c.exchange) {
+                    Some(exchange) => self.exchange_expired(exchange, now),
+                    None => self.close_connection(token),
+                },
                 _ => self.exchange_expired(token, now),
             }
         }
@@ -749,7 +752,7 @@ pub fn forwardable(head: &RequestHead, replaced: impl Fn(&[u8]) -> bool) -> Fiel
     let mut lines = FieldLines::with_capacity(FORWARDED_FIRST_ALLOCATION_BYTES);
     for field in head.fields.raw() {
         let name = field.name;
-        let is = |known: &&str| name.eq_ignore_ascii_case(known.as_bytes());
+        let is = |known: &&str| same_name(name, known.as_bytes());
         let starts_with = |prefix: &&str| {
             name.get(..prefix.len()).is_some_and(|s| s.eq_ignore_ascii_case(prefix.as_bytes()))
         };

@@ -52,6 +52,9 @@ const TOLD_PER_CLIENTS: usize = 16;
 const SMALL_HEAD_BYTES: usize = 4 * 1024;
 /// Length of an id that is made here: 32 digits and four hyphens.
 const ID_BYTES: usize = 36;
+/// Room for an id that a client which waits for nothing keeps for its next request, in bytes: more than our own
+/// ids need.
+const ID_KEPT_BYTES: usize = 64;
 /// Longest correlation id taken over from a client.
 const CORRELATION_BYTES_MAX: usize = 128;
 
@@ -79,7 +82,8 @@ pub(super) struct Client {
     pub(super) out: OutBuffer,
     pub(super) next: ClientNext,
     pub(super) deadline: Deadline,
-    pub(super) correlation: String,
+    /// If it has another than its request's id.
+    correlation: Option<String>,
     pub(super) request_id: String,
     /// Fields that its owner adds to whatever the answer is.
     pub(super) added: FieldLines,
@@ -134,7 +138,7 @@ impl Client {
 
     /// Adds the fields that every answer to this client carries.
     pub(super) fn echo(&self, fields: &mut FieldLines) {
-        fields.push("X-Correlation-Id", &self.correlation);
+        fields.push("X-Correlation-Id", self.correlation());
         fields.push("X-Request-Id", &self.request_id);
         fields.extend(&self.added);
     }
@@ -143,6 +147,10 @@ impl Client {
         let mut fields = FieldLines::new();
         self.echo(&mut fields);
         fields
+    }
+
+    pub(super) fn correlation(&self) -> &str {
+        self.correlation.as_deref().unwrap_or(&self.request_id)
     }
 
     /// Takes over the names that the client gave its request, or makes one. Several requests may share a
@@ -154,8 +162,7 @@ impl Client {
             Some(id) => self.request_id.push_str(id),
             None => self.request_id.push_str(new_id(&mut [0; ID_BYTES])),
         }
-        self.correlation.clear();
-        self.correlation.push_str(given("x-correlation-id").unwrap_or(&self.request_id));
+        self.correlation = given("x-correlation-id").map(str::to_string);
         self.added = FieldLines::new();
     }
 
@@ -297,7 +304,7 @@ impl Net {
                 out: OutBuffer::default(),
                 next: ClientNext::Client,
                 deadline: Deadline::default(),
-                correlation: String::new(),
+                correlation: None,
                 request_id: String::new(),
                 added: FieldLines::new(),
                 peer,
@@ -594,7 +601,10 @@ impl Net {
         if session.unread.is_empty() {
             self.spares.give(std::mem::take(&mut session.unread));
             session.out.rest(&mut self.spares);
-            (session.correlation, session.request_id) = (String::new(), String::new());
+            session.correlation = None;
+            if session.request_id.capacity() > ID_KEPT_BYTES {
+                session.request_id = String::new();
+            }
         }
         let mid_request = session.reader.mid_request(session.unread.len());
         if !session.unread.is_empty() || session.stream.latch().readable {

@@ -34,6 +34,7 @@ const JOINED_BODY_BYTES_MAX: usize = 64 * 1024;
 
 #[derive(Debug)]
 pub(super) struct Exchange {
+    /// Until it has a connection; then that one's counts.
     pub(super) deadline: Deadline,
     to: BaseUrl,
     /// Where it may go, if not where everything may.
@@ -79,9 +80,11 @@ enum SinkState {
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) stream: Stream,
+    /// That of its exchange, or how long it is kept without one. A queue of one entry a connection stays short;
+    /// one a request would hold all requests of the last seconds.
     pub(super) deadline: Deadline,
     origin: Origin,
-    exchange: Option<Token>,
+    pub(super) exchange: Option<Token>,
     connected: bool,
     /// It has carried an exchange before, so its peer may have closed it.
     used: bool,
@@ -257,7 +260,8 @@ impl Net {
     /// Finds a connection for an exchange: an idle one, or a new one.
     pub(super) fn dial(&mut self, exchange: Token, now: Mono) {
         let Some(session) = self.upstreams.exchanges.get_mut(exchange) else { return };
-        self.timers.arm(exchange, &mut session.deadline, now.plus_ms(session.patience.connect_ms));
+        let until = now.plus_ms(session.patience.connect_ms);
+        session.deadline.disarm();
         session.resolving = false;
         let retried = session.retried;
         let name: Option<Arc<str>> = session.to.https().then(|| session.to.host().into());
@@ -265,7 +269,7 @@ impl Net {
             Resolved::Address(address) => address,
             Resolved::Asked => {
                 session.resolving = true;
-                return;
+                return self.timers.arm(exchange, &mut session.deadline, until);
             }
             Resolved::Failed(reason) => {
                 return self.fail_exchange(exchange, FaultKind::Connect, &reason, now);
@@ -304,6 +308,7 @@ impl Net {
                 if let Some(session) = self.upstreams.exchanges.get_mut(exchange) {
                     session.connection = Some(connection);
                 }
+                self.limit(exchange, until);
             }
             Err(error) => {
                 use rustix::io::Errno;
@@ -335,8 +340,8 @@ impl Net {
             (self.upstreams.connections.get_mut(connection), self.upstreams.exchanges.get_mut(exchange));
         if let (Some(line), Some(session)) = sessions {
             line.exchange = Some(exchange);
-            line.deadline.disarm();
             session.connection = Some(connection);
+            self.timers.arm(connection, &mut line.deadline, now.plus_ms(session.patience.connect_ms));
             if line.connected {
                 session.timing.connected.get_or_insert(now);
             }
@@ -403,8 +408,20 @@ impl Net {
         }
         let wait_ms =
             if session.sent == total { session.patience.first_byte_ms } else { session.patience.idle_ms };
-        self.timers.arm(exchange, &mut session.deadline, now.plus_ms(wait_ms));
+        self.timers.arm(connection, &mut line.deadline, now.plus_ms(wait_ms));
         true
+    }
+
+    /// How long an exchange may go on without anything new.
+    fn limit(&mut self, exchange: Token, until: Mono) {
+        let Some(session) = self.upstreams.exchanges.get_mut(exchange) else { return };
+        if let Some(connection) = session.connection
+            && let Some(line) = self.upstreams.connections.get_mut(connection)
+        {
+            self.timers.arm(connection, &mut line.deadline, until);
+        } else {
+            self.timers.arm(exchange, &mut session.deadline, until);
+        }
     }
 
     fn receive(&mut self, connection: Token, exchange: Token, now: Mono) {
@@ -449,7 +466,7 @@ impl Net {
             }
             if !matches!(session.sink, SinkState::Collect { .. }) {
                 let until = now.plus_ms(session.silence_ms());
-                self.timers.arm(exchange, &mut session.deadline, until);
+                self.timers.arm(connection, &mut line.deadline, until);
             }
             if !self.pass_on(exchange, length, now) {
                 return;
@@ -602,10 +619,10 @@ impl Net {
         if held_by_sink || unread {
             // The client is slow (it has a limit of its own) or this loop is, not the engine.
             let until = now.plus_ms(session.silence_ms());
-            self.timers.arm(exchange, &mut session.deadline, until);
             if let Some(connection) = session.connection.filter(|_| !held_by_sink) {
                 self.ready.push(connection);
             }
+            self.limit(exchange, until);
             return;
         }
         let is_connected = line.is_some_and(|line| line.connected);

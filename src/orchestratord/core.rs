@@ -13,9 +13,11 @@
 //! becomes free goes to the first waiter that fits in the same turn. A slot is taken by exactly one
 //! grant and given back exactly once, when the exchange behind it has ended.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::hash::BuildHasherDefault;
 use std::sync::Arc;
 
+use crate::reactor::token::NumberHasher;
 use crate::replicas::{self, Fault, ReplicaLease, Trouble};
 use crate::service::events::{Events, Happening, Tell};
 use crate::time::{Mono, Now, earliest};
@@ -101,6 +103,9 @@ struct Local {
     shown_revision: u64,
 }
 
+/// Requests by their numbers, in no order: where one follows, they are sorted.
+type Requests = HashMap<RequestId, Box<Request>, BuildHasherDefault<NumberHasher>>;
+
 /// The control plane's state.
 #[derive(Debug)]
 pub struct Core {
@@ -112,7 +117,7 @@ pub struct Core {
     drains: DrainRate,
     limits: BTreeSet<(Mono, RequestId)>,
     meters: Meters,
-    requests: BTreeMap<RequestId, Box<Request>>,
+    requests: Requests,
     local: Option<Local>,
     /// Where this process has no engines, and workers may come.
     idle: Option<Idle>,
@@ -155,7 +160,7 @@ impl Core {
             drains: DrainRate::new(options.seed),
             limits: BTreeSet::new(),
             meters: Meters::default(),
-            requests: BTreeMap::new(),
+            requests: Requests::default(),
             local,
             idle: None,
             strategy: options.strategy,
@@ -233,7 +238,13 @@ impl Core {
                 // Nothing follows from numbers.
                 return;
             }
-            Input::Answering(request) => self.answering(request, now, &mut changes),
+            Input::Answering(request) => {
+                self.answering(request, now, &mut changes);
+                if changes.is_empty() {
+                    // An answer as it should be.
+                    return;
+                }
+            }
             Input::Measured { request, first_token_ms, tokens, decode_ms } => {
                 self.measured(request, first_token_ms, tokens, decode_ms);
             }

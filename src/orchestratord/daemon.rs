@@ -4,7 +4,6 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
 
 use crate::http::fields::FieldLines;
 use crate::http::server::{Request, Response};
@@ -583,7 +582,7 @@ impl Daemon {
             }
             _ => Sink::Owner { hold_back },
         };
-        let body = job.body.clone();
+        let body = job.body.clone().unwrap_or_default();
         let patience = Patience {
             connect_ms: CONNECT_MS,
             first_byte_ms: self.config.first_byte_timeout_ms,
@@ -641,7 +640,7 @@ impl Daemon {
             self.explain.answering(request, status, now.mono);
             if let Some(job) = self.jobs.get_mut(request) {
                 // Nothing else will be tried any more.
-                (job.body, job.room) = (Arc::default(), None);
+                (job.body, job.room) = (None, None);
             }
             self.core.handle(Input::Answering(request), now, &mut self.effects);
         }

@@ -5,7 +5,7 @@
 //! whatever only we may say; the names of the request, as the client will read them; and its trace, if
 //! that is well formed. The answer keeps every field of the engine, and says which replica gave it.
 
-use crate::http::fields::FieldLines;
+use crate::http::fields::{FieldLines, same_name};
 use crate::http::head::{Fields, RequestHead};
 use crate::net::{HOPS_FIELD, forwardable};
 
@@ -34,7 +34,7 @@ pub fn hops(fields: &Fields) -> u32 {
 pub fn to_engine(head: &RequestHead, request_id: &str, correlation: &str) -> FieldLines {
     let trace = has_good_trace(&head.fields);
     let mut fields = forwardable(head, |name| {
-        let is = |other: &str| name.eq_ignore_ascii_case(other.as_bytes());
+        let is = |other: &str| same_name(name, other.as_bytes());
         is(HOPS_FIELD)
             || is("x-request-id")
             || is("x-correlation-id")

@@ -73,7 +73,12 @@ pub fn find<'p, E: Copy>(
     };
     let mut allowed: Vec<&str> = Vec::new();
     let mut known = "";
+    let is_plain = !path.contains('{');
     for route in table {
+        // Most differ within their first parts.
+        if is_plain && differ_before_braces(route.path, path) {
+            continue;
+        }
         let Some(parts) = parts(route.path, path) else { continue };
         if route.method == method || route.method == ANY_METHOD {
             return (Found::Route(route.to, parts), route.policy, route.path);
@@ -87,6 +92,12 @@ pub fn find<'p, E: Copy>(
         true => (Found::Nothing, Policy::Any, "an unknown path"),
         false => (Found::Method(allowed.join(", ")), Policy::Any, known),
     }
+}
+
+/// Whether a pattern and a path without braces differ in a byte before all of the pattern's parts in braces.
+fn differ_before_braces(pattern: &str, path: &str) -> bool {
+    let mut pairs = pattern.bytes().zip(path.bytes());
+    pairs.find(|(a, b)| a != b).is_some_and(|(a, _)| a != b'{')
 }
 
 /// What stands in the place of a pattern's parts in braces, if `path` fits.

@@ -171,7 +171,7 @@ impl BaseUrl {
     /// `host:port`, as a `Host` header carries it.
     #[must_use]
     pub fn authority(&self) -> &str {
-        let begins = self.text.find("://").map_or(0, |at| at + 3);
+        let begins = if self.https() { "https://".len() } else { "http://".len() };
         &self.text[begins..usize::from(self.path)]
     }
 }

@@ -49,13 +49,18 @@ impl Core {
         if leases.is_empty() {
             return;
         }
+        let mut cut: Vec<RequestId> = Vec::new();
         for (id, request) in &mut self.requests {
             let Some(run) = &mut request.running else { continue };
             if run.lease.as_ref().is_some_and(|lease| leases.contains(&lease.id)) && run.abort.is_none() {
                 run.abort = Some(Abort::Drained);
-                let reason = CUT_REASON.to_string();
-                effects.push(Effect::Abort { request: *id, reason, even_answered: true });
+                cut.push(*id);
             }
+        }
+        cut.sort_unstable();
+        for request in cut {
+            let reason = CUT_REASON.to_string();
+            effects.push(Effect::Abort { request, reason, even_answered: true });
         }
     }
 }

@@ -63,7 +63,7 @@ impl Core {
 
     /// A node is offline or has left.
     pub(super) fn recall(&mut self, node: &NodeId, effects: &mut Vec<Effect>) {
-        let silent: Vec<RequestId> = self
+        let mut silent: Vec<RequestId> = self
             .requests
             .iter()
             .filter(|(_, request)| {
@@ -73,6 +73,7 @@ impl Core {
             })
             .map(|(id, _)| *id)
             .collect();
+        silent.sort_unstable();
         for id in silent {
             let Some(request) = self.requests.get_mut(&id) else { continue };
             let Some(run) = &mut request.running else { continue };

@@ -56,7 +56,9 @@ impl Core {
                 (replica, Load { slots_total, others, running: Vec::new(), speed: self.speeds.of(replica) })
             })
             .collect();
-        for request in self.requests.values() {
+        let mut requests: Vec<_> = self.requests.iter().collect();
+        requests.sort_unstable_by_key(|(id, _)| **id);
+        for (_, request) in requests {
             let Some(run) = &request.running else { continue };
             if let Some(load) = loads.get_mut(&run.grant.replica()) {
                 let need = Need { slots: run.grant.slots(), tokens_max: request.asked.ask.tokens_max };

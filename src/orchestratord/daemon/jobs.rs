@@ -15,7 +15,8 @@ use super::super::core::RequestId;
 /// What a request is, until it is answered.
 pub(super) struct Job {
     pub(super) front: Front,
-    pub(super) body: Arc<Vec<u8>>,
+    /// As long as it may have to be sent.
+    pub(super) body: Option<Arc<Vec<u8>>>,
     /// Room for the body, as long as it may have to be sent once more.
     pub(super) room: Option<BodyHold>,
     pub(super) since: Mono,
@@ -41,7 +42,7 @@ impl Job {
     pub(super) fn new(front: Front, body: Vec<u8>, now: Now) -> Job {
         Job {
             front,
-            body: Arc::new(body),
+            body: Some(Arc::new(body)),
             room: None,
             since: now.mono,
             attempts: 0,
