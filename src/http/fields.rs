@@ -121,6 +121,10 @@ pub fn push_field(out: &mut Vec<u8>, name: impl AsRef<[u8]>, value: impl AsRef<[
     if holds_control(value) && value.iter().any(|byte| matches!(byte, b'\r' | b'\n' | 0)) {
         return;
     }
+    push_line(out, name, value);
+}
+
+fn push_line(out: &mut Vec<u8>, name: &[u8], value: &[u8]) {
     out.reserve(name.len() + value.len() + 4);
     out.extend_from_slice(name);
     out.extend_from_slice(b": ");
@@ -143,7 +147,7 @@ fn holds_control(value: &[u8]) -> bool {
 /// Writes a field whose value is a number.
 pub fn push_number_field(out: &mut Vec<u8>, name: &str, number: u64) {
     let mut digits = [0; NUMBER_DIGITS_MAX];
-    push_field(out, name, decimal(number, &mut digits));
+    push_line(out, name.as_bytes(), decimal(number, &mut digits));
 }
 
 /// Decimal digits of the largest `u64`.

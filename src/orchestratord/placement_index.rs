@@ -337,17 +337,26 @@ impl PlacementIndex {
         let place = self.places[index];
         let (old, new) = (Tally::of(before), Tally::of(&hot[index]));
         let (old_rooms, new_rooms) = (rooms(before), rooms(&hot[index]));
+        // Mostly a request has come or gone, and all else is as it was.
+        let only_used = Tally { used: new.used, ..old } == new;
         for group in [GroupId::ALL].into_iter().chain(place.groups(hot[index].model_set)) {
             let (rules, with_rings) = (self.rules(group), self.with_rings);
             let Some(known) = self.group_mut(group) else { continue };
-            known.tally.subtract(old);
-            known.tally.add(new);
+            if only_used {
+                known.tally.used = known.tally.used - old.used + new.used;
+            } else {
+                known.tally.subtract(old);
+                known.tally.add(new);
+            }
             if old_rooms != new_rooms {
                 known.count_room(old_rooms, false);
                 known.count_room(new_rooms, true);
             }
             let leaf = place.leaves[group.side()] as usize;
-            known.replay(leaf, index as u32, hot, rules);
+            // Nobody plays against who is alone.
+            if known.tally.members > 1 {
+                known.replay(leaf, index as u32, hot, rules);
+            }
             if has_slot(before) != has_slot(&hot[index]) {
                 known.show_room(leaf, index, hot, rules.strategy);
             }
