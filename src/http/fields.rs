@@ -185,12 +185,16 @@ mod tests {
 
     proptest! {
         #[test]
-        fn names_are_the_same_in_any_case(a in "[!-~]{0,40}", b in "[!-~]{0,40}", flips in any::<u64>()) {
-            let flip = |(at, c): (usize, char)| if flips >> (at % 64) & 1 == 1 { c.to_ascii_uppercase() } else { c.to_ascii_lowercase() };
+        fn names_are_the_same_in_any_case(a in "[!-~]{0,40}", b in "[!-~]{0,3}", flips in any::<u64>()) {
+            let flip = |(at, c): (usize, char)| match flips >> at & 1 {
+                0 => c.to_ascii_lowercase(),
+                _ => c.to_ascii_uppercase(),
+            };
             let other: String = a.chars().enumerate().map(flip).collect();
             prop_assert!(same_name(a.as_bytes(), other.as_bytes()));
             prop_assert_eq!(name_bit(a.as_bytes()), name_bit(other.as_bytes()));
-            prop_assert_eq!(same_name(a.as_bytes(), b.as_bytes()), a.eq_ignore_ascii_case(&b));
+            let (short, other) = (a.get(..b.len()).unwrap_or_default(), &b);
+            prop_assert_eq!(same_name(short.as_bytes(), other.as_bytes()), short.eq_ignore_ascii_case(other));
         }
     }
 
