@@ -6,8 +6,9 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 /// A rule that can be taken out.
 pub(crate) struct Mutant {
@@ -61,32 +62,51 @@ fn whichever_rule_is_missing_is_noticed() {
         return;
     }
     let simulation = build();
-    let run = |missing: &str, seeds: &str| {
-        let output = Command::new(&simulation)
-            .args(["--skip", "mutants::", "--skip", "the_same_seed"])
-            .env(SWITCH, missing)
-            .env("SIM_SEEDS", seeds)
-            .env_remove("SIM_SEED")
-            .env("RUST_BACKTRACE", "0")
-            .output()
-            .expect("it runs");
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        (output.status.success(), text + &String::from_utf8_lossy(&output.stderr))
-    };
+    let run = |missing: &str, seeds: &str| run(&simulation, missing, seeds);
     let (passes, text) = run("", SEEDS_SOUND);
     assert!(passes, "no rule is missing: {text}");
     let mut survivors = Vec::new();
     let only = std::env::var("MUTANTS").unwrap_or_default();
     for Mutant { name, .. } in MUTANTS.iter().filter(|mutant| only == "1" || only == mutant.name) {
         let (passes, text) = run(name, SEEDS);
-        let why = text.lines().find(|line| line.starts_with("seed ") || line.contains("directory seed"));
-        let why = why.or_else(|| text.lines().find(|line| line.contains("seed ")));
-        println!("{name:36} {}", if passes { "SURVIVES" } else { why.unwrap_or("another test") });
+        println!("{name:36} {}", if passes { "SURVIVES" } else { &text });
         if passes {
             survivors.push(name);
         }
     }
     assert!(survivors.is_empty(), "missing, and nobody noticed: {survivors:?}");
+}
+
+/// Runs the simulation until a first test has failed: whether none did, and else which, and its first words.
+fn run(simulation: &Path, missing: &str, seeds: &str) -> (bool, String) {
+    let mut child = Command::new(simulation)
+        .args(["--nocapture", "--skip", "mutants::", "--skip", "the_same_seed"])
+        .env(SWITCH, missing)
+        .env("SIM_SEEDS", seeds)
+        .env_remove("SIM_SEED")
+        .env("RUST_BACKTRACE", "0")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("it runs");
+    let (stdout, mut stderr) = (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
+    let panics = std::thread::spawn(move || {
+        let mut text = Vec::new();
+        stderr.read_to_end(&mut text).map(|_| String::from_utf8_lossy(&text).into_owned())
+    });
+    let lines = BufReader::new(stdout).lines().map_while(Result::ok);
+    let failed = lines.filter(|line| line.starts_with("test ")).find(|line| line.ends_with("FAILED"));
+    if failed.is_some() {
+        // What else it does is not needed any more.
+        child.kill().expect("killed");
+    }
+    let status = child.wait().expect("it has ended");
+    let text = panics.join().expect("read").expect("read");
+    let Some(test) = failed else { return (status.success(), format!("{status}: {text}")) };
+    let test = test.trim_start_matches("test ").trim_end_matches(" ... FAILED");
+    let mut said = text.lines().skip_while(|line| !line.contains("panicked at"));
+    let why = said.clone().find(|line| line.contains("seed ")).or_else(|| said.nth(1));
+    (false, format!("{test}: {}", why.unwrap_or_default()))
 }
 
 fn package() -> PathBuf {
