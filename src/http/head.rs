@@ -562,10 +562,11 @@ impl<'h, 'b> Facts<'h, 'b> {
         for header in self.headers {
             let (name, value) =
                 (range_in(bytes, header.name.as_bytes()), range_in_or_empty(bytes, header.value));
-            for place in [name.start, name.end, value.start, value.end] {
-                // Within a head, which is not longer.
-                copy.extend_from_slice(&(place as u16).to_ne_bytes());
-            }
+            // Within a head, which is not longer.
+            let place = |at: usize| (at as u16).to_ne_bytes();
+            let ([a, b], [c, d]) = (place(name.start), place(name.end));
+            let ([e, f], [g, h]) = (place(value.start), place(value.end));
+            copy.extend_from_slice(&[a, b, c, d, e, f, g, h]);
         }
         Fields {
             bytes: copy,
