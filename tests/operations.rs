@@ -584,6 +584,12 @@ fn what_an_engine_has_no_slots_for_never_reaches_it() {
     assert!(full.to_ascii_lowercase().contains("\r\nretry-after: 1\r\n"), "{full}");
     let stale = refused(&format!("x-llorch-generation: {}\r\n", generation + 1), "{}");
     assert!(stale.starts_with("HTTP/1.1 409") && stale.contains("STALE_GENERATION"), "{stale}");
+    // One that is not there (any more) is another matter to whoever knew it than to whoever guesses its name.
+    for (fields, status) in [("x-llorch-generation: 7\r\n", 409), ("", 404)] {
+        let mut stream = send(agent.port, &chat("r9"), &format!("Connection: close\r\n{fields}"), "{}");
+        let gone = rest_of(&mut stream).0;
+        assert!(gone.starts_with(&format!("HTTP/1.1 {status}")), "{gone}");
+    }
     assert_eq!(reached(), 1, "neither reached the engine");
     // Every connection carries one request, so an engine that was dialled in vain would show.
     let requests = || engine.seen.lock().expect("no panic").len();

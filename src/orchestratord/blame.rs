@@ -7,7 +7,7 @@
 //! | the same behind a byte of an answer, no HTTP | ends with 502, or an error event | opens |
 //! | 502, 503, 504 | goes elsewhere | opens |
 //! | 503 with `Retry-After` | goes elsewhere | pauses for that long, no failure |
-//! | 409 of a node's agent: another engine has the name | goes elsewhere | pauses until the node has told |
+//! | 409 of a node's agent: another engine has the name, or none | goes elsewhere | pauses until the node has told |
 //! | no first byte, or no next byte, in time | ends with 504, or an error event | stays |
 //! | any other status | the client gets it as it came | closes |
 //! | nothing tried: this process is at a limit | ends with 503 | stays |
@@ -16,8 +16,8 @@ use crate::net::{Fault, FaultKind};
 
 use super::core::Ending;
 
-/// How long a replica is left alone whose node says that another engine has its name: its next heartbeat,
-/// which comes at once on such a change, tells of that engine.
+/// How long a replica is left alone whose node says that another engine has its name, or none: its next heartbeat,
+/// which comes at once on such a change, tells of that.
 pub const RENAMED_PAUSE_MS: u64 = 1_000;
 
 /// How an exchange ended that failed with `fault`.

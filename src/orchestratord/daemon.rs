@@ -57,7 +57,7 @@ mod workers;
 const CONNECT_MS: u64 = 2_000;
 /// An engine that answers so did not take the request: another one may.
 const HOLD_BACK: &[u16] = &[502, 503, 504];
-/// An agent also answers 409 when another engine stands behind the name by now.
+/// An agent also answers 409 when another engine stands behind the name by now, or none.
 const HOLD_BACK_FROM_AGENT: &[u16] = &[409, 502, 503, 504];
 /// How long after a notice the runtime directory is listed, in milliseconds: many notices are one listing.
 const RESCAN_MS: u64 = 50;

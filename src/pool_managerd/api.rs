@@ -344,7 +344,7 @@ fn activity(body: &[u8], pool: PoolId, replica: &str, core: &Core) -> Action {
     match core.replicas().engine(&key) {
         None => Action::Respond(not_found(&format!("replica {key} not found"))),
         Some((_, current, _)) if current != report.generation => {
-            let message = format!("{key}: {}", Refused::StaleGeneration { current });
+            let message = format!("{key}: {}", Refused::StaleGeneration { current: Some(current) });
             Action::Respond(error(409, "STALE_GENERATION", &message, None))
         }
         Some(_) => Action::Active(key, report),

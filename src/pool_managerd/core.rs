@@ -383,7 +383,7 @@ impl Core {
         let handoff = self.replicas.handoff(key).map(|known| (known.url.clone(), known.auth_file.clone()));
         let Some((url, auth_file)) = handoff else {
             self.counts.relay_refused += 1;
-            return Err(Refused::Unknown);
+            return Err(Refused::absent(generation));
         };
         let taken = self.replicas.acquire(key, generation, slots);
         self.counts.relay_refused += u64::from(taken.is_err());

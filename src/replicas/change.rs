@@ -337,9 +337,18 @@ pub enum Refused {
     },
     /// The caller means an engine that no longer stands behind the name.
     StaleGeneration {
-        /// The generation that does.
-        current: u64,
+        /// The generation that does, if any.
+        current: Option<u64>,
     },
+}
+
+impl Refused {
+    /// There is no such replica; `generation`: the engine that the caller means, where it knows, and which was
+    /// there when it heard of it.
+    #[must_use]
+    pub fn absent(generation: Option<u64>) -> Refused {
+        generation.map_or(Refused::Unknown, |_| Refused::StaleGeneration { current: None })
+    }
 }
 
 impl fmt::Display for Refused {
@@ -349,8 +358,11 @@ impl fmt::Display for Refused {
             Refused::NotReady { reason } => write!(f, "not ready: {reason}"),
             Refused::Draining => f.write_str("draining: it takes no new work"),
             Refused::Full { slots } => write!(f, "too few of its {slots} slots are free"),
-            Refused::StaleGeneration { current } => {
+            Refused::StaleGeneration { current: Some(current) } => {
                 write!(f, "another engine stands behind this name: its generation is {current}")
+            }
+            Refused::StaleGeneration { current: None } => {
+                f.write_str("no engine stands behind this name any more")
             }
         }
     }

@@ -225,9 +225,9 @@ impl Registry {
         generation: Option<u64>,
         slots: u32,
     ) -> Result<ReplicaLease, Refused> {
-        let replica = self.replicas.get_mut(key).ok_or(Refused::Unknown)?;
+        let replica = self.replicas.get_mut(key).ok_or_else(|| Refused::absent(generation))?;
         if generation.is_some_and(|generation| generation != replica.serial) {
-            return Err(Refused::StaleGeneration { current: replica.serial });
+            return Err(Refused::StaleGeneration { current: Some(replica.serial) });
         }
         match replica.state() {
             State::Ready => {}

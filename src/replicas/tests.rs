@@ -257,7 +257,7 @@ fn other_details_are_taken_in_place_and_another_engine_starts_anew() {
     let current = machine.generation("p", "r0");
     assert_eq!(
         machine.registry.acquire(&key("p", "r0"), Some(generation), 1),
-        Err(Refused::StaleGeneration { current })
+        Err(Refused::StaleGeneration { current: Some(current) })
     );
     assert_eq!(
         machine.registry.pool_beats()[0].slots_free,
@@ -274,6 +274,7 @@ fn other_details_are_taken_in_place_and_another_engine_starts_anew() {
 fn a_vanished_file_lets_requests_finish_and_then_the_replica_goes() {
     let mut machine = Machine::with_ready_engine();
     let lease = machine.registry.acquire(&key("p", "r0"), None, 1).expect("a slot");
+    let generation = machine.generation("p", "r0");
     machine.dir.clear();
     machine.list();
     machine.list();
@@ -284,6 +285,9 @@ fn a_vanished_file_lets_requests_finish_and_then_the_replica_goes() {
     assert_eq!(machine.told(), ["p/r0: gone: its handoff file is gone"]);
     assert!(machine.registry.pools().is_empty());
     assert_eq!(machine.registry.acquire(&key("p", "r0"), None, 1), Err(Refused::Unknown));
+    // Who knew it is told that it is gone: a control plane asks another one then.
+    let gone = Refused::StaleGeneration { current: None };
+    assert_eq!(machine.registry.acquire(&key("p", "r0"), Some(generation), 1), Err(gone));
 }
 
 #[test]
