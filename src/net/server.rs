@@ -48,6 +48,8 @@ const CROWDED_WITHIN_TLS: BadMessage =
 const TOLD_MAX: usize = 64;
 /// One place in so many, where all of them are few.
 const TOLD_PER_CLIENTS: usize = 16;
+/// So many streams with pieces in two turns one behind the other are more than a loop has time for piece by piece.
+const OUTPACED_MIN: usize = 8;
 /// Bytes of an unread head that count for no budget: most heads are smaller.
 const SMALL_HEAD_BYTES: usize = 4 * 1024;
 /// Length of an id that is made here: 32 digits and four hyphens.
@@ -107,8 +109,10 @@ pub(super) struct Client {
     pub(super) began: Mono,
     /// Its exchange waits until enough has been written.
     pub(super) above_high_water: bool,
-    /// What was put out for it in this turn is written at its end.
+    /// What was put out for it in this turn is written at its end, or at that of the next.
     flush_owed: bool,
+    /// The last turn in which something was written to it, as [`Server`] counts them.
+    flushed_in: u64,
     /// Not all that it sent has been read.
     refused: bool,
     /// It is one too many, and told so once it can be.
@@ -230,6 +234,10 @@ pub(super) struct Server {
     pub(super) bodies: BodyBudget,
     /// Clients to which something is written at the end of the turn.
     pub(super) to_flush: Vec<Token>,
+    /// Turns so far.
+    turns: u64,
+    /// The last turn left its pieces to this one.
+    held: bool,
 }
 
 impl Server {
@@ -240,6 +248,8 @@ impl Server {
             accept_again_at: None,
             bodies: BodyBudget::new(bodies_bytes_max),
             to_flush: Vec::new(),
+            turns: 0,
+            held: false,
         }
     }
 
@@ -266,6 +276,17 @@ impl Server {
 
     pub(super) fn accept_again_at(&self) -> Option<Mono> {
         self.accept_again_at
+    }
+
+    /// Whether engines put out pieces of many streams faster than turns follow each other: every one of these had
+    /// some in the last turn and has some again. Two of a stream then go in one write, a turn later; it is
+    /// full of other streams' pieces, so nobody waits for a turn that brings nothing.
+    fn is_outpaced(&self) -> bool {
+        let again = |client: &&Token| {
+            let session = self.clients.get(**client);
+            session.is_some_and(|session| session.streams() && session.flushed_in + 1 >= self.turns)
+        };
+        self.to_flush.len() >= OUTPACED_MIN && self.to_flush.iter().filter(again).count() >= OUTPACED_MIN
     }
 }
 
@@ -320,6 +341,7 @@ impl Net {
                 began: now,
                 above_high_water: false,
                 flush_owed: false,
+                flushed_in: 0,
                 refused: false,
                 is_crowd: count >= most - told,
             })
@@ -551,14 +573,22 @@ impl Net {
         }
     }
 
-    /// Writes what is owed to clients of this turn.
+    /// Writes what is owed to clients of this turn; or with the next one's, where that makes fewer writes.
     pub(super) fn flush_owed(&mut self, now: Mono) {
+        self.server.turns += 1;
+        self.server.held = !self.server.held && self.server.is_outpaced();
+        let held = self.server.held;
         let mut clients = std::mem::take(&mut self.server.to_flush);
-        for client in clients.drain(..) {
-            if self.server.clients.get(client).is_some_and(|session| session.flush_owed) {
-                self.client_flush(client, now);
+        clients.retain(|client| {
+            let Some(session) = self.server.clients.get(*client).filter(|session| session.flush_owed) else {
+                return false;
+            };
+            let stays = held && session.streams();
+            if !stays {
+                self.client_flush(*client, now);
             }
-        }
+            stays
+        });
         // What was owed meanwhile is so few that it may wait for the next turn.
         let owed = std::mem::replace(&mut self.server.to_flush, clients);
         self.server.to_flush.extend(owed);
@@ -568,6 +598,7 @@ impl Net {
     pub(super) fn client_flush(&mut self, client: Token, now: Mono) {
         let Some(session) = self.server.clients.get_mut(client) else { return };
         session.flush_owed = false;
+        session.flushed_in = self.server.turns;
         let Ok(written) = session.out.flush(&mut session.stream) else {
             return self.close_client(client, now);
         };
