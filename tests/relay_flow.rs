@@ -4,7 +4,8 @@
 #[allow(dead_code, reason = "shared with another test, which uses other parts")]
 pub(crate) mod relay_support;
 
-use std::io::Read;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
@@ -265,4 +266,121 @@ fn answers_that_are_read_as_a_whole_share_the_budget_of_bodies() {
     let limited = asker.ask("/", Sink::Collect { bytes_max: LARGE / 2 });
     assert_eq!(asker.body(limited).expect_err("larger than asked for").kind, FaultKind::Protocol);
     assert_eq!((asker.net.bodies_bytes(), asker.net.exchanges()), (0, 0));
+}
+
+/// Streams through a loop that turns when it is told to, so that what arrives in which turn is known.
+struct Crowd {
+    reactor: Reactor,
+    net: Net,
+    clients: Vec<TcpStream>,
+    engines: Vec<TcpStream>,
+}
+
+/// A piece of a stream, in a chunk.
+const PIECE: &[u8] = b"9\r\ndata: 1\n\n\r\n";
+
+impl Crowd {
+    /// So many streams of which the head has reached the client.
+    fn new(streams: usize) -> Crowd {
+        let reactor = Reactor::new().expect("a reactor");
+        let waker = reactor.waker(Token::only(Kind::Waker)).expect("a waker");
+        let mut net = Net::new(reactor.registry().expect("a registry"), waker, Limits::default());
+        let address = net.listen("127.0.0.1:0".parse().expect("an address")).expect("a port");
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let to = format!("http://{}", listener.local_addr().expect("an address"));
+        let to = BaseUrl::new(&to).expect("a URL");
+        let mut crowd = Crowd { reactor, net, clients: Vec::new(), engines: Vec::new() };
+        for _ in 0..streams {
+            let mut client = TcpStream::connect(address).expect("the loop listens");
+            client.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").expect("the loop takes bytes");
+            let client_token = crowd.event(|event| match event {
+                NetEvent::Request { client, .. } => Some(client),
+                _ => None,
+            });
+            let sink = Sink::Client { client: client_token, hold_back: &[], fields: FieldLines::new() };
+            let outbound = Outbound {
+                to: to.clone(),
+                method: "GET".into(),
+                target: "/".into(),
+                fields: FieldLines::new(),
+                body: Arc::default(),
+                sink,
+                patience: PATIENT,
+                keep_ms: None,
+            };
+            crowd.net.start(outbound, llama_orch::reactor::now().mono);
+            let (mut engine, _) = listener.accept().expect("the loop dials");
+            engine.set_nodelay(true).expect("a socket option");
+            let head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
+            engine.write_all(head).expect("the loop takes bytes");
+            crowd.event(|event| matches!(event, NetEvent::Head { .. }).then_some(()));
+            client.set_nonblocking(true).expect("a socket option");
+            crowd.clients.push(client);
+            crowd.engines.push(engine);
+        }
+        crowd.turn();
+        assert!(crowd.arrived().iter().all(|bytes| *bytes > 0), "every client has its head");
+        crowd
+    }
+
+    fn turn(&mut self) {
+        let soon = llama_orch::reactor::now().mono.plus_ms(1);
+        let now = self.reactor.wait(Some(soon), self.net.busy()).expect("the poll works").mono;
+        for (token, edge) in self.reactor.events() {
+            self.net.on_edge(token, edge);
+        }
+        self.net.turn(now);
+    }
+
+    /// Turns until something happens that is waited for.
+    fn event<T>(&mut self, wanted: impl Fn(NetEvent) -> Option<T>) -> T {
+        let until = Instant::now() + DEADLINE;
+        loop {
+            while let Some(event) = self.net.next_event() {
+                if let Some(found) = wanted(event) {
+                    return found;
+                }
+            }
+            assert!(Instant::now() < until, "it does not happen");
+            self.turn();
+        }
+    }
+
+    /// One turn that finds a piece of every stream. Returns how many pieces each client has got since.
+    fn piece_of_each(&mut self) -> Vec<usize> {
+        for engine in &mut self.engines {
+            engine.write_all(PIECE).expect("the loop takes bytes");
+        }
+        self.turn();
+        self.arrived().iter().map(|bytes| bytes / PIECE.len()).collect()
+    }
+
+    /// Bytes that came to each client.
+    fn arrived(&mut self) -> Vec<usize> {
+        let mut buffer = [0; 4096];
+        let read = |client: &mut TcpStream| match client.read(&mut buffer) {
+            Ok(length) => length,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => 0,
+            Err(error) => panic!("the connection broke: {error}"),
+        };
+        self.clients.iter_mut().map(read).collect()
+    }
+}
+
+#[test]
+fn pieces_that_come_in_every_turn_go_two_at_a_time_and_wait_for_no_third() {
+    let mut many = Crowd::new(16);
+    assert_eq!(many.piece_of_each(), [1; 16], "a first piece goes at once");
+    assert_eq!(many.piece_of_each(), [0; 16], "each had one in the last turn");
+    assert!(many.net.busy(), "what is held keeps the loop awake");
+    assert_eq!(many.piece_of_each(), [2; 16]);
+    assert_eq!(many.piece_of_each(), [0; 16]);
+    many.turn();
+    assert_eq!(many.arrived(), [PIECE.len(); 16], "a turn that brings nothing ends the wait");
+    assert!(!many.net.busy());
+
+    let mut few = Crowd::new(4);
+    for _ in 0..6 {
+        assert_eq!(few.piece_of_each(), [1; 4], "few are written to in the turn of each piece");
+    }
 }

@@ -185,21 +185,79 @@ impl Core {
         let tick = matches!(input, Input::Tick);
         let is_written = matches!(input, Input::PieceWritten);
         match input {
+            Input::Ask { request, asked } => {
+                self.ask(request, asked, now, effects);
+                let is_dispatched =
+                    matches!(effects.last(), Some(Effect::Dispatch(dispatched, _)) if *dispatched == request);
+                if is_dispatched && !self.replicas_changed {
+                    // Its engine is waited for, and nothing else has changed.
+                    return;
+                }
+            }
+            Input::Metered(id, metered) => {
+                if let Some(request) = self.requests.get(&id) {
+                    let model = request.asked.ask.model.as_deref();
+                    self.meters.metered(model, metered, request.since);
+                }
+                // Nothing follows from numbers.
+                return;
+            }
+            Input::Answering(request) => {
+                self.answering(request, now, &mut changes);
+                if changes.is_empty() {
+                    // An answer as it should be.
+                    return;
+                }
+            }
+            Input::Ended(request, ending) => self.ended(request, ending, now, &mut changes, effects),
+            Input::PieceWritten | Input::Tick => {}
+            input => self.handle_seldom(input, now, &mut changes, effects),
+        }
+        self.cut_drained(now, effects);
+        self.show_local(now, &mut changes);
+        // Time ends nothing while other inputs may wait: a heartbeat that arrived in time, but was not
+        // yet handled, must find its lease.
+        if tick {
+            self.registry.expire(now, &mut changes);
+        }
+        self.follow(changes, now, effects);
+        self.serve_who_failed(now, effects);
+        self.send_probes(now, effects);
+        if tick {
+            self.end_waits(now, effects);
+            self.end_overdue(now, effects);
+            self.look_for_hope(now, effects);
+            self.send_polls(now, effects);
+        }
+        self.end_shutdown(now, effects);
+        self.keep(is_written, now, effects);
+    }
+
+    /// The inputs that no request brings. On its own, so that what runs for every request lies close together.
+    #[inline(never)]
+    fn handle_seldom(
+        &mut self,
+        input: Input,
+        now: Now,
+        changes: &mut Vec<Change>,
+        effects: &mut Vec<Effect>,
+    ) {
+        match input {
             Input::Register { reply, peer, body } => {
-                let done = self.registry.register(&body, &peer, now, &mut changes);
+                let done = self.registry.register(&body, &peer, now, changes);
                 self.counts.registrations += u64::from(done.is_ok());
                 self.answer(reply, done.map(|ok| Effect::Registered(reply, ok)), effects);
             }
             Input::Heartbeat { reply, peer, node, body } => {
-                let done = self.registry.heartbeat(&node, &body, &peer, now, &mut changes);
+                let done = self.registry.heartbeat(&node, &body, &peer, now, changes);
                 self.counts.heartbeats += u64::from(done.is_ok());
                 self.answer(reply, done.map(|ok| Effect::Beaten(reply, ok)), effects);
             }
             Input::Deregister { reply, node, incarnation } => {
-                let done = self.registry.deregister(&node, incarnation, now, &mut changes);
+                let done = self.registry.deregister(&node, incarnation, now, changes);
                 self.answer(reply, done.map(|()| Effect::Removed(reply)), effects);
             }
-            Input::Restore(saved) => self.restore(&saved, now, &mut changes),
+            Input::Restore(saved) => self.restore(&saved, now, changes),
             Input::Saved(result) => self.saved(result, now, effects),
             Input::StateTrouble(text) => self.state_trouble(text, now, effects),
             Input::Listing(listing) => {
@@ -221,58 +279,28 @@ impl Core {
             }
             Input::WatchTrouble(trouble) => self.note_watch(trouble, now, effects),
             Input::AgentSaid { node, pool, replicas } => {
-                self.registry.set_engine_url(&node, &pool, &replicas, now, &mut changes);
+                self.registry.set_engine_url(&node, &pool, &replicas, now, changes);
             }
             Input::PoolOrdered { node, pool, draining } => {
-                self.pool_ordered(&node, &pool, draining, now, &mut changes);
+                self.pool_ordered(&node, &pool, draining, now, changes);
             }
-            Input::Polled(id, outcome) => self.polled(id, outcome, now, &mut changes, effects),
+            Input::Polled(id, outcome) => self.polled(id, outcome, now, changes, effects),
             Input::PoolReady { reply, notice } => self.pool_ready(reply, &notice, now, effects),
-            Input::Ask { request, asked } => self.ask(request, asked, now, effects),
             Input::Limit { request, total_ms } => self.limit(request, total_ms),
-            Input::Metered(id, metered) => {
-                if let Some(request) = self.requests.get(&id) {
-                    let model = request.asked.ask.model.as_deref();
-                    self.meters.metered(model, metered, request.since);
-                }
-                // Nothing follows from numbers.
-                return;
-            }
-            Input::Answering(request) => {
-                self.answering(request, now, &mut changes);
-                if changes.is_empty() {
-                    // An answer as it should be.
-                    return;
-                }
-            }
             Input::Measured { request, first_token_ms, tokens, decode_ms } => {
                 self.measured(request, first_token_ms, tokens, decode_ms);
             }
-            Input::Ended(request, ending) => self.ended(request, ending, now, &mut changes, effects),
             Input::Withdraw(request) => self.withdraw(request),
             Input::Shutdown => {
                 self.ends_at.get_or_insert(now.mono.plus_ms(self.drain_timeout_ms));
             }
-            Input::PieceWritten | Input::Tick => {}
+            Input::Ask { .. }
+            | Input::Metered(..)
+            | Input::Answering(_)
+            | Input::Ended(..)
+            | Input::PieceWritten
+            | Input::Tick => {}
         }
-        self.cut_drained(now, effects);
-        self.show_local(now, &mut changes);
-        // Time ends nothing while other inputs may wait: a heartbeat that arrived in time, but was not
-        // yet handled, must find its lease.
-        if tick {
-            self.registry.expire(now, &mut changes);
-        }
-        self.follow(changes, now, effects);
-        self.serve_who_failed(now, effects);
-        self.send_probes(now, effects);
-        if tick {
-            self.end_waits(now, effects);
-            self.end_overdue(now, effects);
-            self.look_for_hope(now, effects);
-            self.send_polls(now, effects);
-        }
-        self.end_shutdown(now, effects);
-        self.keep(is_written, now, effects);
     }
 
     /// When [`Input::Tick`] is wanted next.

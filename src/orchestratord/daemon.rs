@@ -13,6 +13,7 @@ use crate::reactor::token::{Kind, Token, TokenMap};
 use crate::reactor::{Reactor, Registry, Waker, now};
 use crate::replicas::directory::FILE_BYTES;
 use crate::replicas::{Activity, AllowList, EnginePolicy, ProbeOrder, Processes, Watch, probe};
+use crate::service::auth::Fingerprint;
 use crate::service::guard::{Admission, Guard};
 use crate::service::lag::LoopLag;
 use crate::service::shell::{self, Shell};
@@ -262,7 +263,9 @@ impl Daemon {
             // Sockets before clocks: after a stall of this process, heartbeats that arrived during it
             // must renew their leases before any lease is looked at.
             self.take_ended(&ended, now);
-            self.scan(changed, now);
+            if changed || is_scanning || watch.is_some_and(|at| at <= now.mono) {
+                self.scan(changed, now);
+            }
             self.take_saved(now);
             self.tls.turn(&mut self.net, now);
             self.look_after_guard(tokens_changed, now);
@@ -346,52 +349,61 @@ impl Daemon {
             let mut effects = std::mem::replace(&mut self.effects, std::mem::take(&mut self.spare_effects));
             for effect in effects.drain(..) {
                 match effect {
-                    Effect::Registered(call, reply) => self.reply(call, &Response::json(200, &reply), now),
-                    Effect::Beaten(call, reply) => self.reply(call, &Response::json(200, &reply), now),
-                    Effect::Removed(call) => self.reply(call, &Response::empty(204), now),
-                    Effect::Noted(call) => self.reply(call, &Response::empty(202), now),
-                    Effect::Poll(order) => self.poll_agent(order, now),
-                    Effect::Refuse(request, refusal) => self.refuse(request, &refusal, now),
-                    // Tasks were told when they were created; other clients just wait.
-                    Effect::Waiting { request, position, considered, .. } => {
-                        self.explain.waits(request, position, considered);
-                    }
                     Effect::Dispatch(request, dispatch) => self.dispatch(request, &dispatch, now),
-                    Effect::Abort { request, reason, even_answered } => {
-                        let exchange = self.jobs.get(request).and_then(|job| job.exchange);
-                        if let Some(exchange) = exchange
-                            && (even_answered || !self.net.is_answered(exchange))
-                        {
-                            self.net.abort(exchange, &reason, now.mono);
-                        }
-                    }
-                    Effect::Process(order) => {
-                        if let Some((key, generation, seen)) = self.processes.carry_out(order, &self.registry)
-                        {
-                            let input = Input::Process(key, generation, seen);
-                            self.core.handle(input, now, &mut self.effects);
-                        }
-                    }
-                    Effect::Probe(order) => {
-                        let exchange = self.net.start(probe::outbound(&order), now.mono);
-                        self.exchanges.insert(exchange, Running::Probe(Box::new(order)));
-                    }
-                    Effect::Save(saved) => self.save(saved, now),
-                    Effect::AskAgent { node, pool, agent } => self.ask_agent(node, pool, agent, now),
-                    Effect::Log(what) => {
-                        logging::tell(&*what);
-                        // Words are made for those who read them.
-                        if self.board.is_watched() {
-                            self.board.happened(&what.happening());
-                        }
-                    }
-                    Effect::Exit => {
-                        self.ends_by = Some(now.mono.plus_ms(FAREWELL_MS));
-                        self.close_board(now);
-                    }
+                    effect => self.perform_seldom(effect, now),
                 }
             }
             self.spare_effects = effects;
+        }
+    }
+
+    /// What is done for no request that an engine answers. On its own, so that what is lies close together.
+    #[inline(never)]
+    fn perform_seldom(&mut self, effect: Effect, now: Now) {
+        match effect {
+            Effect::Registered(call, reply) => self.reply(call, &Response::json(200, &reply), now),
+            Effect::Beaten(call, reply) => self.reply(call, &Response::json(200, &reply), now),
+            Effect::Removed(call) => self.reply(call, &Response::empty(204), now),
+            Effect::Noted(call) => self.reply(call, &Response::empty(202), now),
+            Effect::Poll(order) => self.poll_agent(order, now),
+            Effect::Refuse(request, refusal) => self.refuse(request, &refusal, now),
+            // Tasks were told when they were created; other clients just wait.
+            Effect::Waiting { request, position, considered, .. } => {
+                self.explain.waits(request, position, considered);
+            }
+            Effect::Abort { request, reason, even_answered } => {
+                let exchange = self.jobs.get(request).and_then(|job| job.exchange);
+                if let Some(exchange) = exchange
+                    && (even_answered || !self.net.is_answered(exchange))
+                {
+                    self.net.abort(exchange, &reason, now.mono);
+                }
+            }
+            Effect::Process(order) => {
+                if let Some((key, generation, seen)) = self.processes.carry_out(order, &self.registry) {
+                    let input = Input::Process(key, generation, seen);
+                    self.core.handle(input, now, &mut self.effects);
+                }
+            }
+            Effect::Probe(order) => {
+                let exchange = self.net.start(probe::outbound(&order), now.mono);
+                self.exchanges.insert(exchange, Running::Probe(Box::new(order)));
+            }
+            Effect::Save(saved) => self.save(saved, now),
+            Effect::AskAgent { node, pool, agent } => self.ask_agent(node, pool, agent, now),
+            Effect::Log(what) => {
+                logging::tell(&*what);
+                // Words are made for those who read them.
+                if self.board.is_watched() {
+                    self.board.happened(&what.happening());
+                }
+            }
+            Effect::Exit => {
+                self.ends_by = Some(now.mono.plus_ms(FAREWELL_MS));
+                self.close_board(now);
+            }
+            // Taken by `perform`.
+            Effect::Dispatch(..) => {}
         }
     }
 
@@ -434,6 +446,23 @@ impl Daemon {
         if let Some(refusal) = self.uncertified(client, &action) {
             return self.net.respond(client, &refusal.response(false), now.mono);
         }
+        match action {
+            Action::Engine(forwarding) => self.forward(client, request, *forwarding, now),
+            action => self.serve_seldom(client, action, request, &peer, key, now),
+        }
+    }
+
+    /// What no engine is wanted for. On its own, as [`Daemon::perform_seldom`].
+    #[inline(never)]
+    fn serve_seldom(
+        &mut self,
+        client: Token,
+        action: Action,
+        request: Box<Request>,
+        peer: &str,
+        key: Option<Fingerprint>,
+        now: Now,
+    ) {
         match action {
             Action::Respond(response) => self.net.respond(client, &response, now.mono),
             Action::Refuse(refusal, openai) => self.net.respond(client, &refusal.response(openai), now.mono),
@@ -534,10 +563,9 @@ impl Daemon {
     }
 
     fn dispatch(&mut self, request: RequestId, dispatch: &Dispatch, now: Now) {
-        let (node, key) = (&dispatch.node, &dispatch.key);
-        self.explain.dispatched(request, node, key, dispatch.considered, now.mono);
         let Some(job) = self.jobs.get(request) else {
             // Its client left in the same turn.
+            self.explain_dispatch(request, dispatch, now);
             return self.core.handle(Input::Ended(request, Ending::Withdrawn), now, &mut self.effects);
         };
         let (mut fields, method, path) = match &job.front {
@@ -561,14 +589,20 @@ impl Daemon {
                 let target = format!("/v2/pools/{pool}/replicas/{replica}/engine{path}");
                 (agent.clone(), target.into(), HOLD_BACK_FROM_AGENT)
             }
-            Target::AskNode | Target::Forbidden(_) => return self.undeliverable(request, now),
+            Target::AskNode | Target::Forbidden(_) => {
+                self.explain_dispatch(request, dispatch, now);
+                return self.undeliverable(request, now);
+            }
         };
         let bearer = match (&dispatch.target, dispatch.auth_file.as_deref()) {
             (Target::Relay { .. }, _) => self.guard.bearer(now.mono),
             (_, None) => None,
             (_, Some(file)) => match probe::read_key(file) {
                 Ok(key) => Some(format!("Bearer {key}")),
-                Err(why) => return self.keyless(request, dispatch, &why, now),
+                Err(why) => {
+                    self.explain_dispatch(request, dispatch, now);
+                    return self.keyless(request, dispatch, &why, now);
+                }
             },
         };
         if let Some(bearer) = bearer {
@@ -591,6 +625,8 @@ impl Daemon {
         let method = method.into();
         let outbound = Outbound { to, method, target, fields, body, sink, patience, keep_ms: None };
         let exchange = self.net.start(outbound, now.mono);
+        // What need not come before the engine has its request comes behind.
+        self.explain_dispatch(request, dispatch, now);
         self.task_dispatched(request, dispatch, now);
         self.exchanges.insert(exchange, Running::Request(request));
         self.note_direct(exchange, dispatch, now);
@@ -599,6 +635,11 @@ impl Daemon {
             job.exchange = Some(exchange);
             job.on = Some((dispatch.key.clone(), dispatch.generation));
         }
+    }
+
+    fn explain_dispatch(&mut self, request: RequestId, dispatch: &Dispatch, now: Now) {
+        let (node, key) = (&dispatch.node, &dispatch.key);
+        self.explain.dispatched(request, node, key, dispatch.considered, now.mono);
     }
 
     fn undeliverable(&mut self, request: RequestId, now: Now) {

@@ -12,12 +12,14 @@
 //! The shutdown of this process is a mark like the others, except that nobody can resume it and that it
 //! is not kept over a restart.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
+use std::hash::BuildHasherDefault;
 use std::sync::Arc;
 
 use super::change::Change;
 use super::registry::{Registry, ReplicaLease};
+use crate::reactor::token::NumberHasher;
 use crate::service::events::Happening;
 use crate::time::{Mono, Now, Wall, earliest};
 use crate::wire::drain::{DrainStatus, Scope, StoredDrain};
@@ -54,7 +56,8 @@ struct Mark {
 /// Requests that run, by the number of their lease.
 #[derive(Debug, Default)]
 pub(super) struct Running {
-    requests: BTreeMap<u64, Request>,
+    /// In no order: where one follows, they are sorted.
+    requests: HashMap<u64, Request, BuildHasherDefault<NumberHasher>>,
     next_id: u64,
 }
 
@@ -192,6 +195,7 @@ impl Registry {
                 what: DrainEvent::Cut { requests },
             }));
         }
+        leases.sort_unstable();
         leases
     }
 
