@@ -48,7 +48,7 @@ const CROWDED_WITHIN_TLS: BadMessage =
 const TOLD_MAX: usize = 64;
 /// One place in so many, where all of them are few.
 const TOLD_PER_CLIENTS: usize = 16;
-/// So many streams with pieces in two turns one behind the other are more than a loop has time for piece by piece.
+/// With pieces of so many streams in two turns one behind the other, a piece waits for the next.
 const OUTPACED_MIN: usize = 8;
 /// Bytes of an unread head that count for no budget: most heads are smaller.
 const SMALL_HEAD_BYTES: usize = 4 * 1024;
@@ -236,7 +236,7 @@ pub(super) struct Server {
     pub(super) to_flush: Vec<Token>,
     /// Turns so far.
     turns: u64,
-    /// The last turn left its pieces to this one.
+    /// The last turn left pieces to this one, which leaves none.
     held: bool,
 }
 
@@ -278,9 +278,9 @@ impl Server {
         self.accept_again_at
     }
 
-    /// Whether engines put out pieces of many streams faster than turns follow each other: every one of these had
-    /// some in the last turn and has some again. Two of a stream then go in one write, a turn later; it is
-    /// full of other streams' pieces, so nobody waits for a turn that brings nothing.
+    /// Whether engines put out pieces of many streams faster than the loop turns: so many clients were written to
+    /// in the last turn, and are owed a piece again. Two pieces of a stream then go in one write, a turn later.
+    /// That turn waits for nothing: what is held keeps the loop busy.
     fn is_outpaced(&self) -> bool {
         let again = |client: &&Token| {
             let session = self.clients.get(**client);
@@ -573,7 +573,7 @@ impl Net {
         }
     }
 
-    /// Writes what is owed to clients of this turn; or with the next one's, where that makes fewer writes.
+    /// Writes what is owed to clients, or leaves it to the next turn where that makes fewer writes.
     pub(super) fn flush_owed(&mut self, now: Mono) {
         self.server.turns += 1;
         self.server.held = !self.server.held && self.server.is_outpaced();

@@ -233,7 +233,8 @@ impl Core {
         self.keep(is_written, now, effects);
     }
 
-    /// The inputs that no request brings. On its own, so that what runs for every request lies close together.
+    /// Inputs that most requests do not bring. On its own, so that the code of those that all do stays small and
+    /// lies close together.
     #[inline(never)]
     fn handle_seldom(
         &mut self,

@@ -357,7 +357,8 @@ impl Daemon {
         }
     }
 
-    /// What is done for no request that an engine answers. On its own, so that what is lies close together.
+    /// Effects that most requests do not have. On its own, so that the code of the one that all have stays small
+    /// and lies close together.
     #[inline(never)]
     fn perform_seldom(&mut self, effect: Effect, now: Now) {
         match effect {
@@ -452,7 +453,7 @@ impl Daemon {
         }
     }
 
-    /// What no engine is wanted for. On its own, as [`Daemon::perform_seldom`].
+    /// Actions that need no engine. On its own, as [`Daemon::perform_seldom`].
     #[inline(never)]
     fn serve_seldom(
         &mut self,
