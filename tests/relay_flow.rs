@@ -274,8 +274,12 @@ struct Crowd {
     net: Net,
     clients: Vec<TcpStream>,
     engines: Vec<TcpStream>,
+    /// How much later it seems to the loop than it is.
+    late_ms: u64,
 }
 
+/// So long that no comment is due by itself.
+const KEEP_ALIVE_MS: u64 = 600_000;
 /// A piece of a stream, in a chunk.
 const PIECE: &[u8] = b"9\r\ndata: 1\n\n\r\n";
 
@@ -284,12 +288,13 @@ impl Crowd {
     fn new(streams: usize) -> Crowd {
         let reactor = Reactor::new().expect("a reactor");
         let waker = reactor.waker(Token::only(Kind::Waker)).expect("a waker");
-        let mut net = Net::new(reactor.registry().expect("a registry"), waker, Limits::default());
+        let limits = Limits { keep_alive_ms: KEEP_ALIVE_MS, ..Limits::default() };
+        let mut net = Net::new(reactor.registry().expect("a registry"), waker, limits);
         let address = net.listen("127.0.0.1:0".parse().expect("an address")).expect("a port");
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let to = format!("http://{}", listener.local_addr().expect("an address"));
         let to = BaseUrl::new(&to).expect("a URL");
-        let mut crowd = Crowd { reactor, net, clients: Vec::new(), engines: Vec::new() };
+        let mut crowd = Crowd { reactor, net, clients: Vec::new(), engines: Vec::new(), late_ms: 0 };
         for _ in 0..streams {
             let mut client = TcpStream::connect(address).expect("the loop listens");
             client.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").expect("the loop takes bytes");
@@ -329,7 +334,7 @@ impl Crowd {
         for (token, edge) in self.reactor.events() {
             self.net.on_edge(token, edge);
         }
-        self.net.turn(now);
+        self.net.turn(now.plus_ms(self.late_ms));
     }
 
     /// Turns until something happens that is waited for.
@@ -378,6 +383,13 @@ fn pieces_that_come_in_every_turn_go_two_at_a_time_and_wait_for_no_third() {
     many.turn();
     assert_eq!(many.arrived(), [PIECE.len(); 16], "a turn that brings nothing ends the wait");
     assert!(!many.net.busy());
+
+    // After a stall, when all is due at once, nobody is taken for slow.
+    many.turn();
+    assert_eq!(many.piece_of_each(), [1; 16]);
+    many.late_ms = KEEP_ALIVE_MS;
+    assert_eq!(many.piece_of_each(), [1; 16], "what is due is not held");
+    assert_eq!(many.net.clients(), 16);
 
     let mut few = Crowd::new(4);
     for _ in 0..6 {

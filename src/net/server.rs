@@ -583,7 +583,9 @@ impl Net {
             let Some(session) = self.server.clients.get(*client).filter(|session| session.flush_owed) else {
                 return false;
             };
-            let stays = held && session.streams();
+            // Whoever's time is over is judged by what could not be written, not by what was held.
+            let is_due = session.deadline.at().is_some_and(|at| at <= now);
+            let stays = held && session.streams() && !is_due;
             if !stays {
                 self.client_flush(*client, now);
             }
