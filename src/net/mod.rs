@@ -368,6 +368,8 @@ pub struct Net {
     moved_bytes: usize,
     limits: Limits,
     token_gaps: Histogram,
+    /// Request to or bytes from an engine, for a client or the owner: when the last ones were.
+    relayed_at: Mono,
 }
 
 /// Most sessions that are ended in one turn because their time is over: thousands may have begun together.
@@ -399,6 +401,7 @@ impl Net {
             moved_bytes: 0,
             limits,
             token_gaps: Histogram::default(),
+            relayed_at: Mono::default(),
         }
     }
 
@@ -527,6 +530,13 @@ impl Net {
         self.upstreams.exchanges.len()
     }
 
+    /// When a request was sent to an engine, or part of its answer came, the last time. What is
+    /// [collected](Sink::Collect), probes say, does not count.
+    #[must_use]
+    pub fn relayed_at(&self) -> Mono {
+        self.relayed_at
+    }
+
     /// Times between two pieces of one relayed stream, of all streams.
     #[must_use]
     pub fn token_gaps(&self) -> &Histogram {
@@ -638,6 +648,9 @@ impl Net {
 
     /// The same under a rule of its own, in the place of the one for all.
     pub fn start_judged(&mut self, mut outbound: Outbound<'_>, rule: Option<DialRule>, now: Mono) -> Token {
+        if !matches!(outbound.sink, Sink::Collect { .. }) {
+            self.relayed_at = now;
+        }
         let (client, forward) = match &mut outbound.sink {
             Sink::Client { client, fields, .. } => {
                 let session = self.server.clients.get(*client);

@@ -465,6 +465,7 @@ impl Net {
                 }
             }
             if !matches!(session.sink, SinkState::Collect { .. }) {
+                self.relayed_at = now;
                 let until = now.plus_ms(session.silence_ms());
                 self.timers.arm(connection, &mut line.deadline, until);
             }

@@ -62,6 +62,9 @@ const HOLD_BACK: &[u16] = &[502, 503, 504];
 const HOLD_BACK_FROM_AGENT: &[u16] = &[409, 502, 503, 504];
 /// How long after a notice the runtime directory is listed, in milliseconds: many notices are one listing.
 const RESCAN_MS: u64 = 50;
+/// How long after a request or a piece of an answer the loop waits in naps, in milliseconds: those to come may be
+/// near, and are faster then. Longer than between two tokens of most engines.
+const AWAKE_MS: u64 = 25;
 /// How long the end waits for clients that have just connected, or are owed a last answer, in
 /// milliseconds: requests follow their connections at once.
 const FAREWELL_MS: u64 = 500;
@@ -231,6 +234,7 @@ impl Daemon {
             if let Some(slow) = self.lag.worked(now.mono, crate::reactor::now().mono) {
                 log::warn!("{slow}");
             }
+            self.reactor.nap_until(self.net.relayed_at().plus_ms(AWAKE_MS));
             now = self
                 .reactor
                 .wait(deadline, self.net.busy() || is_scanning || self.over)
