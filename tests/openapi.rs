@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 
 use harness::*;
 use llama_orch::service::auth::Policy;
@@ -146,9 +147,14 @@ fn both_daemons_show_their_document_to_whoever_may_call_anything() {
     assert_eq!(shown.json(), document("pool-managerd"));
 }
 
-/// The schemathesis to run; `None` where it was not asked for.
-#[allow(clippy::print_stderr, reason = "a skipped test has to say so")]
+/// The schemathesis to run, installed by the first test that asks; `None` where it was not asked for.
 fn schemathesis() -> Option<PathBuf> {
+    static INSTALLED: OnceLock<Option<PathBuf>> = OnceLock::new();
+    INSTALLED.get_or_init(install_schemathesis).clone()
+}
+
+#[allow(clippy::print_stderr, reason = "a skipped test has to say so")]
+fn install_schemathesis() -> Option<PathBuf> {
     if std::env::var_os("REQUIRE_SCHEMATHESIS").is_none_or(|value| value != "1") {
         eprintln!("skipped: set REQUIRE_SCHEMATHESIS=1 to fetch schemathesis and test with it");
         return None;
