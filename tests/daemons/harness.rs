@@ -40,9 +40,12 @@ pub(crate) fn listen_on_free_port() -> TcpListener {
     }
 }
 
-/// A port that was free a moment ago.
+/// A port that is free. A child that another test starts at the moment has inherited the listener, and holds it
+/// until it runs its program: only behind that can a daemon listen there.
 pub(crate) fn free_port() -> u16 {
-    listen_on_free_port().local_addr().expect("an address").port()
+    let address = listen_on_free_port().local_addr().expect("an address");
+    until("a port to become free", || TcpStream::connect(address).is_err().then_some(()));
+    address.port()
 }
 
 /// A process, killed with the test.
