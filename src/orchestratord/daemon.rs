@@ -63,7 +63,7 @@ const HOLD_BACK_FROM_AGENT: &[u16] = &[409, 502, 503, 504];
 /// How long after a notice the runtime directory is listed, in milliseconds: many notices are one listing.
 const RESCAN_MS: u64 = 50;
 /// How long after a request or a piece of an answer the loop waits in naps, in milliseconds: those to come may be
-/// near, and are faster then. Longer than between two tokens of most engines.
+/// near, and are faster then. So long is it between two tokens at 40 a second.
 const AWAKE_MS: u64 = 25;
 /// How long the end waits for clients that have just connected, or are owed a last answer, in
 /// milliseconds: requests follow their connections at once.
