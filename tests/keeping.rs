@@ -155,8 +155,10 @@ fn a_hangup_replaces_the_engine_without_a_gap() {
     provisioner.signal(Signal::HUP);
     provisioner.event("replacing");
     provisioner.event("spawned");
-    provisioner.event("healthy");
+    // The new one loads for as long as the demo engine was told to.
     assert_eq!(provisioner.handoff().expect("no gap").pid, first.pid);
+    provisioner.event("healthy");
+    provisioner.handoff().expect("no gap");
     provisioner.event("handoff_written");
     let second = provisioner.handoff().expect("no gap");
     assert!(second.generation > first.generation && second.url != first.url);
@@ -169,6 +171,24 @@ fn a_hangup_replaces_the_engine_without_a_gap() {
     provisioner.event("stopped");
     assert_eq!(provisioner.end().0, 0);
     assert_eq!(provisioner.files(), [""; 0]);
+}
+
+#[test]
+fn what_nohup_started_outlives_its_terminal() {
+    let root = root();
+    let mut nohup = Command::new("nohup");
+    nohup.arg(PROGRAM);
+    let mut provisioner = Provisioner::start_by(nohup, root.path(), &[KEEP], &demo_engine(&[]), &[]);
+    let first = serve(&mut provisioner);
+    provisioner.signal(Signal::HUP);
+    kill(provisioner.engine());
+    // Events come in the order in which things happen: nothing happened before.
+    provisioner.event("failed");
+    provisioner.event("stopped");
+    assert_ne!(serve(&mut provisioner).pid, first.pid);
+    provisioner.signal(Signal::TERM);
+    provisioner.event("stopped");
+    assert_eq!(provisioner.end().0, 0);
 }
 
 #[test]
@@ -392,7 +412,7 @@ struct Up {
 impl Up {
     fn start(root: &Path, file: &Path) -> Up {
         let directory = root.join("engines");
-        let mut child = Command::new(PROGRAM)
+        let mut child = harness::program()
             .args(["up", "--report", "-c"])
             .arg(file)
             .arg("--handoff-dir")

@@ -111,7 +111,7 @@ fn what_runs_is_kept_while_a_reload_fetches() {
         fs::write(&file, text).expect("written");
     };
     write("");
-    let mut command = Command::new(PROGRAM);
+    let mut command = harness::program();
     command.args(["up", "-c"]).arg(&file);
     command.env("ENGINE_PROVISIONER_CACHE_DIR", root.path().join("cache"));
     command.env("ENGINE_PROVISIONER_HANDOFF_DIR", root.path().join("engines"));

@@ -21,6 +21,14 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 /// Pause between two looks at a condition.
 const LOOK: Duration = Duration::from_millis(2);
 
+/// The program under test, to which SIGHUP means something whoever started the tests: one that is started with that
+/// signal ignored, as nohup does, leaves it ignored, and children inherit it.
+pub(crate) fn program() -> Command {
+    let mut command = Command::new("/usr/bin/env");
+    command.args(["--default-signal=HUP", env!("CARGO_BIN_EXE_engine-provisioner")]);
+    command
+}
+
 /// A running `engine-provisioner` for `pool-0/r0`.
 pub(crate) struct Provisioner {
     child: Child,
@@ -45,8 +53,19 @@ impl Provisioner {
         command: &[impl AsRef<OsStr>],
         variables: &[(&str, &OsStr)],
     ) -> Provisioner {
+        Provisioner::start_by(program(), root, flags, command, variables)
+    }
+
+    /// The same, started by a `program` that becomes it.
+    pub(crate) fn start_by(
+        mut program: Command,
+        root: &Path,
+        flags: &[&str],
+        command: &[impl AsRef<OsStr>],
+        variables: &[(&str, &OsStr)],
+    ) -> Provisioner {
         let handoff_dir = root.join("engines");
-        let mut child = Command::new(env!("CARGO_BIN_EXE_engine-provisioner"))
+        let mut child = program
             .args(["run", "--pool", "pool-0", "--replica", "r0", "--report"])
             // A test that wants an engine to be started again says so.
             .args(if flags.contains(&"--restart=always") { None } else { Some("--restart=never") })
