@@ -272,6 +272,8 @@ fn answers_that_are_read_as_a_whole_share_the_budget_of_bodies() {
 struct Crowd {
     reactor: Reactor,
     net: Net,
+    /// Where the engines are.
+    to: BaseUrl,
     clients: Vec<TcpStream>,
     engines: Vec<TcpStream>,
     /// How much later it seems to the loop than it is.
@@ -294,7 +296,7 @@ impl Crowd {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let to = format!("http://{}", listener.local_addr().expect("an address"));
         let to = BaseUrl::new(&to).expect("a URL");
-        let mut crowd = Crowd { reactor, net, clients: Vec::new(), engines: Vec::new(), late_ms: 0 };
+        let mut crowd = Crowd { reactor, net, to, clients: Vec::new(), engines: Vec::new(), late_ms: 0 };
         for _ in 0..streams {
             let mut client = TcpStream::connect(address).expect("the loop listens");
             client.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").expect("the loop takes bytes");
@@ -302,23 +304,13 @@ impl Crowd {
                 NetEvent::Request { client, .. } => Some(client),
                 _ => None,
             });
-            let sink = Sink::Client { client: client_token, hold_back: &[], fields: FieldLines::new() };
-            let outbound = Outbound {
-                to: to.clone(),
-                method: "GET".into(),
-                target: "/".into(),
-                fields: FieldLines::new(),
-                body: Arc::default(),
-                sink,
-                patience: PATIENT,
-                keep_ms: None,
-            };
-            crowd.net.start(outbound, llama_orch::reactor::now().mono);
+            crowd.relay(client_token);
             let (mut engine, _) = listener.accept().expect("the loop dials");
             engine.set_nodelay(true).expect("a socket option");
             let head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
             engine.write_all(head).expect("the loop takes bytes");
             crowd.event(|event| matches!(event, NetEvent::Head { .. }).then_some(()));
+            assert!(engine.read(&mut [0; 4096]).expect("a request") > 0);
             client.set_nonblocking(true).expect("a socket option");
             crowd.clients.push(client);
             crowd.engines.push(engine);
@@ -326,6 +318,21 @@ impl Crowd {
         crowd.turn();
         assert!(crowd.arrived().iter().all(|bytes| *bytes > 0), "every client has its head");
         crowd
+    }
+
+    /// Passes a client's request on to an engine.
+    fn relay(&mut self, client: Token) -> Token {
+        let outbound = Outbound {
+            to: self.to.clone(),
+            method: "GET".into(),
+            target: "/".into(),
+            fields: FieldLines::new(),
+            body: Arc::default(),
+            sink: Sink::Client { client, hold_back: &[], fields: FieldLines::new() },
+            patience: PATIENT,
+            keep_ms: None,
+        };
+        self.net.start(outbound, llama_orch::reactor::now().mono)
     }
 
     fn turn(&mut self) {
@@ -395,4 +402,38 @@ fn pieces_that_come_in_every_turn_go_two_at_a_time_and_wait_for_no_third() {
     for _ in 0..6 {
         assert_eq!(few.piece_of_each(), [1; 4], "few are written to in the turn of each piece");
     }
+}
+
+#[test]
+fn of_requests_that_come_together_those_that_end_at_once_never_reach_an_engine() {
+    const REQUESTS: usize = 3;
+    let mut crowd = Crowd::new(REQUESTS);
+    for engine in &mut crowd.engines {
+        engine.write_all(b"0\r\n\r\n").expect("the loop takes bytes");
+    }
+    for _ in 0..REQUESTS {
+        crowd.event(|event| matches!(event, NetEvent::Finished { .. }).then_some(()));
+    }
+    for client in &mut crowd.clients {
+        client.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").expect("the loop takes bytes");
+    }
+    crowd.turn();
+    let exchanges: Vec<Token> = (0..REQUESTS)
+        .map(|_| match crowd.net.next_event() {
+            Some(NetEvent::Request { client, .. }) => crowd.relay(client),
+            other => panic!("all requests come in one turn, not {other:?}"),
+        })
+        .collect();
+    crowd.net.abort(exchanges[0], "the client is gone", llama_orch::reactor::now().mono);
+    assert!(crowd.net.busy(), "what is to be sent keeps the loop awake");
+    crowd.turn();
+    let mut asked: Vec<String> = Vec::new();
+    for engine in &mut crowd.engines {
+        let mut buffer = [0; 4096];
+        engine.set_read_timeout(Some(DEADLINE)).expect("a socket option");
+        let length = engine.read(&mut buffer).expect("a request, or the connection's end");
+        asked.push(String::from_utf8_lossy(&buffer[..length.min(14)]).into_owned());
+    }
+    asked.sort();
+    assert_eq!(asked, ["", "GET / HTTP/1.1", "GET / HTTP/1.1"]);
 }

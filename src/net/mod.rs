@@ -456,6 +456,7 @@ impl Net {
     /// Does what became possible: one round over the sessions that are ready, then over the timers.
     pub fn turn(&mut self, now: Mono) {
         self.take_resolved(now);
+        self.send_owed(now);
         let carry_on = self.ready.behind();
         for _ in 0..self.ready.len() {
             let Some(token) = self.ready.pop() else { break };
@@ -489,10 +490,16 @@ impl Net {
         self.events.pop_front()
     }
 
-    /// Whether sessions are ready, or events have come about behind the last [`Net::next_event`] (what the owner
-    /// ended itself, say), so that the loop must not block.
+    /// Whether there is something to do, so that the loop must not block.
     #[must_use]
     pub fn busy(&self) -> bool {
+        self.is_behind() || !self.upstreams.to_send.is_empty()
+    }
+
+    /// Whether what has come is not all dealt with: sessions are ready, or events have come about behind the last
+    /// [`Net::next_event`] (what the owner ended itself, say).
+    #[must_use]
+    pub fn is_behind(&self) -> bool {
         !self.ready.is_empty()
             || !self.tls.handshakes.is_empty()
             || !self.events.is_empty()

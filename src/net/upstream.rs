@@ -96,6 +96,8 @@ pub(super) struct Upstreams {
     pub(super) exchanges: Table<Exchange>,
     /// Idle connections by where they lead, the most recently used last.
     idle: BTreeMap<Origin, Vec<Token>>,
+    /// Those with a request that goes out as the next turn begins.
+    pub(super) to_send: Vec<Token>,
 }
 
 /// Where a connection leads: an address, and within TLS the name that was proved there.
@@ -122,6 +124,7 @@ impl Upstreams {
             connections: Table::new(Kind::Upstream),
             exchanges: Table::new(Kind::Exchange),
             idle: BTreeMap::new(),
+            to_send: Vec::new(),
         }
     }
 
@@ -345,8 +348,23 @@ impl Net {
             if line.connected {
                 session.timing.connected.get_or_insert(now);
             }
+            if self.events.is_empty() {
+                self.upstream_ready(connection, now);
+            } else {
+                self.upstreams.to_send.push(connection);
+            }
+        }
+    }
+
+    /// Writes the requests that came together with others. An engine that is woken up by the first of them finds
+    /// the others there.
+    pub(super) fn send_owed(&mut self, now: Mono) {
+        let mut connections = std::mem::take(&mut self.upstreams.to_send);
+        for connection in connections.drain(..) {
             self.upstream_ready(connection, now);
         }
+        // Nobody is added meanwhile: whoever fails here dials anew.
+        self.upstreams.to_send = connections;
     }
 
     /// Something about an upstream connection changed, or its sink has room again.

@@ -280,7 +280,7 @@ impl Daemon {
             self.tell_of_silence(now);
             self.show_board(now);
             let has_seen_all = !self.reactor.has_more() && !self.reactor.was_held_up();
-            let caught_up = !self.net.busy() && has_seen_all;
+            let caught_up = !self.net.is_behind() && has_seen_all;
             turns_behind = if caught_up { 0 } else { turns_behind + 1 };
             if caught_up || turns_behind >= TURNS_BEHIND_MAX {
                 self.core.handle(Input::Tick, now, &mut self.effects);
