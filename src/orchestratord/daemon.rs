@@ -212,6 +212,7 @@ impl Daemon {
     /// [`Exit`] if the reactor fails.
     pub fn run(mut self) -> Result<(), Exit> {
         let mut now = now();
+        let mut woke = now.mono;
         let mut turns_behind = 0;
         self.restore(now);
         self.scan(false, now);
@@ -231,7 +232,7 @@ impl Daemon {
             let deadline = earliest(deadline, self.tls.deadline());
             let deadline = earliest(deadline, self.guard.deadline());
             let deadline = earliest(deadline, self.direct.deadline());
-            if let Some(slow) = self.lag.worked(now.mono, crate::reactor::now().mono) {
+            if let Some(slow) = self.lag.worked(woke, crate::reactor::now().mono) {
                 log::warn!("{slow}");
             }
             self.reactor.nap_until(self.net.relayed_at().plus_ms(AWAKE_MS));
@@ -239,7 +240,8 @@ impl Daemon {
                 .reactor
                 .wait(deadline, self.net.busy() || is_scanning || self.over)
                 .map_err(|error| Exit::runtime(format!("the event loop failed: {error}")))?;
-            self.lag.woke(deadline, now.mono);
+            woke = now.mono;
+            self.lag.woke(deadline, woke);
             self.note_history(now);
             let (mut changed, mut stops, mut ended) = (false, 0, Vec::new());
             let mut tokens_changed = false;
@@ -274,12 +276,15 @@ impl Daemon {
             self.tls.turn(&mut self.net, now);
             self.look_after_guard(tokens_changed, now);
             self.net.turn(now.mono);
+            // What was read may be younger than the wait, by as long as the process was stopped in between: a lease
+            // that it renews would end too early.
+            now = crate::reactor::now();
             self.take_net_events(now);
             (0..stops).for_each(|_| self.stop(now));
             self.tasks_turn(now);
             self.tell_of_silence(now);
             self.show_board(now);
-            let has_seen_all = !self.reactor.has_more() && !self.reactor.was_held_up();
+            let has_seen_all = !self.reactor.has_more() && !self.reactor.was_held_up(now.mono);
             let caught_up = !self.net.is_behind() && has_seen_all;
             turns_behind = if caught_up { 0 } else { turns_behind + 1 };
             if caught_up || turns_behind >= TURNS_BEHIND_MAX {

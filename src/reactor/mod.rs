@@ -38,7 +38,7 @@ const EVENTS_PER_TURN: usize = 512;
 /// Length of a nap, in milliseconds: half of the tick of a kernel with 250 Hz, as a tick may be half over when the
 /// nap begins.
 const NAP_MS: u64 = 2;
-/// A wait that comes back so much too late, in milliseconds, was not only scheduled late.
+/// A wait that comes back so much too late, in milliseconds, was not only scheduled late, and sockets are not read for so long.
 const HELD_UP_MS: u64 = 10;
 
 /// Wakes a loop from a helper thread.
@@ -81,6 +81,8 @@ pub struct Reactor {
     poll: mio::Poll,
     events: mio::Events,
     naps_until: Mono,
+    /// When the last wait ended.
+    woke: Mono,
     held_up: bool,
 }
 
@@ -94,6 +96,7 @@ impl Reactor {
             poll: mio::Poll::new()?,
             events: mio::Events::with_capacity(EVENTS_PER_TURN),
             naps_until: Mono::default(),
+            woke: Mono::default(),
             held_up: false,
         })
     }
@@ -147,15 +150,16 @@ impl Reactor {
         let expected = if busy { Some(began) } else { deadline.map(|at| at.max(began)) };
         let is_late = expected.is_some_and(|at| back.mono.ms_since(at) > HELD_UP_MS);
         self.held_up = was_interrupted || is_late;
+        self.woke = back.mono;
         Ok(back)
     }
 
-    /// Whether the last [`Reactor::wait`] may know less than its time suggests: it was interrupted, or
-    /// came back late, as after the process was stopped. The kernel may hold events that are older than
-    /// that time, so nothing should be taken for silent before the next wait.
+    /// Whether the kernel may hold events that are older than `now`: the last [`Reactor::wait`] was interrupted,
+    /// came back late, or was long ago, as after the process was stopped. Nothing should be taken for silent then
+    /// before the next wait.
     #[must_use]
-    pub fn was_held_up(&self) -> bool {
-        self.held_up
+    pub fn was_held_up(&self, now: Mono) -> bool {
+        self.held_up || now.ms_since(self.woke) > HELD_UP_MS
     }
 
     /// Whether the last [`Reactor::wait`] returned as many events as it can: the kernel may hold more.
