@@ -38,7 +38,8 @@ const EVENTS_PER_TURN: usize = 512;
 /// Length of a nap, in milliseconds: half of the tick of a kernel with 250 Hz, as a tick may be half over when the
 /// nap begins.
 const NAP_MS: u64 = 2;
-/// A wait that comes back so much too late, in milliseconds, was not only scheduled late, and sockets are not read for so long.
+/// A wait that comes back so much too late, in milliseconds, was not only scheduled late; nor are sockets read for
+/// so long.
 const HELD_UP_MS: u64 = 10;
 
 /// Wakes a loop from a helper thread.
