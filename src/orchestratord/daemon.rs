@@ -276,9 +276,12 @@ impl Daemon {
             self.tls.turn(&mut self.net, now);
             self.look_after_guard(tokens_changed, now);
             self.net.turn(now.mono);
-            // What was read may be younger than the wait, by as long as the process was stopped in between: a lease
-            // that it renews would end too early.
-            now = crate::reactor::now();
+            // Where the process was stopped in between, what was read is younger than the wait, and a lease that it
+            // renews would end too early.
+            let read = crate::reactor::now();
+            if self.reactor.was_held_up(read.mono) {
+                now = read;
+            }
             self.take_net_events(now);
             (0..stops).for_each(|_| self.stop(now));
             self.tasks_turn(now);
